@@ -1,0 +1,45 @@
+"""The errors foldopt raises. Each message names the argument, its value or shape, and the remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class FoldoptError(Exception):
+    """Base of every error raised by foldopt."""
+
+
+class InputError(FoldoptError, ValueError):
+    """An argument has a wrong shape, dtype, device or value (NaN, inf, out of range)."""
+
+
+class SolverError(FoldoptError, RuntimeError):
+    """A forward solver failed on some samples; `indices` lists them (batch positions)."""
+
+    def __init__(self, message: str, indices: Sequence[int] = ()) -> None:
+        super().__init__(message)
+        self.indices = tuple(indices)
+
+
+class InfeasibleError(SolverError):
+    """No point satisfies the constraints of the samples in `indices`."""
+
+
+class UnboundedError(SolverError):
+    """The objective of the samples in `indices` has no finite optimum."""
+
+
+class FixedPointError(SolverError):
+    """The update step does not fix the solution that the solver returned, for the samples in `indices`."""
+
+
+class LinearSolveError(SolverError):
+    """The adjoint equation v = Phi^T v + g was not solved to tolerance for the samples in `indices`."""
+
+
+class UndeclaredParameterError(FoldoptError, RuntimeError):
+    """The update step uses a tensor that requires grad but was not passed as a parameter."""
+
+
+class MissingDependencyError(FoldoptError, ImportError):
+    """An optional package is not installed; the message says which extra provides it."""
