@@ -1,0 +1,169 @@
+"""One recorded update step: the graph that every derivative of a folded layer is taken through."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from foldopt.errors import InputError, UndeclaredParameterError
+
+Tensors = tuple[Tensor, ...]
+State = Tensor | Tensors
+StepFunction = Callable[[Tensors, Tensors], Tensors]
+
+
+def as_tuple(state: State) -> Tensors:
+    """Return a state as a plain tuple of tensors."""
+    return (state,) if isinstance(state, Tensor) else tuple(state)
+
+
+def flatten(state: Sequence[Tensor]) -> Tensor:
+    """Concatenate the parts of a state, each (B, ...), to (B, N)."""
+    if len(state) == 1 and state[0].dim() == 2:
+        return state[0]
+    return torch.cat([part.reshape(len(part), -1) for part in state], dim=1)
+
+
+def unflatten(flat: Tensor, like: Sequence[Tensor]) -> Tensors:
+    """Split (B, N) into parts of the shapes of `like`: the inverse of `flatten`."""
+    sizes = [part[0].numel() if len(part) else part.shape[1:].numel() for part in like]
+    return tuple(piece.reshape(part.shape) for piece, part in zip(flat.split(sizes, dim=1), like, strict=True))
+
+
+class Recorded(NamedTuple):
+    """The graph of one step at a fixed point: outputs, and the leaves they were computed from."""
+
+    outputs: Tensors
+    state: Tensors
+    params: Tensors
+
+
+def record(step: StepFunction, state: Tensors, params: Tensors) -> Recorded:
+    """Run `step` once on detached copies of `state` and `params` and keep its graph.
+
+    Raises UndeclaredParameterError if the graph reaches a tensor that is neither.
+    """
+    with torch.enable_grad():
+        x = tuple(part.detach().requires_grad_() for part in state)
+        c = tuple(p.detach().requires_grad_(p.requires_grad) for p in params)
+        outputs = step(x, c)
+    _refuse_undeclared(outputs, (*x, *c))
+    return Recorded(outputs, x, c)
+
+
+def vjp_of(recorded: Recorded, inputs: Sequence[Tensor], cotangent: Sequence[Tensor], **kwargs: Any) -> list[Tensor | None]:
+    """Pull `cotangent` back through the recorded step to `inputs`; None where an input takes no part."""
+    wanted = [i for i in inputs if i.requires_grad]
+    reached = [(out, v) for out, v in zip(recorded.outputs, cotangent, strict=True) if out.requires_grad]
+    if not wanted or not reached:
+        return [None] * len(inputs)
+    outputs, vectors = zip(*reached, strict=True)
+    pulled = iter(torch.autograd.grad(outputs, wanted, vectors, retain_graph=True, allow_unused=True, **kwargs))
+    return [next(pulled) if i.requires_grad else None for i in inputs]
+
+
+def state_vjp(recorded: Recorded) -> Callable[[Tensor], Tensor]:
+    """Return v -> Phi^T v on flattened states (B, N)."""
+
+    def vjp(v: Tensor) -> Tensor:
+        pulled = vjp_of(recorded, recorded.state, unflatten(v, recorded.state))
+        return flatten(
+            [torch.zeros_like(s) if p is None else p for p, s in zip(pulled, recorded.state, strict=True)]
+        )
+
+    return vjp
+
+
+def _refuse_undeclared(outputs: Tensors, declared: Iterable[Tensor]) -> None:
+    known = {id(leaf) for leaf in declared}
+    pending = [out.grad_fn for out in outputs if out.grad_fn is not None]
+    seen = set(pending)
+    while pending:
+        node = pending.pop()
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and id(leaf) not in known:
+            raise UndeclaredParameterError(
+                f"the update step uses a tensor of shape {tuple(leaf.shape)} that requires grad but was not passed to "
+                "the layer, so its gradient would be lost. Pass it as one of the layer's parameters, name the module "
+                "that owns it in `modules=`, or detach it if no gradient is wanted."
+            )
+        for parent, _ in node.next_functions:
+            if parent is not None and parent not in seen:
+                seen.add(parent)
+                pending.append(parent)
+
+
+class Update:
+    """A user's update step, seen as a pure function of (state, parameters and the modules' own parameters).
+
+    Modules are `update` itself if it is one, those it closes over or uses by a global name, those in its
+    functools.partial arguments, and `modules`. Their trainable parameters follow the explicit ones as `weights`.
+    """
+
+    def __init__(self, update: Callable[..., State], modules: Iterable[nn.Module] = ()) -> None:
+        if not callable(update):
+            raise InputError(f"update={update!r} is not callable; expected update(state, *params) -> state.")
+        self.update, self.modules = update, tuple(modules)
+        self._holder = _Holder(update, dict.fromkeys([*self.modules, *_modules_of(update)]))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"update": self.update, "modules": self.modules}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return the trainable parameters of the modules, by name."""
+        return {name: p for name, p in self._holder.named_parameters() if p.requires_grad}
+
+    def bind(self, single: bool, n_params: int, names: Sequence[str]) -> StepFunction:
+        """Return step(state, params + weights) -> state on tuples, with shapes checked.
+
+        single: whether the user's state is one tensor; n_params: how many of the params are explicit; names: those of
+        the weights that follow.
+        """
+
+        def step(state: Tensors, params: Tensors) -> Tensors:
+            args = (state[0] if single else state, *params[:n_params])
+            if names:
+                swapped = dict(zip(names, params[n_params:], strict=True))
+                new = as_tuple(torch.func.functional_call(self._holder, swapped, args))
+            else:
+                new = as_tuple(self.update(*args))
+            got, expected = [tuple(part.shape) for part in new], [tuple(part.shape) for part in state]
+            if got != expected:
+                raise InputError(f"update returned a state of shapes {got}, but its input state has shapes {expected}.")
+            return new
+
+        return step
+
+
+class _Holder(nn.Module):
+    """Owns the modules an update uses, so that functional_call can swap their parameters."""
+
+    def __init__(self, update: Callable[..., State], modules: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.owned = nn.ModuleList(modules)
+        self._call = (update,)
+
+    def forward(self, *args: Any) -> State:
+        return self._call[0](*args)
+
+
+def _modules_of(update: Callable[..., State]) -> list[nn.Module]:
+    if isinstance(update, nn.Module):
+        return [update]
+    if isinstance(update, functools.partial):
+        bound = [*update.args, *update.keywords.values()]
+        return [a for a in bound if isinstance(a, nn.Module)] + _modules_of(update.func)
+    found = [owner] if isinstance(owner := getattr(update, "__self__", None), nn.Module) else []
+    function = getattr(update, "__func__", update)
+    if inspect.isfunction(function):
+        names = inspect.getclosurevars(function)
+        found += [v for v in (*names.nonlocals.values(), *names.globals.values()) if isinstance(v, nn.Module)]
+    return found

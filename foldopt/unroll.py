@@ -1,0 +1,99 @@
+"""The baselines of the paper: unrolling (section 2) and fixed-point unfolding (sections 3 and 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from foldopt.errors import InputError
+from foldopt.fold import FixedPointLayer, masked
+from foldopt.step import State
+
+
+class IteratedLayer(FixedPointLayer):
+    """Records `iterations` update steps on the graph; made by `unroll` and `unfold`."""
+
+    def __init__(self, *args: Any, iterations: int, from_solution: bool, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if iterations < 1:
+            raise InputError(f"iterations={iterations}: at least one step has to be recorded.")
+        self.iterations, self.from_solution = iterations, from_solution
+
+    @torch.compiler.disable
+    def forward(self, *params: Tensor) -> State:
+        """Return the state after the recorded steps; see `unroll` and `unfold`."""
+        cast, answer = self.cast(params)
+        state, single = self.solved(cast)
+        step, tensors = self.step_for(single, cast)
+        previous = state
+        for k in range(self.iterations):
+            previous, state = state, step(state, tensors)
+            if k == 0 and self.from_solution:
+                self.last = self.certify(previous, state)
+        if not self.from_solution:
+            self.last = self.certify(tuple(part.detach() for part in previous), state)
+        if self.on_failure in ("nan", "zero") and not self.last.ok.all():
+            self._mask_gradient(state, self.last.ok)
+        state = tuple(part.to(answer) for part in state)
+        return state[0] if single else state
+
+    def _mask_gradient(self, state: tuple[Tensor, ...], ok: Tensor) -> None:
+        for part in state:
+            if part.requires_grad:
+                part.register_hook(lambda g: masked((g,), ok, self.on_failure)[0])
+
+
+def unroll(
+    solve: Callable[..., State],
+    update: Callable[..., State],
+    *,
+    iterations: int,
+    tol: float | None = None,
+    on_failure: str = "raise",
+    dtype: torch.dtype | None = None,
+    modules: Iterable[nn.Module] = (),
+) -> IteratedLayer:
+    """Unroll: run `iterations` steps from the starting point ``solve(*params)`` on the graph.
+
+    Same signature and checks as `foldopt.fold`; time and memory of the backward grow with `iterations`. A sample that
+    still moves by more than `tol` in the last step has not converged and falls under `on_failure`.
+    """
+    return IteratedLayer(
+        solve,
+        update,
+        iterations=iterations,
+        from_solution=False,
+        tol=tol,
+        on_failure=on_failure,
+        dtype=dtype,
+        modules=modules,
+    )
+
+
+def unfold(
+    solve: Callable[..., State],
+    update: Callable[..., State],
+    *,
+    iterations: int,
+    tol: float | None = None,
+    on_failure: str = "raise",
+    dtype: torch.dtype | None = None,
+    modules: Iterable[nn.Module] = (),
+) -> IteratedLayer:
+    """Fixed-point unfolding: start at the solution ``solve(*params)`` and record `iterations` steps there.
+
+    By Theorem 1 its backward pass is LFPI on v = Phi^T v + g. Same signature and checks as `foldopt.fold`.
+    """
+    return IteratedLayer(
+        solve,
+        update,
+        iterations=iterations,
+        from_solution=True,
+        tol=tol,
+        on_failure=on_failure,
+        dtype=dtype,
+        modules=modules,
+    )
