@@ -1,1 +1,27 @@
+"""foldopt: differentiate any black-box solver through one update step at its fixed point.
 
+``fold(solve, update)`` makes a differentiable layer of a solver and one step of any iteration that its solution is a
+fixed point of; ``f_sqp(program, solve)`` does so for a smooth program through sequential quadratic programming.
+`unroll` and `unfold` are the baselines. See "Backpropagation of Unrolled Solvers with Folded Optimization" (Kotary,
+Dinh and Fioretto, 2023); equation numbers in the docstrings are the paper's.
+"""
+
+from foldopt import errors, linear_solve
+from foldopt.fold import FoldedLayer, FoldInfo, fixed_point_vjp, fold
+from foldopt.layers import f_sqp
+from foldopt.unroll import unfold, unroll
+from foldopt.updates import SQP, SmoothProgram
+
+__all__ = [
+    "SQP",
+    "FoldInfo",
+    "FoldedLayer",
+    "SmoothProgram",
+    "errors",
+    "f_sqp",
+    "fixed_point_vjp",
+    "fold",
+    "linear_solve",
+    "unfold",
+    "unroll",
+]

@@ -1,0 +1,38 @@
+# Every target sets up its environment by itself: Python 3.11 or newer and make are all that has to be there.
+SHELL := /bin/bash
+PYTHON ?= python3.11
+PY := .venv/bin/python
+PROFILE ?= default
+UV_VERSION := 0.13.9
+
+.PHONY: help test lint format reproduce figures figure-4c clean
+
+help: ## list the targets
+	@awk -F':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# The lock pins every package, so it is installed as it stands (--no-deps): qpth's own pin of numpy is overridden there.
+.venv/.installed: requirements.lock pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "make needs $(PYTHON); name yours with: make PYTHON=python3"; exit 1; }
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "foldopt needs Python 3.11 or newer, $(PYTHON) is " + sys.version)'
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
+	$(PY) -m uv pip install --quiet --python $(PY) --no-deps -r requirements.lock
+	$(PY) -m uv pip install --quiet --python $(PY) --no-deps -e .
+	@touch $@
+
+test: .venv/.installed ## run the tests (under 10 minutes on 2 cores)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
+
+lint: .venv/.installed ## check style
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+format: .venv/.installed ## fix style
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+clean: ## remove the environment and caches (run folders stay)
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build *.egg-info
+
+lock: ## pin the newest versions that pyproject.toml allows
+	$(PY) -m uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --no-emit-index-url --no-annotate --no-header -o requirements.lock

@@ -1,0 +1,211 @@
+"""Batched quadratic programs, differentiated through their KKT system on the active set (Amos and Kolter, 2017)."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from foldopt.errors import InputError
+from foldopt.solvers.interior_point import solve_qcqp
+
+TOLERANCE = 1e-9
+
+
+class QPSolution(NamedTuple):
+    """Primal x (B, n), multipliers nu (B, p) and lam (B, m) >= 0; active (B, m) bool, ok and singular (B,) bool.
+
+    ok is False where no point with a small KKT residual was found; x, nu and lam are NaN there.
+    singular marks samples whose KKT matrix is singular (ties, dependent active constraints): their multipliers and
+    derivatives are those of least norm.
+    """
+
+    x: Tensor
+    nu: Tensor
+    lam: Tensor
+    active: Tensor
+    ok: Tensor
+    singular: Tensor
+
+
+def solve_qp(
+    H: Tensor, q: Tensor, A: Tensor, b: Tensor, G: Tensor, h: Tensor, active: Tensor | None = None
+) -> QPSolution:
+    """Solve min 0.5 x'Hx + q'x subject to Ax = b, Gx <= h for every sample, differentiably.
+
+    Args:
+        H: (B, n, n), symmetric positive semidefinite. q: (B, n).
+        A: (B, p, n). b: (B, p). G: (B, m, n). h: (B, m). p or m may be 0. All of one floating dtype.
+        active: (B, m) bool, a guess of the active inequalities. Where the point it determines satisfies the KKT
+            conditions it is the solution and costs one factorization; the others go through an interior point
+            whose active set is then polished the same way.
+
+    Gradients flow to H, q, A, b, G and h, to any order, with the active set held fixed: at a weakly active
+    constraint that is one of the one-sided derivatives. Raises InputError for shapes that do not fit.
+    """
+    _check(H, q, A, b, G, h)
+    if active is None:
+        active = torch.zeros_like(h, dtype=torch.bool)
+    x, nu, lam, active, ok, singular = _KKT.apply(H, q, A, b, G, h, active)
+    return QPSolution(x, nu, lam, active, ok, singular)
+
+
+def _check(H: Tensor, q: Tensor, A: Tensor, b: Tensor, G: Tensor, h: Tensor) -> None:
+    if q.dim() != 2:
+        raise InputError(f"q has shape {tuple(q.shape)}, expected (B, n).")
+    B, n = q.shape
+    p, m = b.shape[-1], h.shape[-1]
+    expected = {"H": (H, (B, n, n)), "A": (A, (B, p, n)), "b": (b, (B, p)), "G": (G, (B, m, n)), "h": (h, (B, m))}
+    for name, (value, shape) in expected.items():
+        if tuple(value.shape) != shape:
+            raise InputError(f"{name} has shape {tuple(value.shape)}, expected {shape} to go with q of shape {(B, n)}.")
+
+
+def _kkt_matrix(H: Tensor, A: Tensor, G: Tensor, active: Tensor) -> Tensor:
+    """Return [[H, A', (SG)'], [A, 0, 0], [SG, 0, I - S]], S the active inequalities: inactive multipliers are 0."""
+    B, p, n = A.shape
+    m = G.shape[1]
+    SG = G * active[:, :, None]
+    corner = torch.diag_embed(torch.cat([torch.zeros_like(A[:, :, 0]), (~active).to(H.dtype)], 1))
+    rows = torch.cat([A, SG], 1)
+    return torch.cat([torch.cat([H, rows.mT], 2), torch.cat([rows, corner], 2)], 1) if p + m else H
+
+
+class _Factor(NamedTuple):
+    """An LU factorization of K, with the pseudo-inverse for the samples where K is singular."""
+
+    lu: Tensor
+    pivots: Tensor
+    singular: Tensor
+    pinv: Tensor | None
+
+    @classmethod
+    def of(cls, K: Tensor) -> _Factor:
+        lu, pivots, info = torch.linalg.lu_factor_ex(K)
+        pivot_sizes = lu.diagonal(dim1=1, dim2=2).abs()
+        finite = K.isfinite().all(-1).all(-1)
+        small = pivot_sizes.amin(-1) <= 1e-13 * pivot_sizes.amax(-1)
+        singular = finite & ((info > 0) | small)
+        pinv = torch.linalg.pinv(K[singular], rtol=1e-11) if singular.any() else None
+        return cls(lu, pivots, singular, pinv)
+
+    def solve(self, rhs: Tensor) -> Tensor:
+        """Solve K z = rhs for rhs of shape (B, N); in the least-squares sense where K is singular."""
+        z = torch.linalg.lu_solve(self.lu, self.pivots, rhs[:, :, None])[:, :, 0]
+        if self.pinv is not None:
+            z[self.singular] = torch.einsum("bij,bj->bi", self.pinv, rhs[self.singular])
+        return z
+
+
+def _candidate(
+    H: Tensor, q: Tensor, A: Tensor, b: Tensor, G: Tensor, h: Tensor, active: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, _Factor]:
+    """Return the point that an active set determines, and whether it satisfies the KKT conditions."""
+    n, p = q.shape[1], b.shape[1]
+    factor = _Factor.of(_kkt_matrix(H, A, G, active))
+    rhs = torch.cat([-q, b, torch.where(active, h, 0)], 1)
+    x, nu, lam = factor.solve(rhs).split([n, p, h.shape[1]], 1)
+    lam = torch.where(active, lam, 0)
+    slack = h - torch.einsum("bmn,bn->bm", G, x)
+    stationarity = (
+        torch.einsum("bij,bj->bi", H, x) + q + torch.einsum("bpn,bp->bn", A, nu) + torch.einsum("bmn,bm->bn", G, lam)
+    )
+    dual_scale = _largest(q) + _largest(lam)
+    primal_scale = 1 + _largest(x)
+    ok = (
+        (_largest(stationarity) <= TOLERANCE * dual_scale)
+        & (_largest(torch.einsum("bpn,bn->bp", A, x) - b) <= TOLERANCE * primal_scale)
+        & ((lam >= -TOLERANCE * dual_scale[:, None]) & (slack >= -TOLERANCE * primal_scale[:, None])).all(1)
+    )
+    return x, nu, lam, ok, factor
+
+
+def _largest(a: Tensor) -> Tensor:
+    return a.abs().amax(1) if a.shape[1] else a.new_zeros(len(a))
+
+
+class _KKT(torch.autograd.Function):
+    """Forward: active-set guess, else interior point and polish. Backward: one solve with the same KKT matrix."""
+
+    @staticmethod
+    def forward(
+        H: Tensor, q: Tensor, A: Tensor, b: Tensor, G: Tensor, h: Tensor, active: Tensor
+    ) -> tuple[Tensor, ...]:
+        x, nu, lam, ok, factor = _candidate(H, q, A, b, G, h, active)
+        singular = factor.singular
+        hard = (~ok).nonzero()[:, 0]
+        if len(hard):
+            data = tuple(t[hard] for t in (H, q, A, b, G, h))
+            point = solve_qcqp(*data)
+            nu_ip, lam_ip = point.equality_dual.to(q), point.inequality_dual.to(q)
+            found = lam_ip > data[5] - torch.einsum("bmn,bn->bm", data[4], point.x.to(q))
+            polished = _candidate(*data, found)
+            exact, good = polished[3][:, None], (polished[3] | point.ok)[:, None]
+            x, nu, lam, active, ok, singular = (t.clone() for t in (x, nu, lam, active, ok, singular))
+            for whole, better, rough in zip((x, nu, lam), polished[:3], (point.x.to(q), nu_ip, lam_ip), strict=True):
+                whole[hard] = torch.where(good, torch.where(exact, better, rough), torch.nan)
+            active[hard], ok[hard], singular[hard] = found, good[:, 0], polished[4].singular
+        else:
+            active = active.clone()
+        return x, nu, lam, active, ok, singular
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+        H, _, A, _, G, _, _ = inputs
+        x, nu, lam, active, ok, singular = output
+        ctx.mark_non_differentiable(active, ok, singular)
+        ctx.save_for_backward(H, A, G, x, nu, lam, active)
+
+    @staticmethod
+    def backward(ctx: Any, gx: Tensor, gnu: Tensor, glam: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        H, A, G, x, nu, lam, active = ctx.saved_tensors
+        n, p, m = H.shape[1], A.shape[1], G.shape[1]
+        K = _kkt_matrix(H, A, G, active)
+        g = torch.cat([gx, gnu, torch.where(active, glam, 0)], 1)
+        w = _solve_symmetric(K, g)
+        wx, wnu, wlam = w.split([n, p, m], 1)
+        wlam = torch.where(active, wlam, 0)
+        return (
+            -_outer(wx, x),
+            -wx,
+            -_outer(nu, wx) - _outer(wnu, x),
+            wnu,
+            -_outer(lam, wx) - _outer(wlam, x),
+            wlam,
+            None,
+        )
+
+
+def _outer(a: Tensor, b: Tensor) -> Tensor:
+    return a[:, :, None] * b[:, None, :]
+
+
+def _solve_symmetric(K: Tensor, g: Tensor) -> Tensor:
+    """Solve K w = g, differentiably if gradients are being recorded (second order)."""
+    factor = _Factor.of(K.detach())
+    w = factor.solve(g.detach())
+    if not torch.is_grad_enabled():
+        return w
+    return _LinearSolve.apply(K, g, factor, w)
+
+
+class _LinearSolve(torch.autograd.Function):
+    """w = K^-1 g for symmetric K with a given factorization; its derivative solves with the same one."""
+
+    @staticmethod
+    def forward(K: Tensor, g: Tensor, factor: _Factor, w: Tensor) -> Tensor:
+        return w.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        K, _, ctx.factor, _ = inputs
+        ctx.save_for_backward(K, output)
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
+        K, w = ctx.saved_tensors
+        v = ctx.factor.solve(cotangent.detach())
+        if torch.is_grad_enabled():
+            v = _LinearSolve.apply(K, cotangent, ctx.factor, v)
+        return -_outer(v, w), v, None, None

@@ -1,0 +1,5 @@
+"""Update steps U(x, c), one file each: differentiable code whose fixed point is the solution."""
+
+from foldopt.updates.sqp import SQP, SmoothProgram, SQPData, SQPProgram
+
+__all__ = ["SQP", "SQPData", "SQPProgram", "SmoothProgram"]
