@@ -1,0 +1,61 @@
+"""From run folders to numbers: the metrics of many runs in one table, their mean and spread over seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pandas as pd
+from scipy import stats
+
+from experiments import runs
+from experiments.studies import StudyRun, axis
+from foldopt.errors import FoldoptError
+
+
+class MissingRunsError(FoldoptError, LookupError):
+    """A figure or table needs runs that are not finished; names them and the command that makes them."""
+
+
+def require_finished(planned: Sequence[StudyRun], command: str) -> None:
+    """Raise MissingRunsError unless every planned run is finished; `command` is what makes them."""
+    missing = [(run, status) for run in planned if (status := runs.status(run.folder)) != "finished"]
+    if missing:
+        named = "\n".join(f"  {run.label} ({status})" for run, status in missing[:12])
+        more = f"\n  and {len(missing) - 12} more" if len(missing) > 12 else ""
+        raise MissingRunsError(
+            f"{len(missing)} of {len(planned)} runs are not finished:\n{named}{more}\n"
+            f"Make them with: {command}"
+        )
+
+
+def collect(planned: Sequence[StudyRun]) -> pd.DataFrame:
+    """Return the metrics of all planned runs, one row per run, epoch and split.
+
+    Beside the columns of metrics.csv there are `series`, `seed` and one column per grid key (degree, model).
+    """
+    frames = []
+    for run in planned:
+        place = {axis(key): value for key, value in run.point.items()}
+        frames.append(runs.load_metrics(run.folder).assign(series=run.series, seed=run.seed, **place))
+    return pd.concat(frames, ignore_index=True)
+
+
+def aggregate(frame: pd.DataFrame, by: Sequence[str], value: str) -> pd.DataFrame:
+    """Return mean, sd (n - 1), n, ci95, low and high of `value` over the rows of each group.
+
+    `ci95` is the half width of the 95% confidence interval of the mean by Student's t; sd and ci95 are NaN
+    for a single row. `low` and `high` are the smallest and largest value.
+    """
+    grouped = frame.groupby(list(by), sort=True)[value]
+    table = grouped.agg(mean="mean", sd="std", n="count", low="min", high="max").reset_index()
+    quantile = stats.t.ppf(0.975, (table["n"] - 1).clip(lower=1))
+    table["ci95"] = quantile * table["sd"] / table["n"] ** 0.5
+    return table[[*by, "mean", "sd", "n", "ci95", "low", "high"]]
+
+
+def at_best_validation(frame: pd.DataFrame, value: str = "regret_percent") -> pd.DataFrame:
+    """Return each run's test row at the epoch (after training began) of its smallest validation `value`."""
+    run = ["series", "degree", "model", "seed"]
+    validation = frame[(frame["split"] == "val") & (frame["epoch"] > 0)]
+    best = validation.loc[validation.groupby(run)[value].idxmin(), [*run, "epoch"]]
+    return frame[frame["split"] == "test"].merge(best, on=[*run, "epoch"])

@@ -1,0 +1,163 @@
+"""Studies: a YAML file under conf/study names the runs of one figure; expanded here into run folders."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from experiments import runs
+from foldopt.errors import InputError
+
+STUDY_FOLDER = Path(__file__).resolve().parent.parent / "conf" / "study"
+
+
+@dataclass(frozen=True)
+class Profile:
+    """One size of a study: the number of seeds, overrides, and which series run on which part of the grid."""
+
+    seeds: int
+    overrides: tuple[str, ...]
+    series: Mapping[str, Mapping[str, tuple[Any, ...]]]
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study as its YAML file states it."""
+
+    name: str
+    title: str
+    base: tuple[str, ...]
+    grid: Mapping[str, tuple[Any, ...]]
+    series: Mapping[str, tuple[str, ...]]
+    titles: Mapping[str, str]
+    profiles: Mapping[str, Profile]
+
+    def profile(self, name: str) -> Profile:
+        """Return the profile called `name`; InputError lists those that exist."""
+        if name not in self.profiles:
+            raise InputError(
+                f"study {self.name} has no profile {name!r}; choose one of {', '.join(self.profiles)}"
+            )
+        return self.profiles[name]
+
+
+@dataclass(frozen=True)
+class StudyRun:
+    """One run of a study: its place in the grid, and the configuration and folder that follow from it."""
+
+    study: str
+    series: str
+    label: str
+    point: Mapping[str, Any]
+    seed: int
+    overrides: tuple[str, ...]
+    config: DictConfig = field(repr=False, compare=False)
+    folder: Path = field(compare=False)
+
+
+def axis(key: str) -> str:
+    """Return the short name of a grid key, e.g. degree for task.degree."""
+    return key.rpartition(".")[2]
+
+
+def names() -> list[str]:
+    """Return the names of all studies under conf/study."""
+    return sorted(path.stem for path in STUDY_FOLDER.glob("*.yaml"))
+
+
+def load(name: str) -> Study:
+    """Read and check conf/study/<name>.yaml; InputError names the key that is wrong."""
+    path = STUDY_FOLDER / f"{name}.yaml"
+    if not path.is_file():
+        raise InputError(f"study={name!r} does not exist; choose one of {', '.join(names())}")
+    return parse(OmegaConf.to_container(OmegaConf.load(path)), source=path.name)
+
+
+def parse(raw: Mapping[str, Any], source: str) -> Study:
+    """Turn the content of a study file into a Study; `source` is the file's name for error messages."""
+    expected = {"name", "title", "base", "grid", "series", "profiles"}
+    if set(raw) != expected:
+        raise InputError(f"{source}: expected the keys {sorted(expected)}, got {sorted(raw)}")
+    grid = {key: tuple(values) for key, values in raw["grid"].items()}
+    profiles = {}
+    for profile_name, content in raw["profiles"].items():
+        for series, part in content["series"].items():
+            _check_part(
+                f"{source}: profiles.{profile_name}.series.{series}", series, part, raw["series"], grid
+            )
+        profiles[profile_name] = Profile(
+            seeds=int(content["seeds"]),
+            overrides=tuple(content.get("overrides", ())),
+            series={
+                series: {key: tuple(values) for key, values in part.items()}
+                for series, part in content["series"].items()
+            },
+        )
+    return Study(
+        name=raw["name"],
+        title=raw["title"],
+        base=tuple(raw["base"]),
+        grid=grid,
+        series={series: tuple(content["overrides"]) for series, content in raw["series"].items()},
+        titles={series: content["title"] for series, content in raw["series"].items()},
+        profiles=profiles,
+    )
+
+
+def _check_part(
+    where: str, series: str, part: Mapping[str, Any], known: Mapping[str, Any], grid: Mapping
+) -> None:
+    if series not in known:
+        raise InputError(f"{where}: no such series; choose from {sorted(known)}")
+    for key, values in part.items():
+        if key not in grid:
+            raise InputError(f"{where}: {key} is not a key of the grid {sorted(grid)}")
+        if outside := [value for value in values if value not in grid[key]]:
+            raise InputError(f"{where}: {key}={outside} is not in the grid {list(grid[key])}")
+
+
+def expand(study: Study, profile: str = "default", series: set[str] | None = None) -> list[StudyRun]:
+    """Return the runs of `study` in `profile`, seed by seed so that every series advances evenly.
+
+    `series` restricts the runs to the named series. Two runs that share a folder raise InputError, as one
+    would silently stand for the other.
+    """
+    size = study.profile(profile)
+    if series is not None and (unknown := series - set(size.series)):
+        raise InputError(
+            f"series={sorted(unknown)} is not in {study.name}/{profile}; choose from {sorted(size.series)}"
+        )
+    expanded: list[StudyRun] = []
+    for seed in range(size.seeds):
+        for values in product(*study.grid.values()):
+            point = dict(zip(study.grid, values, strict=True))
+            for name, part in size.series.items():
+                wanted = series is None or name in series
+                if wanted and all(point[key] in allowed for key, allowed in part.items()):
+                    expanded.append(_study_run(study, size, name, point, seed))
+    _check_folders(expanded)
+    return expanded
+
+
+def _study_run(study: Study, size: Profile, series: str, point: Mapping[str, Any], seed: int) -> StudyRun:
+    place = [f"{key}={value}" for key, value in point.items()]
+    overrides = (*study.base, *study.series[series], *place, *size.overrides, f"seed={seed}")
+    config = runs.compose(list(overrides))
+    label = " ".join([series, *(f"{axis(key)}={value}" for key, value in point.items()), f"seed={seed}"])
+    return StudyRun(study.name, series, label, point, seed, overrides, config, runs.folder(config))
+
+
+def _check_folders(expanded: list[StudyRun]) -> None:
+    owners: dict[Path, str] = {}
+    for run in expanded:
+        if run.folder in owners:
+            raise InputError(
+                f"study {run.study}: {owners[run.folder]!r} and {run.label!r} have the same configuration "
+                f"(folder {run.folder}); their overrides must differ in a key of a run's identity"
+            )
+        owners[run.folder] = run.label

@@ -1,0 +1,107 @@
+from collections import Counter
+
+import pytest
+
+from experiments import runs, studies
+from foldopt.errors import InputError
+
+RAW = {
+    "name": "tiny",
+    "title": "Tiny",
+    "base": ["task=portfolio"],
+    "grid": {"task.degree": [1, 3], "model": ["mlp", "mlp_bn"]},
+    "series": {
+        "fold": {"title": "fold", "overrides": ["backend=fold"]},
+        "two_stage": {"title": "two-stage", "overrides": ["backend=two_stage"]},
+    },
+    "profiles": {
+        "default": {
+            "seeds": 3,
+            "overrides": ["train.epochs=2"],
+            "series": {"fold": {}, "two_stage": {"model": ["mlp"], "task.degree": [3]}},
+        }
+    },
+}
+
+
+def with_part(part: dict) -> dict:
+    profile = {**RAW["profiles"]["default"], "series": {"fold": part}}
+    return {**RAW, "profiles": {"default": profile}}
+
+
+def test_expansion_is_grid_times_series_times_seeds_less_what_the_profile_leaves_out():
+    expanded = studies.expand(studies.parse(RAW, "tiny.yaml"))
+    assert Counter(run.series for run in expanded) == {"fold": 3 * 2 * 2, "two_stage": 3}
+    assert all(
+        run.point == {"task.degree": 3, "model": "mlp"} for run in expanded if run.series == "two_stage"
+    )
+
+
+def test_overrides_reach_the_configuration():
+    run = studies.expand(studies.parse(RAW, "tiny.yaml"))[-1]
+    assert run.overrides == (
+        "task=portfolio",
+        "backend=fold",
+        "task.degree=3",
+        "model=mlp_bn",
+        "train.epochs=2",
+        "seed=2",
+    )
+    assert run.label == "fold degree=3 model=mlp_bn seed=2"
+    assert (run.config.task.degree, run.config.train.epochs, run.config.seed) == (3, 2, 2)
+    assert run.folder == runs.folder(run.config)
+
+
+def test_series_can_be_restricted():
+    study = studies.parse(RAW, "tiny.yaml")
+    assert {run.series for run in studies.expand(study, series={"two_stage"})} == {"two_stage"}
+    with pytest.raises(InputError, match=r"series=\['nonsense'\].*choose from"):
+        studies.expand(study, series={"nonsense"})
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        ({**RAW, "extra": 1}, "expected the keys"),
+        (with_part({"task.depth": [1]}), "task.depth is not a key of the grid"),
+        (with_part({"task.degree": [2]}), r"task.degree=\[2\] is not in the grid"),
+    ],
+)
+def test_a_wrong_study_file_is_named(raw, message):
+    with pytest.raises(InputError, match=f"tiny.yaml: .*{message}|tiny.yaml: {message}"):
+        studies.parse(raw, "tiny.yaml")
+
+
+def test_unknown_study_and_profile_list_the_choices():
+    with pytest.raises(InputError, match="figure_4c"):
+        studies.load("nonsense")
+    with pytest.raises(InputError, match="no profile 'huge'; choose one of default"):
+        studies.expand(studies.parse(RAW, "tiny.yaml"), "huge")
+
+
+def test_two_runs_of_one_configuration_are_refused():
+    twin = {"title": "the same", "overrides": ["backend=fold"]}
+    profile = {**RAW["profiles"]["default"], "series": {"fold": {}, "twin": {}}}
+    raw = {**RAW, "series": {**RAW["series"], "twin": twin}, "profiles": {"default": profile}}
+    with pytest.raises(InputError, match="have the same configuration"):
+        studies.expand(studies.parse(raw, "tiny.yaml"))
+
+
+@pytest.mark.parametrize("name", studies.names())
+@pytest.mark.parametrize("profile", ["smoke", "default", "paper"])
+def test_every_study_composes_in_every_profile(name, profile):
+    study = studies.load(name)
+    expanded = studies.expand(study, profile)
+    assert study.name == name
+    assert len({run.label for run in expanded}) == len(expanded)
+    assert len({run.folder for run in expanded}) == len(expanded)
+
+
+def test_figure_4c_has_five_seeds_on_all_degrees_and_models():
+    expanded = studies.expand(studies.load("figure_4c"))
+    places = Counter((run.series, run.point["task.degree"], run.point["model"]) for run in expanded)
+    assert min(places.values()) >= 5
+    for series in ("fold", "cvxpylayers_paper", "cvxpylayers_normalized", "two_stage"):
+        assert {(degree, model) for name, degree, model in places if name == series} == {
+            (degree, model) for degree in (1, 2, 3) for model in ("mlp", "mlp_bn")
+        }
