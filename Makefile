@@ -5,7 +5,7 @@ PY := .venv/bin/python
 PROFILE ?= default
 UV_VERSION := 0.13.9
 
-.PHONY: help test lint format reproduce figures figure-4c clean
+.PHONY: help test lint format reproduce figures figure-4c solver-table clean lock
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,6 +30,18 @@ lint: .venv/.installed ## check style
 format: .venv/.installed ## fix style
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
+
+reproduce: .venv/.installed ## run every study, then figures and tables (PROFILE=smoke|default|paper, WORKERS=n)
+	$(PY) -m scripts.reproduce --profile $(PROFILE) $(if $(WORKERS),--workers $(WORKERS))
+
+figures: .venv/.installed ## figures and tables of all studies from the run folders
+	$(PY) -m scripts.figures --profile $(PROFILE)
+
+figure-4c: .venv/.installed ## Figure 4(c) and its table from the run folders
+	$(PY) -m scripts.figures --study figure_4c --profile $(PROFILE)
+
+solver-table: .venv/.installed ## accuracy and time of the portfolio solvers
+	$(PY) -m scripts.solver_table --profile $(PROFILE)
 
 clean: ## remove the environment and caches (run folders stay)
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build *.egg-info
