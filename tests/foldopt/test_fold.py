@@ -1,0 +1,419 @@
+"""fold, unfold and unroll on steps whose derivatives are known, and every way to misuse them."""
+
+import copy
+import functools
+import pickle
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd import gradcheck, gradgradcheck
+
+import foldopt
+from foldopt import errors
+from foldopt.linear_solve import GMRES, LFPI, SOLVERS
+
+F64 = torch.float64
+
+
+def heron(x, c):
+    return 0.5 * (x + c / x)
+
+
+def tanh_step(x, c, W):
+    return torch.tanh(x @ W + c)
+
+
+def iterate(step, steps=400):
+    def solve(*params):
+        x = torch.zeros_like(params[0])
+        for _ in range(steps):
+            x = step(x, *params)
+        return x
+
+    return solve
+
+
+def problem(batch=3, n=4, seed=0, scale=0.3):
+    gen = torch.Generator().manual_seed(seed)
+    c = torch.randn(batch, n, generator=gen, dtype=F64).requires_grad_()
+    W = (scale * torch.randn(n, n, generator=gen, dtype=F64)).requires_grad_()
+    return c, W
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_first_and_second_order_against_finite_differences(name):
+    c, W = problem()
+    layer = foldopt.fold(iterate(tanh_step), tanh_step, linear_solver=name)
+    assert gradcheck(layer, (c, W))
+    assert gradgradcheck(layer, (c, W))
+
+
+def test_third_order():
+    c = torch.tensor([[2.0, 3.0]], dtype=F64, requires_grad=True)
+    x = foldopt.fold(torch.sqrt, heron)(c)
+    for order, factor in enumerate((0.5, -0.25, 0.375), 1):
+        (x,) = torch.autograd.grad(x.sum(), c, create_graph=True)
+        torch.testing.assert_close(x, factor * c ** (0.5 - order))
+
+
+def test_shared_parameter_gets_the_sum_over_the_batch():
+    c, W = problem(batch=6)
+    layer = foldopt.fold(iterate(tanh_step), tanh_step)
+    layer(c, W).square().sum().backward()
+    total = torch.zeros_like(W)
+    for row in c.detach():
+        single = W.detach().clone().requires_grad_()
+        layer(row[None], single).square().sum().backward()
+        total += single.grad
+    torch.testing.assert_close(W.grad, total)
+
+
+def test_tuple_state_of_different_shapes():
+    """x = c^(1/2) as (B, 2, 2), y = x-weighted mean as (B, 3): coupled parts of one state."""
+
+    def step(state, c, d):
+        x, y = state
+        return 0.5 * (x + c / x), 0.5 * y + d * x.mean((1, 2))[:, None]
+
+    def solve(c, d):
+        x = c.sqrt()
+        return x, 2 * d * x.mean((1, 2))[:, None]
+
+    gen = torch.Generator().manual_seed(1)
+    c = (1 + torch.rand(3, 2, 2, generator=gen, dtype=F64)).requires_grad_()
+    d = torch.randn(3, 3, generator=gen, dtype=F64).requires_grad_()
+    layer = foldopt.fold(solve, step)
+    assert gradcheck(layer, (c, d))
+    assert gradgradcheck(layer, (c, d))
+
+
+def test_lfpi_is_the_unrolled_backward_at_the_fixed_point():
+    """Theorem 1: unfolding K steps at x* equals K - 1 LFPI updates from v = g."""
+    c, W = problem(scale=0.5)
+    solve = iterate(tanh_step, 3000)
+    for k in (1, 2, 5, 40):
+        grads = []
+        lfpi = LFPI(tol=1e-15, max_iter=max(k - 1, 1))
+        for layer in (
+            foldopt.unfold(solve, tanh_step, iterations=k),
+            foldopt.fold(solve, tanh_step, linear_solver=lfpi, on_failure="warn"),
+        ):
+            if k == 1 and isinstance(layer, foldopt.FoldedLayer):
+                continue
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", RuntimeWarning)
+                grads.append(torch.autograd.grad(layer(c, W).square().sum(), (c, W)))
+        for a, b in zip(grads[0], grads[-1], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
+def test_fold_unfold_and_unroll_agree():
+    c, W = problem(scale=0.5)
+    solve = iterate(tanh_step, 2000)
+    reference = torch.autograd.grad(foldopt.fold(solve, tanh_step)(c, W).square().sum(), (c, W))
+    for layer in (
+        foldopt.unfold(solve, tanh_step, iterations=400),
+        foldopt.unroll(lambda c, W: torch.zeros_like(c), tanh_step, iterations=800),
+    ):
+        for a, b in zip(reference, torch.autograd.grad(layer(c, W).square().sum(), (c, W)), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
+        assert layer.last.ok.all()
+
+
+def test_gradient_where_the_step_is_not_contractive():
+    """A gradient step of size 50 on a quadratic: rho(Phi) is about 100, x* is still its fixed point."""
+    gen = torch.Generator().manual_seed(2)
+    M = torch.randn(5, 5, generator=gen, dtype=F64)
+    H = M @ M.T + torch.eye(5, dtype=F64)
+    c = torch.randn(4, 5, generator=gen, dtype=F64).requires_grad_()
+
+    def solve(c):
+        return torch.linalg.solve(H, c.T).T
+
+    def step(x, c):
+        return x - 50 * (x @ H - c)
+
+    weights = torch.randn(4, 5, generator=gen, dtype=F64)
+    true = torch.linalg.solve(H, weights.T).T
+    for name in ("auto", "gmres", "direct"):
+        (grad,) = torch.autograd.grad((foldopt.fold(solve, step, linear_solver=name)(c) * weights).sum(), c)
+        torch.testing.assert_close(grad, true, rtol=1e-8, atol=1e-9)
+    layer = foldopt.fold(solve, step, linear_solver="lfpi")
+    with pytest.raises(errors.LinearSolveError, match=r"'lfpi' did not solve .* at 4 of 4 samples") as caught:
+        (layer(c) * weights).sum().backward()
+    assert caught.value.indices == (0, 1, 2, 3)
+    for policy, value in (("nan", torch.nan), ("zero", 0.0)):
+        layer = foldopt.fold(solve, step, linear_solver="lfpi", on_failure=policy)
+        (grad,) = torch.autograd.grad((layer(c) * weights).sum(), c)
+        torch.testing.assert_close(grad, torch.full_like(grad, value), equal_nan=True)
+        assert not layer.last.backward.ok.any()
+    layer = foldopt.fold(solve, step, linear_solver="lfpi", on_failure="warn")
+    with pytest.warns(RuntimeWarning, match="did not solve the adjoint equation"):
+        (layer(c) * weights).sum().backward()
+
+
+class Net(nn.Module):
+    def __init__(self, n=4):
+        super().__init__()
+        gen = torch.Generator().manual_seed(3)
+        self.linear = nn.Linear(n, n).double()
+        with torch.no_grad():
+            self.linear.weight.copy_(0.3 * torch.randn(n, n, generator=gen, dtype=F64))
+
+    def forward(self, x, c):
+        return torch.tanh(self.linear(x) + c)
+
+
+GLOBAL_NET = Net()
+
+
+def global_step(x, c):
+    return GLOBAL_NET(x, c)
+
+
+def explicit_module_gradient(net, c):
+    """The same with the weights passed as parameters of the layer."""
+    W, b = (p.detach().clone().requires_grad_() for p in (net.linear.weight, net.linear.bias))
+
+    def step(x, c, W, b):
+        return torch.tanh(x @ W.T + b + c)
+
+    loss = foldopt.fold(iterate(step), step)(c, W, b).square().sum()
+    first = torch.autograd.grad(loss, (c, W, b), create_graph=True)
+    return first, torch.autograd.grad(sum(g.square().sum() for g in first), (c, W, b))
+
+
+@pytest.mark.parametrize("how", ["module", "closure", "partial", "global", "bound method", "modules="])
+def test_gradients_reach_the_parameters_of_modules(how):
+    c, _ = problem()
+    net = GLOBAL_NET if how == "global" else Net()
+    hidden = {"net": net}
+    options = {}
+    update = {
+        "module": net,
+        "closure": lambda x, c: net(x, c),
+        "partial": functools.partial(lambda net, x, c: net(x, c), net),
+        "global": global_step,
+        "bound method": net.forward,
+        "modules=": lambda x, c: hidden["net"](x, c),
+    }[how]
+    if how == "modules=":
+        options["modules"] = [net]
+    layer = foldopt.fold(iterate(update), update, **options)
+    wanted = (c, net.linear.weight, net.linear.bias)
+    first = torch.autograd.grad(layer(c).square().sum(), wanted, create_graph=True)
+    second = torch.autograd.grad(sum(g.square().sum() for g in first), wanted)
+    expected_first, expected_second = explicit_module_gradient(net, c)
+    torch.testing.assert_close(first, expected_first)
+    torch.testing.assert_close(second, expected_second)
+    if how == "module":
+        assert set(layer.parameters()) == set(net.parameters())
+
+
+def test_undeclared_parameter_raises_and_names_the_remedy():
+    c, _ = problem()
+    stray = torch.ones(4, dtype=F64, requires_grad=True)
+    derived = stray * 2
+    hidden = {"net": Net()}
+    for update in (lambda x, c: heron(x, c) * stray, lambda x, c: heron(x, c) * derived, lambda x, c: hidden["net"](x, c)):
+        with pytest.raises(errors.UndeclaredParameterError, match=r"shape \(4,.*\).*modules="):
+            foldopt.fold(lambda c: c.exp(), update)(c)
+
+
+def test_float32_in_float32_out_with_float64_inside():
+    c32 = torch.tensor([[2.0, 3.0]], requires_grad=True)
+    seen = []
+
+    def step(x, c):
+        seen.append(x.dtype)
+        return heron(x, c)
+
+    x = foldopt.fold(torch.sqrt, step, dtype=F64)(c32)
+    x.sum().backward()
+    assert set(seen) == {F64}
+    assert x.dtype == c32.grad.dtype == torch.float32
+    torch.testing.assert_close(c32.grad, 0.5 / c32.detach().sqrt(), rtol=1e-7, atol=0)
+    x = foldopt.fold(torch.sqrt, heron)(c32)
+    assert x.dtype == torch.float32
+
+
+def test_first_floating_parameter_decides_the_dtype_of_the_answer():
+    index = torch.tensor([0, 1])
+    c = torch.rand(2, 3, requires_grad=True)
+    V = torch.eye(3, dtype=F64, requires_grad=True)
+    layer = foldopt.fold(lambda i, c, V: c @ V, lambda x, i, c, V: 0.5 * x + 0.5 * c @ V, dtype=F64)
+    x = layer(index, c, V)
+    x.sum().backward()
+    assert x.dtype == torch.float32
+    assert c.grad.dtype == torch.float32
+    assert V.grad.dtype == F64
+
+
+def test_step_that_does_not_fix_the_solution_is_found_out():
+    c = torch.tensor([[4.0], [9.0], [16.0]], dtype=F64, requires_grad=True)
+
+    def solve(c):
+        x = c.sqrt()
+        x[1] = 2.9
+        return x
+
+    with pytest.raises(errors.FixedPointError, match=r"at 1 of 3 samples, worst at index 1.*Solver and step disagree") as e:
+        foldopt.fold(solve, heron)(c)
+    assert e.value.indices == (1,)
+    with pytest.raises(errors.FixedPointError):
+        foldopt.fold(solve, heron)(c.detach())
+    assert foldopt.fold(solve, heron, tol=0.1)(c).shape == (3, 1)
+    layer = foldopt.fold(solve, heron, on_failure="zero")
+    layer(c).sum().backward()
+    assert layer.last.ok.tolist() == [True, False, True]
+    torch.testing.assert_close(c.grad, torch.tensor([[0.25], [0.0], [0.125]], dtype=F64))
+    layer = foldopt.fold(solve, heron, on_failure="nan")
+    (grad,) = torch.autograd.grad(layer(c).sum(), c)
+    assert grad.isnan().flatten().tolist() == [False, True, False]
+    with pytest.warns(RuntimeWarning, match="does not fix the solver's solution"):
+        foldopt.fold(solve, heron, on_failure="warn")(c)
+
+
+def test_failed_sample_does_not_spoil_the_others_or_shared_parameters():
+    c, W = problem(batch=4)
+    good = iterate(tanh_step)
+
+    def solve(c, W):
+        x = good(c, W)
+        x[2] = torch.nan
+        return x
+
+    layer = foldopt.fold(solve, tanh_step, on_failure="zero")
+    x = layer(c, W)
+    assert x[2].isnan().all()
+    grads = torch.autograd.grad(x[layer.last.ok].square().sum(), (c, W))
+    keep = [0, 1, 3]
+    expected = torch.autograd.grad(foldopt.fold(good, tanh_step)(c[keep], W).square().sum(), (c, W))
+    torch.testing.assert_close(grads, expected)
+
+
+def test_no_grad_inference_mode_empty_batch_and_noncontiguous_input():
+    layer = foldopt.fold(torch.sqrt, heron)
+    c = torch.rand(3, 2, dtype=F64, requires_grad=True)
+    with torch.no_grad():
+        assert not layer(c).requires_grad
+    with torch.inference_mode():
+        assert layer(torch.rand(3, 2)).shape == (3, 2)
+    assert not layer(c.detach()).requires_grad
+    empty = torch.zeros(0, 2, dtype=F64, requires_grad=True)
+    layer(empty).sum().backward()
+    assert empty.grad.shape == (0, 2)
+    strided = torch.rand(2, 6, dtype=F64).T.requires_grad_()
+    assert gradcheck(layer, strided + 1)
+
+
+def test_gradient_of_the_network_under_a_layer_that_sees_no_grad_solver():
+    """The black box runs without gradients even though its input carries them."""
+    seen = []
+
+    def solve(c):
+        seen.append((torch.is_grad_enabled(), c.requires_grad))
+        return c.sqrt()
+
+    c = torch.rand(3, 2, dtype=F64, requires_grad=True)
+    foldopt.fold(solve, heron)(c).sum().backward()
+    assert seen == [(False, False)]
+
+
+def test_backward_twice_with_retain_graph():
+    c, W = problem()
+    x = foldopt.fold(iterate(tanh_step), tanh_step)(c, W).sum()
+    first = torch.autograd.grad(x, (c, W), retain_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(x, (c, W)), first)
+
+
+def test_memory_of_the_backward_is_one_step_whatever_the_solver_needed():
+    calls = []
+
+    def step(x, c):
+        calls.append(1)
+        return heron(x, c)
+
+    c = torch.rand(3, 2, dtype=F64, requires_grad=True)
+    foldopt.fold(torch.sqrt, step, linear_solver=GMRES())(c).sum().backward()
+    assert len(calls) == 1
+
+
+def test_deepcopy_and_pickle():
+    layer = foldopt.fold(torch.sqrt, heron, on_failure="nan", linear_solver="gmres")
+    c = torch.rand(3, 2, dtype=F64, requires_grad=True)
+    layer(c).sum().backward()
+    for clone in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        (grad,) = torch.autograd.grad(clone(c).sum(), c)
+        torch.testing.assert_close(grad, c.grad)
+        assert clone.on_failure == "nan"
+    net = Net()
+    module_layer = foldopt.fold(lambda c: iterate(net)(c), net)
+    twin = copy.deepcopy(module_layer)
+    assert twin.update is not net
+    twin(torch.rand(2, 4, dtype=F64)).sum().backward()
+    assert twin.update.linear.weight.grad is not None
+    assert net.linear.weight.grad is None
+
+
+def test_closed_form_jacobian_of_the_update_is_used():
+    class Step:
+        def __call__(self, x, c):
+            return 0.5 * x + 0.5 * c
+
+        def jacobian(self, x, c):
+            return 0.5 * torch.eye(x.shape[1], dtype=x.dtype).expand(len(x), -1, -1)
+
+    c = torch.rand(3, 2, dtype=F64, requires_grad=True)
+    layer = foldopt.fold(lambda c: c, Step())
+    layer(c).sum().backward()
+    torch.testing.assert_close(c.grad, torch.ones_like(c))
+    assert layer.last.backward.method == "direct"
+    assert layer.last.backward.iterations.tolist() == [0, 0, 0]
+
+
+def test_unrolled_layer_reports_samples_that_have_not_converged():
+    c = torch.tensor([[4.0], [1e8]], dtype=F64, requires_grad=True)
+    start = torch.ones_like
+    with pytest.raises(errors.FixedPointError, match="at 1 of 2 samples, worst at index 1"):
+        foldopt.unroll(start, heron, iterations=8)(c)
+    layer = foldopt.unroll(start, heron, iterations=8, on_failure="zero")
+    layer(c).sum().backward()
+    torch.testing.assert_close(c.grad, torch.tensor([[0.25], [0.0]], dtype=F64))
+
+
+def ok_layer(**options):
+    return foldopt.fold(torch.sqrt, heron, **options)
+
+
+C = torch.rand(3, 2, dtype=F64)
+NAN = C.clone()
+NAN[1, 0] = torch.nan
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: foldopt.fold(3, heron), "solve=3 is not callable"),
+        (lambda: foldopt.fold(torch.sqrt, None), "update=None is not callable"),
+        (lambda: ok_layer(on_failure="ignore"), "on_failure='ignore' is unknown; choose one of"),
+        (lambda: ok_layer(linear_solver="lu"), "linear_solver='lu' is unknown"),
+        (lambda: ok_layer(tol=-1.0), "tol=-1.0: the fixed-point tolerance"),
+        (lambda: ok_layer(dtype=torch.int64), "dtype=torch.int64 is not a floating-point type"),
+        (lambda: foldopt.unroll(torch.sqrt, heron, iterations=0), "iterations=0: at least one step"),
+        (lambda: ok_layer()(), "called without parameters"),
+        (lambda: ok_layer()(3.0), "parameter 0 is a float, expected a tensor"),
+        (lambda: ok_layer()(NAN), r"parameter 0 of shape \(3, 2\) holds NaN or inf, first in rows \[1\]"),
+        (lambda: ok_layer()(C, C.to("meta")), "parameter 1 is on meta but parameter 0 is on cpu"),
+        (lambda: foldopt.fold(lambda c: c.sum(), heron)(C), r"solve returned Tensor, expected a tensor of shape \(B"),
+        (lambda: foldopt.fold(lambda c: [c], heron)(C), "solve returned list"),
+        (lambda: foldopt.fold(lambda c: (c, c[:1]), heron)(C), "parts of different batch sizes"),
+        (lambda: foldopt.fold(lambda c: c.to("meta"), heron)(C), "solve returned part 0 on meta"),
+        (lambda: foldopt.fold(torch.sqrt, lambda x, c: x[:, :1])(C), r"update returned a state of shapes \[\(3, 1\)\]"),
+    ],
+)
+def test_misuse_is_named(make, message):
+    with pytest.raises(errors.InputError, match=message):
+        make()
