@@ -128,7 +128,7 @@ class _Worker:
         self.process = context.Process(target=_serve, args=(remote, run_one), daemon=True)
         self.run: StudyRun | None = None
         self.started = 0.0
-        with _single_threaded_environment(), _sigint_blocked():
+        with single_threaded_environment(), _sigint_blocked():
             self.process.start()
         remote.close()
 
@@ -155,7 +155,8 @@ class _Worker:
 
 
 @contextlib.contextmanager
-def _single_threaded_environment() -> Iterator[None]:
+def single_threaded_environment() -> Iterator[None]:
+    """Let processes that are started inside use one thread each."""
     before = {name: os.environ.get(name) for name in THREAD_VARIABLES}
     os.environ.update(dict.fromkeys(THREAD_VARIABLES, "1"))
     try:

@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from experiments import runs
 from foldopt.errors import InputError
 
+PROFILES = ("smoke", "default", "paper")
 STUDY_FOLDER = Path(__file__).resolve().parent.parent / "conf" / "study"
 
 

@@ -88,7 +88,7 @@ def test_two_runs_of_one_configuration_are_refused():
 
 
 @pytest.mark.parametrize("name", studies.names())
-@pytest.mark.parametrize("profile", ["smoke", "default", "paper"])
+@pytest.mark.parametrize("profile", studies.PROFILES)
 def test_every_study_composes_in_every_profile(name, profile):
     study = studies.load(name)
     expanded = studies.expand(study, profile)

@@ -1,0 +1,78 @@
+"""From an empty results folder to figures and tables: the outputs of each study and how they are made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from rich.console import Console
+
+from experiments import studies
+from experiments.artifacts import Artifacts, output_root
+from experiments.executor import execute
+from experiments.figures import figure_4c
+from experiments.studies import Study, StudyRun
+from experiments.tables import final_regret, solver_accuracy
+from foldopt.errors import FoldoptError
+
+Maker = Callable[[Study, Sequence[StudyRun], Artifacts, str, str], None]
+FIGURES: Mapping[str, Sequence[Maker]] = {"figure_4c": (figure_4c.make, final_regret.make)}
+
+
+def make_command(target: str, profile: str) -> str:
+    """Return the make command of `target` in `profile`."""
+    return f"make {target}" if profile == "default" else f"make {target} PROFILE={profile}"
+
+
+def make_figures(names: Sequence[str], profile: str, console: Console) -> int:
+    """Write figures and tables of the named studies from run folders; return 1 when runs are missing."""
+    try:
+        for name in names:
+            study = studies.load(name)
+            _outputs(study, studies.expand(study, profile), profile, console)
+    except FoldoptError as error:
+        console.print(str(error), markup=False, soft_wrap=True)
+        return 1
+    return 0
+
+
+def reproduce(names: Sequence[str], profile: str, workers: int, console: Console) -> int:
+    """Execute the named studies, then make their figures, tables and the solver table; return the exit code.
+
+    A study with failed runs gets no figure, the others do. 128 + signal when stopped: the same call goes on
+    from there.
+    """
+    exit_code = 0
+    for name in names:
+        study = studies.load(name)
+        planned = studies.expand(study, profile)
+        console.print(f"{study.title} ({name}, profile {profile}): {len(planned)} runs", markup=False)
+        report = execute(planned, workers=workers, console=console)
+        for line in report.lines():
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+        if report.stopped_by is not None:
+            return report.exit_code
+        if report.failed:
+            exit_code = report.exit_code
+            console.print(f"No figure of {name}: {len(report.failed)} of its runs failed.", markup=False)
+        else:
+            _outputs(study, planned, profile, console)
+    make_solver_table(profile, console)
+    return exit_code
+
+
+def make_solver_table(profile: str, console: Console) -> None:
+    """Measure the portfolio solvers unless that was done before, and write their table."""
+    _say(solver_accuracy.make(profile, make_command("solver-table", profile)), console)
+
+
+def _outputs(study: Study, planned: Sequence[StudyRun], profile: str, console: Console) -> None:
+    artifacts = Artifacts(output_root(profile))
+    command = make_command(study.name.replace("_", "-"), profile)
+    for maker in FIGURES[study.name]:
+        maker(study, planned, artifacts, command, make_command("reproduce", profile))
+    _say(artifacts, console)
+
+
+def _say(artifacts: Artifacts, console: Console) -> None:
+    for line in artifacts.lines():
+        console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,204 @@
+"""How accurate and how fast each portfolio solver is: forward and gradient errors, time per instance.
+
+Measured on true returns ("targets") and on predictions of an untrained network of all degrees, against the
+exact solver and the folded SQP gradient at its solution. Everything but the times is deterministic.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+
+import pandas as pd
+import torch
+
+from experiments.artifacts import RESULTS, Artifacts, output_root
+from experiments.executor import single_threaded_environment
+from experiments.problems.portfolio import PortfolioProblem
+from foldopt.errors import InputError
+
+Layer = Callable[[torch.Tensor], torch.Tensor]
+REFERENCE = "exact"
+TITLES = {
+    "exact": "exact (f-SQP)",
+    "gurobi": "Gurobi (f-SQP)",
+    "scs_paper": "cvxpylayers, SCS, as in the paper",
+    "scs_normalized": "cvxpylayers, SCS, normalized",
+    "clarabel_paper": "cvxpylayers, Clarabel, as in the paper",
+    "clarabel_normalized": "cvxpylayers, Clarabel, normalized",
+}
+OVERRIDES: Mapping[str, list[str]] = {
+    "exact": ["backend=fold", "backend.forward=exact"],
+    "gurobi": ["backend=fold", "backend.forward=gurobi"],
+    "scs_paper": ["backend=cvxpylayers", "backend.scaling=paper", "backend.solver=SCS"],
+    "scs_normalized": ["backend=cvxpylayers", "backend.scaling=normalized", "backend.solver=SCS"],
+    "clarabel_paper": ["backend=cvxpylayers", "backend.scaling=paper", "backend.solver=CLARABEL"],
+    "clarabel_normalized": ["backend=cvxpylayers", "backend.scaling=normalized", "backend.solver=CLARABEL"],
+}
+KINDS = {"targets": "true returns", "predictions": "untrained network"}
+HEADER = (
+    "Input",
+    "Solver",
+    "Instances",
+    "Objective gap (%), mean / max",
+    "Risk limit exceeded by (%), max",
+    "Exceeded by > 1%",
+    "Gradient error, median / max",
+    "Forward (ms)",
+    "Backward (ms)",
+    "Failures",
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How much is measured: instances per degree and kind, in batches, for one seed."""
+
+    degrees: tuple[int, ...] = (1, 2, 3)
+    batches: int = 4
+    batch_size: int = 32
+    seed: int = 0
+
+
+PROFILES = {"smoke": Settings(batches=1), "default": Settings(), "paper": Settings(batches=8)}
+
+
+def compare(
+    problem: PortfolioProblem,
+    layers: Mapping[str, Layer],
+    batches: list[torch.Tensor],
+    cotangents: list[torch.Tensor],
+) -> pd.DataFrame:
+    """Return one row per layer and instance: solver, instance, gap, violation, gradient_error, failed, times.
+
+    `layers[REFERENCE]` is what the others are compared with. gap: |value - exact value| / |exact value|;
+    violation: (x'Vx/gamma - 1)+; gradient_error: |vjp - exact vjp| / |exact vjp|, NaN where the exact vjp is
+    zero (a vertex); seconds_forward and seconds_backward: those of the batch divided by its size.
+    """
+    frames, exact = [], {}
+    for name in sorted(layers, key=lambda key: key != REFERENCE):
+        _timed(layers[name], batches[0], cotangents[0])
+        for number, (c, cotangent) in enumerate(zip(batches, cotangents, strict=True)):
+            x, vjp, forward, backward = _timed(layers[name], c, cotangent)
+            if name == REFERENCE:
+                exact[number] = (x, vjp)
+            x_exact, vjp_exact = exact[number]
+            value, scale = problem.value(x_exact, c), vjp_exact.norm(dim=1)
+            error = (vjp - vjp_exact).norm(dim=1) / scale
+            frames.append(
+                pd.DataFrame(
+                    {
+                        "solver": name,
+                        "instance": range(number * len(c), (number + 1) * len(c)),
+                        "gap": ((problem.value(x, c) - value).abs() / value.abs()).numpy(),
+                        "violation": problem.violation(x)["risk"].numpy(),
+                        "gradient_error": error.where(scale > 1e-9 * scale.max(), torch.nan).numpy(),
+                        "failed": (~x.isfinite().all(dim=1)).numpy(),
+                        "seconds_forward": forward / len(c),
+                        "seconds_backward": backward / len(c),
+                    }
+                )
+            )
+    return pd.concat(frames, ignore_index=True)
+
+
+def _timed(
+    layer: Layer, c: torch.Tensor, cotangent: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, float, float]:
+    leaf = c.clone().requires_grad_()
+    start = time.perf_counter()
+    x = layer(leaf)
+    middle = time.perf_counter()
+    (vjp,) = torch.autograd.grad(x, leaf, cotangent)
+    end = time.perf_counter()
+    return x.detach(), vjp, middle - start, end - middle
+
+
+def measure(settings: Settings) -> pd.DataFrame:
+    """Return the rows of `compare` for every degree and kind of input (one thread)."""
+    torch.set_num_threads(1)
+    frames = []
+    for degree in settings.degrees:
+        overrides = ["task=portfolio", f"task.degree={degree}", f"seed={settings.seed}"]
+        problem, inputs = _inputs(overrides, settings)
+        layers = {}
+        for name, backend in OVERRIDES.items():
+            layers[name] = _layer(problem, [*overrides, *backend])
+        for kind, c in inputs.items():
+            generator = torch.Generator().manual_seed(settings.seed)
+            cotangents = torch.randn(c.shape, generator=generator, dtype=c.dtype)
+            split = (list(c.split(settings.batch_size)), list(cotangents.split(settings.batch_size)))
+            frames.append(compare(problem, layers, *split).assign(degree=degree, kind=kind))
+    return pd.concat(frames, ignore_index=True)
+
+
+def summarize(rows: pd.DataFrame, by: list[str]) -> pd.DataFrame:
+    """Return the table: one row per group of `by`; errors in percent, times in milliseconds per instance."""
+    table = rows.groupby(by, sort=False).agg(
+        instances=("instance", "size"),
+        gap_percent_mean=("gap", lambda gap: 100 * gap.mean()),
+        gap_percent_max=("gap", lambda gap: 100 * gap.max()),
+        violation_percent_max=("violation", lambda violation: 100 * violation.max()),
+        violated_share_percent=("violation", lambda violation: 100 * (violation > 0.01).mean()),
+        gradient_error_median=("gradient_error", "median"),
+        gradient_error_max=("gradient_error", "max"),
+        forward_milliseconds=("seconds_forward", lambda seconds: 1e3 * seconds.median()),
+        backward_milliseconds=("seconds_backward", lambda seconds: 1e3 * seconds.median()),
+        failures=("failed", "sum"),
+    )
+    return table.reset_index()
+
+
+def make(profile: str, command: str) -> Artifacts:
+    """Write tables/solver_accuracy.csv and .md, measuring once per profile; return what was written.
+
+    The measurement is kept beside the run folders, so that a second call has nothing to measure.
+    """
+    if profile not in PROFILES:
+        raise InputError(f"profile={profile!r} does not exist; choose one of {', '.join(PROFILES)}")
+    settings = PROFILES[profile]
+    rows = _measured_once(settings)
+    artifacts = Artifacts(output_root(profile))
+    artifacts.csv("tables/solver_accuracy", summarize(rows, ["solver", "kind", "degree"]))
+    artifacts.markdown(
+        "tables/solver_accuracy",
+        HEADER,
+        [_markdown_row(row) for row in summarize(rows, ["kind", "solver"]).to_dict("records")],
+        f"Degrees {', '.join(map(str, settings.degrees))}, batches of {settings.batch_size}, one thread, "
+        f"milliseconds per instance. Errors are those against the exact solver. Made by: `{command}`",
+    )
+    return artifacts
+
+
+def _measured_once(settings: Settings) -> pd.DataFrame:
+    key = hashlib.sha256(json.dumps(asdict(settings)).encode()).hexdigest()[:12]
+    path = RESULTS / "runs" / "portfolio" / f"solver_accuracy-{key}" / "measurements.csv"
+    if not path.is_file():
+        with (
+            single_threaded_environment(),
+            ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process,
+        ):
+            rows = process.submit(measure, settings).result()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        rows.to_csv(path, index=False)
+    return pd.read_csv(path)
+
+
+def _markdown_row(row: dict) -> list[str]:
+    return [
+        KINDS[row["kind"]],
+        TITLES[row["solver"]],
+        str(row["instances"]),
+        f"{row['gap_percent_mean']:.2g} / {row['gap_percent_max']:.2g}",
+        f"{row['violation_percent_max']:.2g}",
+        f"{row['violated_share_percent']:.0f}%",
+        f"{row['gradient_error_median']:.1g} / {row['gradient_error_max']:.1g}",
+        f"{row['forward_milliseconds']:.3f}",
+        f"{row['backward_milliseconds']:.3f}",
+        str(row["failures"]),
+    ]

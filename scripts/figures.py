@@ -1,0 +1,24 @@
+"""Make figures and tables of the studies from the run folders alone; nothing is trained."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from rich.console import Console
+
+from experiments import studies
+from experiments.reproduction import make_figures
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse the command line and make the figures; return the exit code."""
+    parser = argparse.ArgumentParser(prog="scripts/figures.py", description=__doc__)
+    parser.add_argument("--study", action="append", choices=studies.names(), help="default: all")
+    parser.add_argument("--profile", default="default", choices=studies.PROFILES, help="size of the studies")
+    options = parser.parse_args(arguments)
+    return make_figures(options.study or studies.names(), options.profile, Console())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,26 @@
+"""Run every study (or those named), then make figures and tables. Resumable: call it again after any stop."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+from rich.console import Console
+
+from experiments import studies
+from experiments.reproduction import reproduce
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse the command line and reproduce; return the exit code."""
+    parser = argparse.ArgumentParser(prog="scripts/reproduce.py", description=__doc__)
+    parser.add_argument("--study", action="append", choices=studies.names(), help="default: all")
+    parser.add_argument("--profile", default="default", choices=studies.PROFILES, help="size of the studies")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes of one thread each")
+    options = parser.parse_args(arguments)
+    return reproduce(options.study or studies.names(), options.profile, options.workers, Console())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
