@@ -1,0 +1,1 @@
+"""The research harness: tasks, models, backends, training, studies, figures."""

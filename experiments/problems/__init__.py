@@ -1,0 +1,1 @@
+"""The mathematics of each study: objective, constraints, exact solve, update, forms for other solvers."""

@@ -1,0 +1,147 @@
+"""Gurobi as a forward black box: one cached model per problem, solved sample by sample, multipliers returned."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from foldopt.errors import InfeasibleError, InputError, MissingDependencyError, SolverError, UnboundedError
+from foldopt.solvers.interior_point import QuadraticConstraints, Solution
+
+PARAMETERS = {
+    "OutputFlag": 0,
+    "Threads": 1,
+    "QCPDual": 1,
+    "FeasibilityTol": 1e-9,
+    "OptimalityTol": 1e-9,
+    "BarConvTol": 1e-10,
+    "BarQCPConvTol": 1e-10,
+}
+SIZE_LIMIT = 10010
+
+
+class GurobiQCQP:
+    """Minimize q'x subject to Ax = b, Gx <= h and 0.5 x'Q_j x + r_j'x <= s_j with Gurobi, for a batch of q.
+
+    The constraints are fixed, the model is built at the first call and only its objective changes afterwards.
+
+    Args:
+        n: number of variables (free; state bounds in G). A: (p, n). b: (p,). G: (m, n). h: (m,).
+        quadratic: Q (k, n, n) positive semidefinite, r (k, n), s (k,). tensors on the CPU.
+        parameters: Gurobi parameters, on top of tight tolerances, one thread and no output.
+    """
+
+    def __init__(
+        self,
+        n: int,
+        A: Tensor | None = None,
+        b: Tensor | None = None,
+        G: Tensor | None = None,
+        h: Tensor | None = None,
+        *,
+        quadratic: QuadraticConstraints | None = None,
+        parameters: dict[str, Any] | None = None,
+    ) -> None:
+        empty = torch.zeros(0, n), torch.zeros(0)
+        self.n = n
+        self.equalities = empty if A is None else (A, b)
+        self.inequalities = empty if G is None else (G, h)
+        self.quadratic = quadratic or (torch.zeros(0, n, n), *empty)
+        for name, (matrix, vector) in (("A, b", self.equalities), ("G, h", self.inequalities)):
+            if vector is None or tuple(matrix.shape) != (len(vector), n):
+                raise InputError(f"{name} do not fit: expected shapes (p, {n}) and (p,), got {tuple(matrix.shape)}.")
+        self.parameters = {**PARAMETERS, **(parameters or {})}
+        self._model: tuple[Any, ...] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_model": None}
+
+    def __call__(self, q: Tensor) -> Solution:
+        """Return the solutions for q (B, n), float64 on its device; `residual` is not measured (NaN).
+
+        Raises InfeasibleError, UnboundedError or SolverError with the batch indices; MissingDependencyError where
+        gurobipy is not installed.
+        """
+        if q.dim() != 2 or q.shape[1] != self.n:
+            raise InputError(f"q has shape {tuple(q.shape)}, expected (B, {self.n}).")
+        gp = _gurobipy()
+        model, x, equal, below, quadratic = self._model = self._model or self._build(gp)
+        rows, failed = [], {}
+        for index, objective in enumerate(q.detach().double().cpu().numpy()):
+            model.setObjective(objective @ x)
+            try:
+                model.optimize()
+            except gp.GurobiError as error:
+                raise _explained(error, self) from error
+            if model.Status not in (gp.GRB.OPTIMAL, gp.GRB.SUBOPTIMAL):
+                failed.setdefault(model.Status, []).append(index)
+                continue
+            duals = [-constraint.QCPi for constraint in quadratic], (-below.Pi).tolist() if below is not None else []
+            nu = (-equal.Pi).tolist() if equal is not None else []
+            rows.append((x.X.tolist(), nu, [max(dual, 0.0) for dual in (*duals[0], *duals[1])], model.BarIterCount))
+        if failed:
+            raise _failure(failed, gp)
+        like = {"dtype": torch.float64, "device": q.device}
+        solutions, nus, lams, iterations = zip(*rows, strict=True) if rows else ((), (), (), ())
+        B = len(q)
+        return Solution(
+            torch.tensor(solutions, **like).reshape(B, self.n),
+            torch.tensor(nus, **like).reshape(B, len(self.equalities[1])),
+            torch.tensor(lams, **like).reshape(B, len(self.quadratic[2]) + len(self.inequalities[1])),
+            torch.tensor(iterations, dtype=torch.long, device=q.device),
+            torch.ones(B, dtype=torch.bool, device=q.device),
+            torch.full((B,), torch.nan, **like),
+        )
+
+    def _build(self, gp: Any) -> tuple[Any, ...]:
+        try:
+            environment = gp.Env(params={"OutputFlag": 0})
+            model = gp.Model(env=environment)
+        except gp.GurobiError as error:
+            raise _explained(error, self) from error
+        for name, value in self.parameters.items():
+            model.setParam(name, value)
+        x = model.addMVar(self.n, lb=-gp.GRB.INFINITY)
+        A, b, G, h = (t.double().numpy() for t in (*self.equalities, *self.inequalities))
+        equal = model.addConstr(A @ x == b) if len(b) else None
+        below = model.addConstr(G @ x <= h) if len(h) else None
+        quadratic = [
+            model.addConstr(x @ (0.5 * Q.double().numpy()) @ x + r.double().numpy() @ x <= float(s))
+            for Q, r, s in zip(*self.quadratic, strict=True)
+        ]
+        model.update()
+        return model, x, equal, below, quadratic
+
+
+def _gurobipy() -> Any:
+    try:
+        import gurobipy
+    except ImportError as error:
+        raise MissingDependencyError(
+            "gurobipy is not installed; install it with: pip install 'foldopt[gurobi]'"
+        ) from error
+    return gurobipy
+
+
+def _explained(error: Exception, problem: GurobiQCQP) -> SolverError:
+    if getattr(error, "errno", None) == SIZE_LIMIT:
+        return SolverError(
+            f"the Gurobi licence does not cover a model of {problem.n} variables (the pip licence: 2000, or 200 with "
+            "quadratic terms); install a full licence or use another solver."
+        )
+    return SolverError(f"Gurobi cannot solve: {error} (code {getattr(error, 'errno', 'unknown')}).")
+
+
+def _failure(failed: dict[int, list[int]], gp: Any) -> SolverError:
+    names = {getattr(gp.GRB.Status, name): name for name in dir(gp.GRB.Status) if name.isupper()}
+    indices = sorted(index for group in failed.values() for index in group)
+    what = ", ".join(f"{names.get(status, status)} at {group[:10]}" for status, group in failed.items())
+    message = f"Gurobi did not solve {len(indices)} samples: {what}."
+    kinds = set(failed)
+    if kinds <= {gp.GRB.INFEASIBLE}:
+        return InfeasibleError(message + " The constraints admit no point; relax them.", indices)
+    if kinds <= {gp.GRB.UNBOUNDED, gp.GRB.INF_OR_UNBD}:
+        return UnboundedError(message + " Add bounds, or check the objective.", indices)
+    return SolverError(message + " Rescale the problem or loosen parameters=.", indices)
