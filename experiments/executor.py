@@ -17,12 +17,12 @@ from pathlib import Path
 from rich.console import Console
 
 from experiments import runs
+from experiments.interruption import STOP_CODES, StopRequest
 from experiments.progress import Display, TimeEstimate
 from experiments.studies import StudyRun
 from foldopt.errors import InputError
 
 RunOne = Callable[[list[str]], int]
-STOP_CODES = (130, 143)
 GRACE_SECONDS = 120.0
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
 
@@ -63,7 +63,7 @@ class Report:
 
 def run_overrides(overrides: list[str]) -> int:
     """Execute one run in this process exactly as `python run.py <overrides>` does; return its exit code."""
-    from experiments.trainer import execute as execute_run
+    from experiments.execution import execute as execute_run
 
     return execute_run(runs.compose(overrides))
 
@@ -176,28 +176,6 @@ def _sigint_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-class _StopRequest:
-    """Counts SIGINT and SIGTERM while active: the first asks for a graceful stop, the second kills."""
-
-    def __init__(self) -> None:
-        self.signal: int | None = None
-        self.count = 0
-
-    def __enter__(self) -> _StopRequest:
-        self._before = {
-            number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)
-        }
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, _frame: object) -> None:
-        self.signal = self.signal or number
-        self.count += 1
-
-
 def execute(
     planned: Sequence[StudyRun],
     *,
@@ -227,7 +205,7 @@ def execute(
     if not pending:
         return report
     begin = time.monotonic()
-    with _StopRequest() as stop, Display(console, len(planned), len(report.skipped), estimate) as display:
+    with StopRequest() as stop, Display(console, len(planned), len(report.skipped), estimate) as display:
         _loop(pending, min(workers, len(pending)), run_one, report, display, stop)
     report.stopped_by = stop.signal if report.unfinished else None
     report.seconds = time.monotonic() - begin
@@ -240,7 +218,7 @@ def _loop(
     run_one: RunOne,
     report: Report,
     display: Display,
-    stop: _StopRequest,
+    stop: StopRequest,
 ) -> None:
     crew = [_Worker(run_one) for _ in range(workers)]
     stop_sent: float | None = None
@@ -284,7 +262,7 @@ def _hand_out(crew: list[_Worker], pending: deque[StudyRun], run_one: RunOne, di
             display.started(worker.run)
 
 
-def _settle(worker: _Worker, stop: _StopRequest, report: Report, display: Display) -> None:
+def _settle(worker: _Worker, stop: StopRequest, report: Report, display: Display) -> None:
     run, seconds = worker.run, time.monotonic() - worker.started
     worker.run = None
     code, reason = worker.result()

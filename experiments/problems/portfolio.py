@@ -107,6 +107,14 @@ class PortfolioProblem:
         hessian = (2 * lam[:, :1] / limit)[:, :, None] * V
         return SQPData(-c, hessian, x.sum(1, keepdim=True) - 1, torch.ones_like(x)[:, None, :], g, jacobian_g)
 
+    def sqp_start(self, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return a cold start (x, nu, lam) of SQP: equal weights, and the multipliers' sizes from the spread of c."""
+        c = self._checked(c)
+        mean = c.mean(1, keepdim=True)
+        lam = torch.zeros(len(c), self.n + 1, dtype=c.dtype, device=c.device)
+        lam[:, 0] = (c.amax(1) - mean[:, 0]).clamp(min=torch.finfo(c.dtype).eps)
+        return torch.full_like(c, 1 / self.n), mean, lam
+
     def exact(
         self, c: Tensor, V: Tensor | None = None, gamma: Tensor | None = None, *, warm: Tensor | None = None
     ) -> PortfolioSolution:

@@ -1,0 +1,57 @@
+"""Backends: from an optimization problem to a layer that a network can be trained through."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Protocol
+
+from torch import Tensor
+
+from foldopt.fold import FixedPointLayer
+
+
+class Backend(Protocol):
+    """What the trainer asks of a backend. Its class is made with (task, linear_solver) and the keys of its YAML.
+
+    trains_on: "decision" (the loss of the decisions it returns) or "prediction" (the prediction error).
+    """
+
+    trains_on: ClassVar[str]
+
+    @staticmethod
+    def unsuitable(task: Any) -> str | None:
+        """Return why this backend cannot do the task, None if it can."""
+        ...
+
+    def __call__(self, parameters: Tensor) -> Tensor:
+        """Return the decisions for the predicted parameters, differentiable; NaN in samples that failed."""
+        ...
+
+    def take_failures(self) -> int:
+        """Return how many samples failed, forward or backward, since the last call."""
+        ...
+
+
+class LayerBackend:
+    """A backend around a layer of foldopt whose state begins with the decisions."""
+
+    trains_on: ClassVar[str] = "decision"
+
+    def __init__(self, problem: Any, layer: FixedPointLayer) -> None:
+        self.problem, self.layer = problem, layer
+
+    def __call__(self, parameters: Tensor) -> Tensor:
+        """Return the decisions for the predicted parameters."""
+        return self.layer(*self.problem.params(parameters))[0]
+
+    def take_failures(self) -> int:
+        """Return how many samples of the last call failed, forward or backward."""
+        last, self.layer.last = self.layer.last, None
+        if last is None:
+            return 0
+        ok = last.ok if last.backward is None else last.ok & last.backward.ok
+        return int((~ok).sum())
+
+
+def lacks(task: Any, feature: str, why: str) -> str | None:
+    """Return `why` if the task's problem has no attribute called `feature`."""
+    return None if hasattr(task.problem, feature) else why

@@ -1,0 +1,195 @@
+"""One run from configuration to exit code: folder, lock, log, signals, failures, summary."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import logging
+import platform
+import subprocess
+import time
+import traceback
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from experiments import runs
+from experiments.components import Components, build
+from experiments.interruption import StopRequest
+from experiments.tracking import Tracker
+from experiments.trainer import Interrupted, Trainer
+from foldopt.errors import FoldoptError, InputError
+
+log = logging.getLogger("foldopt.run")
+PACKAGES = ("foldopt", "torch", "cvxpylayers", "diffcp", "scs", "clarabel", "gurobipy", "qpth", "hydra-core", "wandb")
+
+
+def execute(cfg: DictConfig, console: Console | None = None) -> int:
+    """Bring one run to its end and return the exit code of ``python run.py``.
+
+    0: finished, now or before. 1: failed, with the reason on the console, the traceback in error.txt. 130 or 143:
+    stopped by SIGINT or SIGTERM at a point from which the same call goes on.
+    """
+    console = console or Console()
+    path = runs.folder(cfg)
+    if runs.status(path) == "finished":
+        _say(console, f"Nothing to do: this run is finished, see {_short(path)}")
+        return 0
+    try:
+        device = resolve_device(cfg.device)
+        torch.set_num_threads(cfg.threads)
+        torch.manual_seed(cfg.seed)
+        parts = build(cfg)
+    except FoldoptError as error:
+        _say(console, f"error: {error}")
+        return 1
+    path.mkdir(parents=True, exist_ok=True)
+    with StopRequest(insist=True) as stop, _log_to(path / "log.txt"):
+        try:
+            with _locked(path):
+                return _run(cfg, parts, path, device, console, stop)
+        except FoldoptError as error:
+            _say(console, f"error: {error}")
+            return 1
+
+
+def _run(
+    cfg: DictConfig, parts: Components, path: Path, device: torch.device, console: Console, stop: StopRequest
+) -> int:
+    runs.write_atomically(path / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+    (path / "summary.json").unlink(missing_ok=True)
+    (path / "error.txt").unlink(missing_ok=True)
+    _say(console, f"{cfg.task.name} {cfg.backend.name} {cfg.model.name} seed={cfg.seed} on {device}: {_short(path)}")
+    begun = datetime.now(UTC)
+    tracker, code = None, 1
+    try:
+        trainer = Trainer(cfg, parts, path, device)
+        tracker = Tracker(cfg, path, runs.identity(cfg))
+        seconds = trainer.fit(tracker, console, stop)
+        _write_summary(path, cfg, device, begun, "finished", seconds_wall=seconds, final=_final(path))
+        code = 0
+    except Interrupted:
+        code = stop.exit_code
+        _say(console, "Interrupted; the same command goes on from the last finished epoch.")
+        log.info("interrupted with exit code %d", code)
+    except Exception as error:
+        (path / "error.txt").write_text(traceback.format_exc())
+        log.exception("failed")
+        _write_summary(path, cfg, device, begun, "failed", error=f"{type(error).__name__}: {error}")
+        _say(console, f"error: {error}\nTraceback in {_short(path / 'error.txt')}")
+        if not isinstance(error, FoldoptError):
+            raise
+    finally:
+        if tracker is not None:
+            tracker.finish(code)
+    return code
+
+
+def resolve_device(name: str) -> torch.device:
+    """Return the torch device called `name`; "auto" is CUDA where there is one. Raises InputError if it is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"device={name!r} is unknown; choose auto, cpu, cuda or cuda:<number>.") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"device={name!r} is not there: {torch.cuda.device_count()} CUDA devices; use device=auto.")
+    return device
+
+
+def _final(path: Path) -> dict[str, Any]:
+    """Return the last metrics of each split, and the test metrics at the epoch of the smallest validation regret."""
+    frame = runs.load_metrics(path)
+    last = {split: part.iloc[-1].dropna().to_dict() for split, part in frame.groupby("split")}
+    val = frame[(frame["split"] == "val") & (frame["epoch"] > 0)]
+    best = frame[(frame["split"] == "test") & (frame["epoch"] == val.loc[val["regret"].idxmin(), "epoch"])].iloc[0]
+    return {**last, "test_at_best_val": best.dropna().to_dict()}
+
+
+def _write_summary(
+    path: Path, cfg: DictConfig, device: torch.device, begun: datetime, status: str, **content: Any
+) -> None:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    summary = {
+        "status": status,
+        **content,
+        "identity": runs.identity(cfg),
+        "started": begun.isoformat(timespec="seconds"),
+        "ended": datetime.now(UTC).isoformat(timespec="seconds"),
+        "device": f"{device} ({name})",
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "versions": {package: _version(package) for package in PACKAGES},
+        "git": _git(),
+    }
+    runs.write_atomically(path / "summary.json", json.dumps(summary, indent=2) + "\n")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _git() -> dict[str, Any] | None:
+    """Return commit and whether tracked files differ from it; None outside a git checkout."""
+
+    def output(*arguments: str) -> str:
+        command = ["git", "-C", str(runs.ROOT), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changed = output("status", "--porcelain", "--untracked-files=no")
+        return {"commit": output("rev-parse", "HEAD"), "modified": bool(changed)}
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with (path / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(f"another process is executing this run ({_short(path)}); wait for it or stop it.") from error
+        yield
+
+
+@contextlib.contextmanager
+def _log_to(path: Path) -> Iterator[None]:
+    """Send the run's log, warnings included, to a file while active."""
+    handler = logging.FileHandler(path, delay=True)
+    formatter = logging.Formatter("%(asctime)s %(levelname)s %(message)s")
+    formatter.converter = time.gmtime
+    handler.setFormatter(formatter)
+    loggers = log, logging.getLogger("py.warnings")
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+    logging.captureWarnings(True)
+    try:
+        yield
+    finally:
+        logging.captureWarnings(False)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.removeHandler(handler)
+            logger.setLevel(level)
+        handler.close()
+
+
+def _short(path: Path) -> str:
+    return str(path.relative_to(runs.ROOT)) if path.is_relative_to(runs.ROOT) else str(path)
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)

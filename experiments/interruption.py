@@ -1,0 +1,38 @@
+"""SIGINT and SIGTERM as a request to stop at the next resumable point."""
+
+from __future__ import annotations
+
+import signal
+
+STOP_CODES = (130, 143)
+
+
+class StopRequest:
+    """Counts SIGINT and SIGTERM while active (a context manager, main thread): `signal` is the first that came.
+
+    insist: a second SIGINT raises KeyboardInterrupt at once.
+    """
+
+    def __init__(self, insist: bool = False) -> None:
+        self.signal: int | None = None
+        self.count = 0
+        self._insist = insist
+
+    @property
+    def exit_code(self) -> int:
+        """128 + signal: 130 for SIGINT, 143 for SIGTERM; 0 if none came."""
+        return 0 if self.signal is None else 128 + self.signal
+
+    def __enter__(self) -> StopRequest:
+        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _frame: object) -> None:
+        self.signal = self.signal or number
+        self.count += 1
+        if self._insist and self.count > 1 and number == signal.SIGINT:
+            raise KeyboardInterrupt

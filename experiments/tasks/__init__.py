@@ -1,0 +1,44 @@
+"""Tasks: data, loss and metrics of one study each; the mathematics is in experiments/problems."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+Samples = dict[str, Tensor]
+
+
+class Task(Protocol):
+    """What the trainer asks of a task.
+
+    problem: the optimization problem whose parameters are predicted, handed to the backend.
+    n_inputs, n_outputs: sizes of the model. splits: "train", "val" and "test", each a dict of tensors with the samples
+    along the first dimension; "inputs" is what the model gets.
+    """
+
+    problem: Any
+    n_inputs: int
+    n_outputs: int
+    splits: dict[str, Samples]
+
+    def to(self, device: torch.device) -> None:
+        """Move the splits to the device."""
+        ...
+
+    def parameters(self, outputs: Tensor) -> Tensor:
+        """Return the problem's parameters that the model's outputs (B, n_outputs) stand for."""
+        ...
+
+    def decision_losses(self, decisions: Tensor, samples: Samples) -> Tensor:
+        """Return the loss of each decision, (B,), differentiable."""
+        ...
+
+    def prediction_losses(self, outputs: Tensor, samples: Samples) -> Tensor:
+        """Return the prediction error of each sample, (B,), differentiable."""
+        ...
+
+    def metrics(self, outputs: Tensor, samples: Samples) -> dict[str, float]:
+        """Return columns of metrics.csv for the outputs of a whole split, by the task's exact solver."""
+        ...

@@ -1,0 +1,71 @@
+"""Weights & Biases beside the run folder: offline by default, never a reason to lose a run."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from foldopt.errors import InputError
+
+MODES = ("offline", "online", "disabled")
+log = logging.getLogger("foldopt.run")
+
+
+class Tracker:
+    """One W&B run. Where mode=online cannot be reached it goes on offline, so that `wandb sync` can send it later.
+
+    The run's id follows from its identity: a resumed run continues the same W&B run.
+    """
+
+    def __init__(self, cfg: DictConfig, folder: Path, run_id: str) -> None:
+        mode = cfg.tracking.mode
+        if mode not in MODES:
+            raise InputError(f"tracking.mode={mode!r} is unknown; choose one of {MODES}.")
+        self._run = None
+        if mode == "disabled":
+            return
+        import wandb
+
+        try:
+            self._run = self._start(wandb, cfg, folder, run_id, mode)
+        except (wandb.errors.CommError, wandb.errors.UsageError, TimeoutError) as error:
+            if mode != "online":
+                raise
+            log.warning("W&B cannot be reached (%s); this run is tracked offline, send it later: wandb sync", error)
+            self._run = self._start(wandb, cfg, folder, run_id, "offline")
+
+    @staticmethod
+    def _start(wandb: Any, cfg: DictConfig, folder: Path, run_id: str, mode: str) -> Any:
+        t = cfg.tracking
+        settings = wandb.Settings(
+            silent=True, console="off", init_timeout=t.init_timeout, x_disable_stats=True, x_disable_meta=True
+        )
+        return wandb.init(
+            project=t.project,
+            entity=t.entity,
+            group=t.group,
+            tags=list(t.tags),
+            name=folder.name,
+            id=run_id[:12],
+            resume="allow" if mode == "online" else None,
+            dir=folder,
+            mode=mode,
+            config=OmegaConf.to_container(cfg, resolve=True),
+            settings=settings,
+        )
+
+    def log(self, rows: list[dict[str, Any]]) -> None:
+        """Log the rows of one epoch as <split>/<column>."""
+        if self._run is None:
+            return
+        values = {f"{r['split']}/{k}": v for r in rows for k, v in r.items() if k not in ("split", "epoch")}
+        self._run.log({**values, "epoch": rows[0]["epoch"]}, step=rows[0]["epoch"])
+
+    def finish(self, exit_code: int) -> None:
+        """Close the run; 0 marks it finished."""
+        if self._run is not None:
+            self._run.finish(exit_code=exit_code)
+            self._run = None

@@ -1,0 +1,241 @@
+"""The common trainer: trains one run epoch by epoch and records it so that it can be resumed exactly."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+from experiments.backends import Backend
+from experiments.checkpoint import Checkpoint, Row
+from experiments.components import Components
+from experiments.interruption import StopRequest
+from experiments.tasks import Samples, Task
+from experiments.tracking import Tracker
+from foldopt.errors import FoldoptError, InputError
+
+log = logging.getLogger("foldopt.run")
+SCHEDULES = ("constant", "cosine")
+ZERO_GRADIENT = 1e-12
+
+
+class DivergenceError(FoldoptError, ArithmeticError):
+    """Training produced NaN or inf; says where, and what to try."""
+
+
+class Interrupted(Exception):  # noqa: N818
+    """SIGINT or SIGTERM arrived; the last checkpoint is where the run goes on."""
+
+
+class Stopwatch:
+    """Seconds by name; waits for the GPU at every reading."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self.seconds, self._last = device, {}, 0.0
+
+    def start(self) -> None:
+        """Begin to measure."""
+        self._synchronize()
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        """Add the time since the last reading to `name`."""
+        self._synchronize()
+        now = time.perf_counter()
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._last
+        self._last = now
+
+    def _synchronize(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+
+class Trainer:
+    """Trains the model of a run on its task through its backend.
+
+    Each epoch visits the training samples in an order that follows from (seed, epoch) alone. Val and test are
+    evaluated after every epoch, and before the first as epoch 0, in eval mode and with the task's exact solver
+    whatever the backend.
+    """
+
+    def __init__(self, cfg: DictConfig, parts: Components, folder: Path, device: torch.device) -> None:
+        self.cfg, self.device = cfg, device
+        self.task: Task = parts.task
+        self.backend: Backend = parts.backend
+        self.model: nn.Module = parts.model.to(device)
+        self.task.to(device)
+        train = cfg.train
+        self._check(train)
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=train.lr)
+        self.schedule = (
+            torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, train.epochs)
+            if train.schedule == "cosine"
+            else torch.optim.lr_scheduler.ConstantLR(self.optimizer, factor=1.0)
+        )
+        self.checkpoint = Checkpoint(
+            folder, model=self.model, optimizer=self.optimizer, schedule=self.schedule
+        )
+
+    @staticmethod
+    def _check(train: DictConfig) -> None:
+        for name, least in (("epochs", 1), ("batch_size", 1), ("mse_epochs", 0)):
+            if train[name] != int(train[name]) or train[name] < least:
+                raise InputError(f"train.{name}={train[name]}: expected a whole number of at least {least}.")
+        for name in ("lr", "loss_scale"):
+            if not train[name] > 0:
+                raise InputError(f"train.{name}={train[name]}: expected a number above 0.")
+        if train.schedule not in SCHEDULES:
+            raise InputError(f"train.schedule={train.schedule!r} is unknown; choose one of {SCHEDULES}.")
+
+    def fit(self, tracker: Tracker, console: Console, stop: StopRequest) -> float:
+        """Train to the last epoch; return the seconds spent, those before a resumption included.
+
+        Raises Interrupted after a signal, DivergenceError where loss or predictions are no longer finite.
+        """
+        done, before = self.checkpoint.restore(self.device)
+        if done >= 0:
+            log.info("resumed after epoch %d of %d", done, self.cfg.train.epochs)
+        begin = time.perf_counter()
+        with self._progress(console) as progress:
+            bar = progress.add_task("", total=self.cfg.train.epochs, completed=max(done, 0))
+            for epoch in range(done + 1, self.cfg.train.epochs + 1):
+                rows = self._epoch(epoch, stop)
+                self.checkpoint.save(epoch, before + time.perf_counter() - begin, rows)
+                tracker.log(rows)
+                line = _line(epoch, self.cfg.train.epochs, rows)
+                log.info(line)
+                progress.update(bar, completed=epoch, description=line)
+                if progress.disable:
+                    console.print(line, markup=False, highlight=False, soft_wrap=True)
+        return before + time.perf_counter() - begin
+
+    def _progress(self, console: Console) -> Progress:
+        columns = TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn()
+        return Progress(
+            *columns,
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not (self.cfg.progress and console.is_terminal),
+        )
+
+    def _epoch(self, epoch: int, stop: StopRequest) -> list[Row]:
+        rows = [self._train(epoch, stop)] if epoch else []
+        return rows + [self._evaluate(epoch, split) for split in ("val", "test")]
+
+    def on_prediction(self, epoch: int) -> bool:
+        """Whether this epoch trains on the prediction loss: the backend's choice, or the warm start."""
+        return self.backend.trains_on == "prediction" or epoch <= self.cfg.train.mse_epochs
+
+    def _train(self, epoch: int, stop: StopRequest) -> Row:
+        self.model.train()
+        watch = Stopwatch(self.device)
+        begin = time.perf_counter()
+        totals = {"loss": 0.0, "zero": 0, "failures": 0, "samples": 0}
+        for batch in self._batches(epoch):
+            if stop.signal is not None:
+                raise Interrupted
+            loss, zero = self._step(epoch, batch, watch)
+            size = len(batch["inputs"])
+            totals["loss"] += loss * size
+            totals["zero"] += zero
+            totals["failures"] += self.backend.take_failures()
+            totals["samples"] += size
+        self.schedule.step()
+        if totals["failures"]:
+            log.warning("epoch %d: the solver failed on %d of %d samples", epoch, totals["failures"], totals["samples"])
+        return {
+            "epoch": epoch,
+            "split": "train",
+            "loss": totals["loss"] / totals["samples"],
+            "seconds_network": watch.seconds["network"],
+            "seconds_solve": watch.seconds.get("solve", 0.0),
+            "seconds_backward": watch.seconds.get("backward", 0.0),
+            "seconds_epoch": time.perf_counter() - begin,
+            "samples": totals["samples"],
+            "zero_gradient_fraction": totals["zero"] / totals["samples"],
+            "solver_failures": totals["failures"],
+        }
+
+    def _batches(self, epoch: int) -> Iterator[Samples]:
+        samples = self.task.splits["train"]
+        n, size = len(samples["inputs"]), self.cfg.train.batch_size
+        generator = torch.Generator().manual_seed(self.cfg.seed * 1_000_003 + epoch)
+        order = torch.randperm(n, generator=generator)
+        for chosen in order.split(size):
+            if len(chosen) == 1 and n > 1:
+                continue  # one sample alone has no batch statistics
+            index = chosen.to(self.device)
+            yield {name: values[index] for name, values in samples.items()}
+
+    def _step(self, epoch: int, batch: Samples, watch: Stopwatch) -> tuple[float, int]:
+        """Take one optimizer step; return the loss and how many samples had a zero gradient.
+
+        The graph is cut at the predicted parameters, so that the time of the layer and of the network are told apart.
+        """
+        watch.start()
+        outputs = self.model(batch["inputs"])
+        self._refuse_nan(outputs, "predictions", epoch)
+        leaf = outputs.detach().requires_grad_()
+        watch.lap("network")
+        if self.on_prediction(epoch):
+            loss = self.task.prediction_losses(leaf, batch).mean()
+            (gradient,) = torch.autograd.grad(loss, leaf)
+        else:
+            decisions = self.backend(self.task.parameters(leaf))
+            watch.lap("solve")
+            loss = self.cfg.train.loss_scale * self._decision_loss(decisions, batch)
+            (gradient,) = torch.autograd.grad(loss, leaf) if loss.requires_grad else (torch.zeros_like(leaf),)
+            watch.lap("backward")
+        self._refuse_nan(loss, "the loss", epoch)
+        self._refuse_nan(gradient, "the gradient of the loss", epoch)
+        self.optimizer.zero_grad(set_to_none=True)
+        outputs.backward(gradient)
+        self.optimizer.step()
+        sizes = gradient.detach().flatten(1).norm(dim=1)
+        zero = int((sizes <= ZERO_GRADIENT * sizes.amax()).sum())
+        watch.lap("network")
+        return float(loss.detach()), zero
+
+    def _decision_loss(self, decisions: Tensor, batch: Samples) -> Tensor:
+        """Return the mean loss over the samples that the backend solved (it returns NaN in the others)."""
+        sound = decisions.detach().flatten(1).isfinite().all(1)
+        filled = torch.where(sound.view(-1, *[1] * (decisions.dim() - 1)), decisions, 0.0)
+        losses = self.task.decision_losses(filled, batch)
+        return torch.where(sound, losses, 0.0).sum() / sound.sum().clamp(min=1)
+
+    def _refuse_nan(self, values: Tensor, what: str, epoch: int) -> None:
+        if not values.detach().isfinite().all():
+            raise DivergenceError(
+                f"training diverged: {what} hold NaN or inf in epoch {epoch}. Lower train.lr={self.cfg.train.lr} or "
+                f"change train.loss_scale={self.cfg.train.loss_scale}; metrics until epoch {epoch - 1} are kept."
+            )
+
+    @torch.no_grad()
+    def _evaluate(self, epoch: int, split: str) -> Row:
+        self.model.eval()
+        samples = self.task.splits[split]
+        outputs = torch.cat([self.model(part) for part in samples["inputs"].split(1000)])
+        self._refuse_nan(outputs, "predictions", epoch)
+        metrics = self.task.metrics(outputs, samples)
+        if self.backend.trains_on == "prediction":
+            loss = float(self.task.prediction_losses(outputs, samples).mean())
+        else:
+            loss = self.cfg.train.loss_scale * metrics["regret"]
+        return {"epoch": epoch, "split": split, "loss": loss, "samples": len(outputs), **metrics}
+
+
+def _line(epoch: int, epochs: int, rows: list[Row]) -> str:
+    row: dict[str, Any] = {f"{r['split']} {k}": v for r in rows for k, v in r.items()}
+    shown = [("train loss", ".4g"), ("val regret_percent", ".3f"), ("test regret_percent", ".3f"), ("test mse", ".3g")]
+    values = [f"{name.replace('_percent', ' %')} {row[name]:{form}}" for name, form in shown if name in row]
+    seconds = f"{row['train seconds_epoch']:.1f} s" if "train seconds_epoch" in row else "before training"
+    return f"epoch {epoch}/{epochs}: {', '.join(values)} ({seconds})"
