@@ -211,6 +211,17 @@ class FixedPointLayer(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "last": None}
 
+    def forward(self, *params: Tensor) -> State:
+        """Return the layer's state for the parameters; torch.compile leaves it as it is."""
+        if torch.compiler.is_compiling():
+            # As a decorator, disable would load the compiler, which is 5 s of import time.
+            return torch.compiler.disable(self.layer)(*params)
+        return self.layer(*params)
+
+    def layer(self, *params: Tensor) -> State:
+        """Compute the state; each kind of layer has its own."""
+        raise NotImplementedError
+
     def tolerance(self, dtype: torch.dtype) -> float:
         """Return the fixed-point tolerance: `tol`, or 1e-6 for float64 and 1e-3 for lower precision."""
         return self.tol or (1e-6 if dtype == torch.float64 else 1e-3)
@@ -295,8 +306,7 @@ class FoldedLayer(FixedPointLayer):
         super().__init__(*args, **kwargs)
         self.linear_solver = linear_solver
 
-    @torch.compiler.disable
-    def forward(self, *params: Tensor) -> State:
+    def layer(self, *params: Tensor) -> State:
         """Return the solution state of the parameters; see `fold`."""
         cast, answer = self.cast(params)
         state, single = self.solved(cast)

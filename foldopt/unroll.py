@@ -22,8 +22,7 @@ class IteratedLayer(FixedPointLayer):
             raise InputError(f"iterations={iterations}: at least one step has to be recorded.")
         self.iterations, self.from_solution = iterations, from_solution
 
-    @torch.compiler.disable
-    def forward(self, *params: Tensor) -> State:
+    def layer(self, *params: Tensor) -> State:
         """Return the state after the recorded steps; see `unroll` and `unfold`."""
         cast, answer = self.cast(params)
         state, single = self.solved(cast)
