@@ -37,7 +37,8 @@ def generate(
 
     B ~ Bernoulli(1/2) of shape (n_assets, n_features), L ~ U(-0.0025 tau, 0.0025 tau) of shape (n_assets, 4), features
     z ~ N(0, I). Returns are mean + L f + 0.01 tau e with f, e standard normal and mean
-    ((0.05 / sqrt(n_features)) B z + 0.1^(1/degree))^degree; V = L L' + (0.01 tau)^2 I; gamma = 2.25 w'Vw, w = (1/10) 1.
+    ((0.05 / sqrt(n_features)) B z + 0.1^(1/degree))^degree; V = L L' + (0.01 tau)^2 I; gamma = 2.25 w'Vw with w = (2/n_assets) 1,
+    which is e/10 for their 20 assets.
 
     Args:
         degree: of the polynomial, from 1; the higher the further from linear. tau: noise level, above 0.
@@ -68,7 +69,7 @@ def generate(
     mean = (0.05 / n_features**0.5 * z @ B.T + 0.1 ** (1 / degree)) ** degree
     returns = mean + normal(total, 4) @ L.T + 0.01 * tau * normal(total, n_assets)
     V = L @ L.T + (0.01 * tau) ** 2 * torch.eye(n_assets, dtype=torch.float64)
-    w = torch.full((n_assets,), 0.1, dtype=torch.float64)
+    w = torch.full((n_assets,), 2 / n_assets, dtype=torch.float64)
     sizes = [n_train, n_val, n_test]
     names = ("train", "val", "test")
     return PortfolioData(

@@ -30,8 +30,9 @@ def f_sqp(
         options: as for `foldopt.fold`.
 
     Returns:
-        ``layer(*params) -> (x, nu, lam)``, differentiable. Where active constraints are linearly dependent or the
-        solution is not unique, the derivative is the least-norm one and ``layer.update.last.singular`` marks the
-        sample; at a vertex (as many active constraints as variables) it is exactly zero.
+        ``layer(*params) -> (x, nu, lam)``, differentiable. At a vertex (as many active constraints as variables) the
+        derivative is exactly zero; at a weakly active constraint it is a one-sided one; where the multipliers are not
+        unique it is that of least norm, and ``layer.update.last.singular`` marks the sample. Where the solution itself
+        is not unique there is no derivative and the sample falls under `on_failure`.
     """
     return fold(solve, SQP(program, stepsize), dtype=dtype, **options)

@@ -26,7 +26,7 @@ def flatten(state: Sequence[Tensor]) -> Tensor:
     """Concatenate the parts of a state, each (B, ...), to (B, N)."""
     if len(state) == 1 and state[0].dim() == 2:
         return state[0]
-    return torch.cat([part.reshape(len(part), -1) for part in state], dim=1)
+    return torch.cat([part.flatten(1) if part.dim() > 1 else part[:, None] for part in state], dim=1)
 
 
 def unflatten(flat: Tensor, like: Sequence[Tensor]) -> Tensors:

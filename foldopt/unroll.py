@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from foldopt.errors import InputError
 from foldopt.fold import FixedPointLayer, masked
-from foldopt.step import State
+from foldopt.step import State, Tensors, flatten
 
 
 class IteratedLayer(FixedPointLayer):
@@ -27,22 +27,36 @@ class IteratedLayer(FixedPointLayer):
         cast, answer = self.cast(params)
         state, single = self.solved(cast)
         step, tensors = self.step_for(single, cast)
+        hold = self.on_failure in ("nan", "zero")
+        lost = torch.zeros(len(state[0]), dtype=torch.bool, device=state[0].device)
         previous = state
         for k in range(self.iterations):
             previous, state = state, step(state, tensors)
             if k == 0 and self.from_solution:
                 self.last = self.certify(previous, state)
+            if hold:
+                lost |= ~flatten(state).detach().isfinite().all(1)
+                state = _where(~lost, state, previous)
         if not self.from_solution:
-            self.last = self.certify(tuple(part.detach() for part in previous), state)
-        if self.on_failure in ("nan", "zero") and not self.last.ok.all():
-            self._mask_gradient(state, self.last.ok)
+            stepped = _where(~lost, state, tuple(torch.full_like(part, torch.nan) for part in state))
+            self.last = self.certify(tuple(part.detach() for part in previous), stepped)
+        if hold and not (ok := self.last.ok & ~lost).all():
+            self.last.ok = ok
+            _mask_gradient(state, ok, self.on_failure)
         state = tuple(part.to(answer) for part in state)
         return state[0] if single else state
 
-    def _mask_gradient(self, state: tuple[Tensor, ...], ok: Tensor) -> None:
-        for part in state:
-            if part.requires_grad:
-                part.register_hook(lambda g: masked((g,), ok, self.on_failure)[0])
+
+def _where(ok: Tensor, good: Tensors, other: Tensors) -> Tensors:
+    return tuple(
+        torch.where(ok.view(-1, *[1] * (a.dim() - 1)), a, b) for a, b in zip(good, other, strict=True)
+    )
+
+
+def _mask_gradient(state: Tensors, ok: Tensor, policy: str) -> None:
+    for part in state:
+        if part.requires_grad:
+            part.register_hook(lambda g: masked((g,), ok, policy)[0])
 
 
 def unroll(
@@ -58,7 +72,8 @@ def unroll(
     """Unroll: run `iterations` steps from the starting point ``solve(*params)`` on the graph.
 
     Same signature and checks as `foldopt.fold`; time and memory of the backward grow with `iterations`. A sample that
-    still moves by more than `tol` in the last step has not converged and falls under `on_failure`.
+    still moves by more than `tol` in the last step has not converged and falls under `on_failure`; with "nan" or "zero" a
+    sample whose step is not finite keeps its last finite state.
     """
     return IteratedLayer(
         solve,

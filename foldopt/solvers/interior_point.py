@@ -49,7 +49,8 @@ def solve_qcqp(
         max_iter: cap of Newton steps.
 
     Returns float64 results. Infeasible, unbounded or numerically failing samples come back with ok=False and leave the
-    others alone. Mehrotra's predictor-corrector with one step length per sample; Nocedal and Wright, ch. 16 and 19.
+    others alone. Mehrotra's predictor-corrector with one step length per sample (Nocedal and Wright, ch. 16 and 19), the corrector
+    weighted by the predictor's step, without which it cycles on badly centred iterates (Colombo and Gondzio, 2008).
 
     Raises InputError for shapes that do not fit.
     """
@@ -97,7 +98,7 @@ def solve_qcqp(
             a = torch.minimum(_longest(lam, dlam), _longest(slack, ds))
             mu_affine = ((lam + a[:, None] * dlam) * (slack + a[:, None] * ds)).sum(1) / (k + m)
             centre = ((mu_affine / mu) ** 3 * mu)[:, None]
-            dx, dnu, dlam, ds = newton.direction(rd, rp, ri, lam * slack + dlam * ds - centre)
+            dx, dnu, dlam, ds = newton.direction(rd, rp, ri, lam * slack + a[:, None] * dlam * ds - centre)
         fraction = 0.995 if k + m else 1.0
         a = fraction * torch.minimum(_longest(lam, dlam), _longest(slack, ds))[:, None]
         x, nu, lam, slack = (

@@ -16,7 +16,8 @@ TOLERANCE = 1e-9
 class QPSolution(NamedTuple):
     """Primal x (B, n), multipliers nu (B, p) and lam (B, m) >= 0; active (B, m) bool, ok and singular (B,) bool.
 
-    ok is False where no point with a small KKT residual was found; x, nu and lam are NaN there.
+    ok is False where no point with a small KKT residual was found; x, nu and lam are NaN there, and so is the
+    derivative unless the cotangent is zero.
     singular marks samples whose KKT matrix is singular (ties, dependent active constraints): their multipliers and
     derivatives are those of least norm.
     """
@@ -155,15 +156,19 @@ class _KKT(torch.autograd.Function):
         H, _, A, _, G, _, _ = inputs
         x, nu, lam, active, ok, singular = output
         ctx.mark_non_differentiable(active, ok, singular)
-        ctx.save_for_backward(H, A, G, x, nu, lam, active)
+        ctx.save_for_backward(H, A, G, x, nu, lam, active, ok)
 
     @staticmethod
     def backward(ctx: Any, gx: Tensor, gnu: Tensor, glam: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        H, A, G, x, nu, lam, active = ctx.saved_tensors
+        H, A, G, x, nu, lam, active, ok = ctx.saved_tensors
+        if not ok.all():
+            x, nu, lam = (torch.where(ok[:, None], t, 0) for t in (x, nu, lam))
         n, p, m = H.shape[1], A.shape[1], G.shape[1]
         K = _kkt_matrix(H, A, G, active)
         g = torch.cat([gx, gnu, torch.where(active, glam, 0)], 1)
         w = _solve_symmetric(K, g)
+        if not ok.all():
+            w = torch.where((ok | (g == 0).all(1))[:, None], w, torch.nan)
         wx, wnu, wlam = w.split([n, p, m], 1)
         wlam = torch.where(active, wlam, 0)
         return (
