@@ -23,8 +23,7 @@ def require_finished(planned: Sequence[StudyRun], command: str) -> None:
         named = "\n".join(f"  {run.label} ({status})" for run, status in missing[:12])
         more = f"\n  and {len(missing) - 12} more" if len(missing) > 12 else ""
         raise MissingRunsError(
-            f"{len(missing)} of {len(planned)} runs are not finished:\n{named}{more}\n"
-            f"Make them with: {command}"
+            f"{len(missing)} of {len(planned)} runs are not finished:\n{named}{more}\nMake them with: {command}"
         )
 
 

@@ -45,9 +45,7 @@ class Artifacts:
 
     def csv(self, name: str, table: pd.DataFrame) -> None:
         """Write `table` as <name>.csv with 6 significant digits."""
-        self.write(
-            f"{name}.csv", table.to_csv(index=False, float_format="%.6g", lineterminator="\n").encode()
-        )
+        self.write(f"{name}.csv", table.to_csv(index=False, float_format="%.6g", lineterminator="\n").encode())
 
     def markdown(self, name: str, header: Sequence[str], rows: Iterable[Sequence[str]], note: str) -> None:
         """Write a table of texts as <name>.md, `note` below it."""

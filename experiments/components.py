@@ -51,7 +51,9 @@ def make(node: DictConfig, group: str, **context: Any) -> Any:
     try:
         inspect.signature(target).bind(**context, **options)
     except TypeError as error:
-        raise InputError(f"{group}={node.get('name')}: {error}; {target.__name__} takes {inspect.signature(target)}") from error
+        raise InputError(
+            f"{group}={node.get('name')}: {error}; {target.__name__} takes {inspect.signature(target)}"
+        ) from error
     return target(**context, **options)
 
 

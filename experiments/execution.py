@@ -160,7 +160,9 @@ def _locked(path: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise InputError(f"another process is executing this run ({_short(path)}); wait for it or stop it.") from error
+            raise InputError(
+                f"another process is executing this run ({_short(path)}); wait for it or stop it."
+            ) from error
         yield
 
 

@@ -93,9 +93,7 @@ def _attempt(run_one: RunOne, overrides: list[str], folder: Path) -> tuple[int, 
         return 1, f"{type(error).__name__}: {error} (traceback in {folder / 'error.txt'})"
     if code == 0 or code in STOP_CODES:
         return code, ""
-    where = next(
-        (folder / name for name in ("error.txt", "output.txt", "log.txt") if (folder / name).exists()), folder
-    )
+    where = next((folder / name for name in ("error.txt", "output.txt", "log.txt") if (folder / name).exists()), folder)
     return code, f"exit code {code}, see {where}"
 
 
@@ -240,9 +238,7 @@ def _loop(
             for pipe in connection.wait([worker.pipe for worker in busy], timeout=0.25):
                 worker = next(worker for worker in busy if worker.pipe is pipe)
                 _settle(worker, stop, report, display)
-            display.refresh(
-                list(pending), [(worker.run, worker.started) for worker in crew if worker.run is not None]
-            )
+            display.refresh(list(pending), [(worker.run, worker.started) for worker in crew if worker.run is not None])
     finally:
         report.unfinished.extend(pending)
         for worker in crew:

@@ -84,9 +84,7 @@ class Display:
         self._overall = self._progress.add_task("runs", total=total, completed=done, note="")
 
     def __enter__(self) -> Display:
-        self._console.print(
-            f"{self._total - self._done} runs to do, {self._done} of {self._total} are finished."
-        )
+        self._console.print(f"{self._total - self._done} runs to do, {self._done} of {self._total} are finished.")
         self._progress.start()
         return self
 

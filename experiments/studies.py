@@ -41,9 +41,7 @@ class Study:
     def profile(self, name: str) -> Profile:
         """Return the profile called `name`; InputError lists those that exist."""
         if name not in self.profiles:
-            raise InputError(
-                f"study {self.name} has no profile {name!r}; choose one of {', '.join(self.profiles)}"
-            )
+            raise InputError(f"study {self.name} has no profile {name!r}; choose one of {', '.join(self.profiles)}")
         return self.profiles[name]
 
 
@@ -88,9 +86,7 @@ def parse(raw: Mapping[str, Any], source: str) -> Study:
     profiles = {}
     for profile_name, content in raw["profiles"].items():
         for series, part in content["series"].items():
-            _check_part(
-                f"{source}: profiles.{profile_name}.series.{series}", series, part, raw["series"], grid
-            )
+            _check_part(f"{source}: profiles.{profile_name}.series.{series}", series, part, raw["series"], grid)
         profiles[profile_name] = Profile(
             seeds=int(content["seeds"]),
             overrides=tuple(content.get("overrides", ())),
@@ -110,9 +106,7 @@ def parse(raw: Mapping[str, Any], source: str) -> Study:
     )
 
 
-def _check_part(
-    where: str, series: str, part: Mapping[str, Any], known: Mapping[str, Any], grid: Mapping
-) -> None:
+def _check_part(where: str, series: str, part: Mapping[str, Any], known: Mapping[str, Any], grid: Mapping) -> None:
     if series not in known:
         raise InputError(f"{where}: no such series; choose from {sorted(known)}")
     for key, values in part.items():

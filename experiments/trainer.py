@@ -80,9 +80,7 @@ class Trainer:
             if train.schedule == "cosine"
             else torch.optim.lr_scheduler.ConstantLR(self.optimizer, factor=1.0)
         )
-        self.checkpoint = Checkpoint(
-            folder, model=self.model, optimizer=self.optimizer, schedule=self.schedule
-        )
+        self.checkpoint = Checkpoint(folder, model=self.model, optimizer=self.optimizer, schedule=self.schedule)
 
     @staticmethod
     def _check(train: DictConfig) -> None:

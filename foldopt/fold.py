@@ -34,7 +34,11 @@ POLICIES = ("raise", "warn", "nan", "zero")
 
 
 def fixed_point_vjp(
-    recorded: Recorded, cotangent: Tensors, solver: LinearSolver, jacobian: Jacobian | None = None, keep: Tensor | None = None
+    recorded: Recorded,
+    cotangent: Tensors,
+    solver: LinearSolver,
+    jacobian: Jacobian | None = None,
+    keep: Tensor | None = None,
 ) -> tuple[Tensors, LinearSolveInfo]:
     """Solve v = Phi^T v + g (eq. 26): the cotangent v that, pulled back through one step, is the layer's (eq. 27).
 
@@ -158,9 +162,7 @@ def _record_connected(step: StepFunction, state: Tensors, params: Tensors) -> Re
     return Recorded(step(x, c), x, c)
 
 
-def _apply_policy(
-    policy: str, error: type[SolverError], bad: Tensor, residual: Tensor, what: str, remedy: str
-) -> None:
+def _apply_policy(policy: str, error: type[SolverError], bad: Tensor, residual: Tensor, what: str, remedy: str) -> None:
     """Raise or warn about the samples in `bad`; the policies "nan" and "zero" act on the gradient instead."""
     if policy in ("nan", "zero"):
         return
@@ -266,7 +268,9 @@ class FixedPointLayer(nn.Module):
                 f"solve returned {type(returned).__name__}, expected a tensor of shape (B, ...) or a tuple of such."
             )
         if len({len(part) for part in state}) > 1:
-            raise InputError(f"solve returned parts of different batch sizes, shapes {[tuple(p.shape) for p in state]}.")
+            raise InputError(
+                f"solve returned parts of different batch sizes, shapes {[tuple(p.shape) for p in state]}."
+            )
         for i, part in enumerate(state):
             if part.device != like.device:
                 raise InputError(f"solve returned part {i} on {part.device}, but the parameters are on {like.device}.")

@@ -36,7 +36,9 @@ class LinearSolveInfo(NamedTuple):
     fallback: Tensor
 
     @classmethod
-    def measure(cls, method: str, g: Tensor, v: Tensor, phi_v: Tensor, iterations: Tensor, tol: float) -> LinearSolveInfo:
+    def measure(
+        cls, method: str, g: Tensor, v: Tensor, phi_v: Tensor, iterations: Tensor, tol: float
+    ) -> LinearSolveInfo:
         """Return the certificate of `v`, given phi_v = Phi^T v."""
         residual = _relative(g + phi_v - v, g)
         return cls(method, iterations, residual, residual <= tol, torch.zeros_like(residual, dtype=torch.bool))
@@ -318,7 +320,9 @@ def linear_solver(choice: str | LinearSolver) -> LinearSolver:
     """
     if not isinstance(choice, str):
         if not callable(choice):
-            raise InputError(f"linear_solver={choice!r} is not callable; pass a name of {sorted(SOLVERS)} or an instance.")
+            raise InputError(
+                f"linear_solver={choice!r} is not callable; pass a name of {sorted(SOLVERS)} or an instance."
+            )
         return choice
     if choice not in SOLVERS:
         raise InputError(f"linear_solver={choice!r} is unknown; choose one of {sorted(SOLVERS)}.")

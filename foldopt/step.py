@@ -56,7 +56,9 @@ def record(step: StepFunction, state: Tensors, params: Tensors) -> Recorded:
     return Recorded(outputs, x, c)
 
 
-def vjp_of(recorded: Recorded, inputs: Sequence[Tensor], cotangent: Sequence[Tensor], **kwargs: Any) -> list[Tensor | None]:
+def vjp_of(
+    recorded: Recorded, inputs: Sequence[Tensor], cotangent: Sequence[Tensor], **kwargs: Any
+) -> list[Tensor | None]:
     """Pull `cotangent` back through the recorded step to `inputs`; None where an input takes no part."""
     wanted = [i for i in inputs if i.requires_grad]
     reached = [(out, v) for out, v in zip(recorded.outputs, cotangent, strict=True) if out.requires_grad]
@@ -72,9 +74,7 @@ def state_vjp(recorded: Recorded) -> Callable[[Tensor], Tensor]:
 
     def vjp(v: Tensor) -> Tensor:
         pulled = vjp_of(recorded, recorded.state, unflatten(v, recorded.state))
-        return flatten(
-            [torch.zeros_like(s) if p is None else p for p, s in zip(pulled, recorded.state, strict=True)]
-        )
+        return flatten([torch.zeros_like(s) if p is None else p for p, s in zip(pulled, recorded.state, strict=True)])
 
     return vjp
 

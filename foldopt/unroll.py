@@ -48,9 +48,7 @@ class IteratedLayer(FixedPointLayer):
 
 
 def _where(ok: Tensor, good: Tensors, other: Tensors) -> Tensors:
-    return tuple(
-        torch.where(ok.view(-1, *[1] * (a.dim() - 1)), a, b) for a, b in zip(good, other, strict=True)
-    )
+    return tuple(torch.where(ok.view(-1, *[1] * (a.dim() - 1)), a, b) for a, b in zip(good, other, strict=True))
 
 
 def _mask_gradient(state: Tensors, ok: Tensor, policy: str) -> None:

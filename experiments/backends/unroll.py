@@ -16,7 +16,13 @@ class UnrollBackend(LayerBackend):
     """`iterations` SQP steps from the problem's cold start; tol and on_failure as for `foldopt.unroll`."""
 
     def __init__(
-        self, task: Any, linear_solver: LinearSolver, optimizer: str, iterations: int, tol: float | None, on_failure: str
+        self,
+        task: Any,
+        linear_solver: LinearSolver,
+        optimizer: str,
+        iterations: int,
+        tol: float | None,
+        on_failure: str,
     ) -> None:
         problem = task.problem
         if optimizer != "sqp":
@@ -25,9 +31,7 @@ class UnrollBackend(LayerBackend):
         def start(parameters: Any, *_: Any) -> Any:
             return problem.sqp_start(parameters)
 
-        layer = unroll(
-            start, SQP(problem), iterations=iterations, tol=tol, on_failure=on_failure, dtype=torch.float64
-        )
+        layer = unroll(start, SQP(problem), iterations=iterations, tol=tol, on_failure=on_failure, dtype=torch.float64)
         super().__init__(problem, layer)
 
     @staticmethod

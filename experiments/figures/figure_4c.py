@@ -34,12 +34,12 @@ LINES = {
     "fold": Line("#000000", order=4),
     "fold_gurobi": Line("#E69F00", style=(0, (1, 1.6)), width=1.8, order=5),
     "two_stage": Line("#009E73", style=(0, (5, 1.5))),
+    "fold_tuned": Line("#CC79A7", width=2.2),
+    "two_stage_tuned": Line("#009E73", width=1.2),
 }
 
 
-def make(
-    study: Study, planned: Sequence[StudyRun], artifacts: Artifacts, command: str, run_command: str
-) -> None:
+def make(study: Study, planned: Sequence[StudyRun], artifacts: Artifacts, command: str, run_command: str) -> None:
     """Write figures/figure_4c.png, .pdf and .csv from the finished runs.
 
     `command` made the figure and stands in its caption; `run_command` makes the runs and stands in the

@@ -148,9 +148,7 @@ class PortfolioProblem:
         hard = (~solution.ok).nonzero()[:, 0]
         if len(hard):
             solved = _interior(c[hard], V[hard], gamma[hard], hard)
-            solution = PortfolioSolution(
-                *(a.index_copy(0, hard, b) for a, b in zip(solution, solved, strict=True))
-            )
+            solution = PortfolioSolution(*(a.index_copy(0, hard, b) for a, b in zip(solution, solved, strict=True)))
         return solution
 
     def gurobi(self, c: Tensor) -> PortfolioSolution:

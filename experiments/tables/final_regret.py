@@ -21,9 +21,7 @@ COLUMNS = (
 )
 
 
-def make(
-    study: Study, planned: Sequence[StudyRun], artifacts: Artifacts, command: str, run_command: str
-) -> None:
+def make(study: Study, planned: Sequence[StudyRun], artifacts: Artifacts, command: str, run_command: str) -> None:
     """Write tables/final_regret.csv and .md (mean and standard deviation over seeds) from the finished runs.
 
     `command` made the table and stands in its note; `run_command` makes the runs and stands in the
@@ -33,9 +31,7 @@ def make(
     table = summarize(collect(planned))
     artifacts.csv("tables/final_regret", table)
     order = {name: position for position, name in enumerate(study.series)}
-    rows = table.sort_values(
-        GROUP, key=lambda column: column.map(order) if column.name == "series" else column
-    )
+    rows = table.sort_values(GROUP, key=lambda column: column.map(order) if column.name == "series" else column)
     task = planned[0].config.task
     artifacts.markdown(
         "tables/final_regret",
@@ -51,9 +47,7 @@ def summarize(frame: pd.DataFrame) -> pd.DataFrame:
     """Return final and best-validation test regret and seconds per training epoch, one row per group."""
     test = frame[frame["split"] == "test"]
     last = test[test["epoch"] == test.groupby([*GROUP, "seed"])["epoch"].transform("max")]
-    training = (
-        frame[frame["split"] == "train"].groupby([*GROUP, "seed"], as_index=False)["seconds_epoch"].mean()
-    )
+    training = frame[frame["split"] == "train"].groupby([*GROUP, "seed"], as_index=False)["seconds_epoch"].mean()
     parts = [
         ("regret", aggregate(last, GROUP, "regret_percent")),
         ("regret_best_validation", aggregate(at_best_validation(frame), GROUP, "regret_percent")),

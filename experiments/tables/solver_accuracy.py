@@ -17,9 +17,11 @@ from multiprocessing import get_context
 import pandas as pd
 import torch
 
+from experiments import components, runs
 from experiments.artifacts import RESULTS, Artifacts, output_root
 from experiments.executor import single_threaded_environment
 from experiments.problems.portfolio import PortfolioProblem
+from experiments.tasks import Task
 from foldopt.errors import InputError
 
 Layer = Callable[[torch.Tensor], torch.Tensor]
@@ -107,9 +109,7 @@ def compare(
     return pd.concat(frames, ignore_index=True)
 
 
-def _timed(
-    layer: Layer, c: torch.Tensor, cotangent: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, float, float]:
+def _timed(layer: Layer, c: torch.Tensor, cotangent: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float, float]:
     leaf = c.clone().requires_grad_()
     start = time.perf_counter()
     x = layer(leaf)
@@ -125,16 +125,27 @@ def measure(settings: Settings) -> pd.DataFrame:
     frames = []
     for degree in settings.degrees:
         overrides = ["task=portfolio", f"task.degree={degree}", f"seed={settings.seed}"]
-        problem, inputs = _inputs(overrides, settings)
-        layers = {}
-        for name, backend in OVERRIDES.items():
-            layers[name] = _layer(problem, [*overrides, *backend])
+        task, inputs = _inputs(overrides, settings)
+        layers = {
+            name: components.build(runs.compose([*overrides, *backend])).backend for name, backend in OVERRIDES.items()
+        }
         for kind, c in inputs.items():
             generator = torch.Generator().manual_seed(settings.seed)
             cotangents = torch.randn(c.shape, generator=generator, dtype=c.dtype)
             split = (list(c.split(settings.batch_size)), list(cotangents.split(settings.batch_size)))
-            frames.append(compare(problem, layers, *split).assign(degree=degree, kind=kind))
+            frames.append(compare(task.problem, layers, *split).assign(degree=degree, kind=kind))
     return pd.concat(frames, ignore_index=True)
+
+
+def _inputs(overrides: list[str], settings: Settings) -> tuple[Task, dict[str, torch.Tensor]]:
+    """Return the task, and the instances of each kind of `KINDS`: training returns and predictions for them."""
+    torch.manual_seed(settings.seed)
+    parts = components.build(runs.compose(overrides))
+    samples = parts.task.splits["train"]
+    with torch.no_grad():
+        predictions = parts.task.parameters(parts.model(samples["inputs"]))
+    count = settings.batches * settings.batch_size
+    return parts.task, {"targets": samples["returns"][:count], "predictions": predictions[:count]}
 
 
 def summarize(rows: pd.DataFrame, by: list[str]) -> pd.DataFrame:

@@ -130,9 +130,7 @@ class _KKT(torch.autograd.Function):
     """Forward: active-set guess, else interior point and polish. Backward: one solve with the same KKT matrix."""
 
     @staticmethod
-    def forward(
-        H: Tensor, q: Tensor, A: Tensor, b: Tensor, G: Tensor, h: Tensor, active: Tensor
-    ) -> tuple[Tensor, ...]:
+    def forward(H: Tensor, q: Tensor, A: Tensor, b: Tensor, G: Tensor, h: Tensor, active: Tensor) -> tuple[Tensor, ...]:
         x, nu, lam, ok, factor = _candidate(H, q, A, b, G, h, active)
         singular = factor.singular
         hard = (~ok).nonzero()[:, 0]

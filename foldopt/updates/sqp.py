@@ -104,7 +104,9 @@ class SQP(nn.Module):
     def __init__(self, program: SQPProgram, stepsize: float = 1.0) -> None:
         super().__init__()
         if not callable(getattr(program, "sqp_data", None)):
-            raise InputError(f"program={program!r} has no method sqp_data; wrap its functions in foldopt.SmoothProgram.")
+            raise InputError(
+                f"program={program!r} has no method sqp_data; wrap its functions in foldopt.SmoothProgram."
+            )
         if not 0 < stepsize <= 1:
             raise InputError(f"stepsize={stepsize}: SQP takes a step in (0, 1].")
         self.program, self.stepsize = program, stepsize

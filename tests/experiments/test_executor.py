@@ -147,9 +147,7 @@ def test_estimate_learns_per_series():
     estimate.learn("two_stage", 1.0)
     assert estimate.expected("fold") == pytest.approx(3.0)
     assert estimate.expected("cvxpylayers") == pytest.approx(7 / 3)
-    assert estimate.remaining(
-        ["fold", "fold", "two_stage"], [("fold", 2.0), ("two_stage", 5.0)]
-    ) == pytest.approx(4.0)
+    assert estimate.remaining(["fold", "fold", "two_stage"], [("fold", 2.0), ("two_stage", 5.0)]) == pytest.approx(4.0)
     assert estimate.remaining([], [("fold", 1.0)]) == pytest.approx(2.0)
 
 

@@ -22,9 +22,7 @@ def metrics(level: float, epochs: int = 3) -> pd.DataFrame:
     for epoch in range(epochs + 1):
         regret = level / (1 + epoch)
         for split in ("val", "test") if epoch == 0 else ("train", "val", "test"):
-            rows.append(
-                {"epoch": epoch, "split": split, "regret_percent": regret, "seconds_epoch": level / 100}
-            )
+            rows.append({"epoch": epoch, "split": split, "regret_percent": regret, "seconds_epoch": level / 100})
     return pd.DataFrame(rows)
 
 

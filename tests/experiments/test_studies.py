@@ -32,9 +32,7 @@ def with_part(part: dict) -> dict:
 def test_expansion_is_grid_times_series_times_seeds_less_what_the_profile_leaves_out():
     expanded = studies.expand(studies.parse(RAW, "tiny.yaml"))
     assert Counter(run.series for run in expanded) == {"fold": 3 * 2 * 2, "two_stage": 3}
-    assert all(
-        run.point == {"task.degree": 3, "model": "mlp"} for run in expanded if run.series == "two_stage"
-    )
+    assert all(run.point == {"task.degree": 3, "model": "mlp"} for run in expanded if run.series == "two_stage")
 
 
 def test_overrides_reach_the_configuration():

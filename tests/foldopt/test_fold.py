@@ -217,7 +217,11 @@ def test_undeclared_parameter_raises_and_names_the_remedy():
     stray = torch.ones(4, dtype=F64, requires_grad=True)
     derived = stray * 2
     hidden = {"net": Net()}
-    for update in (lambda x, c: heron(x, c) * stray, lambda x, c: heron(x, c) * derived, lambda x, c: hidden["net"](x, c)):
+    for update in (
+        lambda x, c: heron(x, c) * stray,
+        lambda x, c: heron(x, c) * derived,
+        lambda x, c: hidden["net"](x, c),
+    ):
         with pytest.raises(errors.UndeclaredParameterError, match=r"shape \(4,.*\).*modules="):
             foldopt.fold(lambda c: c.exp(), update)(c)
 
@@ -259,7 +263,9 @@ def test_step_that_does_not_fix_the_solution_is_found_out():
         x[1] = 2.9
         return x
 
-    with pytest.raises(errors.FixedPointError, match=r"at 1 of 3 samples, worst at index 1.*Solver and step disagree") as e:
+    with pytest.raises(
+        errors.FixedPointError, match=r"at 1 of 3 samples, worst at index 1.*Solver and step disagree"
+    ) as e:
         foldopt.fold(solve, heron)(c)
     assert e.value.indices == (1,)
     with pytest.raises(errors.FixedPointError):

@@ -143,7 +143,9 @@ def test_closed_form_model_is_that_of_the_functions():
         lambda x, c, V, gamma: x.sum(1, keepdim=True) - 1,
         lambda x, c, V, gamma: torch.cat([torch.einsum("bi,ij,bj->b", x, V / gamma, x)[:, None] - 1, -x], 1),
     )
-    for mine, general in zip(p.sqp_data(*s.state, *p.params(c)), functions.sqp_data(*s.state, *p.params(c)), strict=True):
+    for mine, general in zip(
+        p.sqp_data(*s.state, *p.params(c)), functions.sqp_data(*s.state, *p.params(c)), strict=True
+    ):
         assert torch.allclose(mine.expand_as(general), general, rtol=1e-12, atol=1e-14)
     g = torch.randn_like(c)
     gradients = []
@@ -331,7 +333,12 @@ def test_smallest_variance_of_a_diagonal_covariance():
         (torch.eye(2), 0.0, InputError, "gamma=0"),
         (torch.eye(2), -1.0, InputError, "gamma=-1"),
         (torch.eye(2), float("nan"), InputError, "gamma=nan"),
-        (torch.eye(2), 0.4, InfeasibleError, "gamma=0.4: no portfolio has so little risk, the smallest variance is 0.5"),
+        (
+            torch.eye(2),
+            0.4,
+            InfeasibleError,
+            "gamma=0.4: no portfolio has so little risk, the smallest variance is 0.5",
+        ),
     ],
 )
 def test_bad_risk_models_are_refused(V, gamma, error, message):
