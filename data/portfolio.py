@@ -1,4 +1,4 @@
-"""Synthetic portfolio data of Elmachtoub and Grigas, "Smart predict, then optimize", Management Science 2022, App. D."""
+"""Synthetic portfolio data of Elmachtoub and Grigas, "Smart predict, then optimize" (2022), appendix D."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def generate(
 
     B ~ Bernoulli(1/2) of shape (n_assets, n_features), L ~ U(-0.0025 tau, 0.0025 tau) of shape (n_assets, 4), features
     z ~ N(0, I). Returns are mean + L f + 0.01 tau e with f, e standard normal and mean
-    ((0.05 / sqrt(n_features)) B z + 0.1^(1/degree))^degree; V = L L' + (0.01 tau)^2 I; gamma = 2.25 w'Vw with w = (2/n_assets) 1,
-    which is e/10 for their 20 assets.
+    ((0.05 / sqrt(n_features)) B z + 0.1^(1/degree))^degree; V = L L' + (0.01 tau)^2 I; gamma = 2.25 w'Vw with
+    w = (2/n_assets) 1, which is e/10 for their 20 assets.
 
     Args:
         degree: of the polynomial, from 1; the higher the further from linear. tau: noise level, above 0.

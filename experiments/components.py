@@ -51,9 +51,8 @@ def make(node: DictConfig, group: str, **context: Any) -> Any:
     try:
         inspect.signature(target).bind(**context, **options)
     except TypeError as error:
-        raise InputError(
-            f"{group}={node.get('name')}: {error}; {target.__name__} takes {inspect.signature(target)}"
-        ) from error
+        takes = ", ".join(name for name in inspect.signature(target).parameters if name not in context)
+        raise InputError(f"{group}={node.get('name')}: {error}; its keys are: {takes}.") from error
     return target(**context, **options)
 
 
@@ -67,7 +66,8 @@ def build(cfg: DictConfig) -> Components:
     if reason:
         able = [name for name, node in group_options("backend").items() if not target_of(node, name).unsuitable(task)]
         raise CombinationError(
-            f"backend={cfg.backend.name} cannot do task={cfg.task.name}: {reason}. Backends that can: {', '.join(able)}."
+            f"backend={cfg.backend.name} cannot do task={cfg.task.name}: {reason}. "
+            f"Backends that can: {', '.join(able) or 'none'}."
         )
     solver = make(cfg.linear_solver, "linear_solver")
     backend = make(cfg.backend, "backend", task=task, linear_solver=solver)

@@ -93,7 +93,7 @@ def _run(
 
 
 def resolve_device(name: str) -> torch.device:
-    """Return the torch device called `name`; "auto" is CUDA where there is one. Raises InputError if it is not there."""
+    """Return the torch device called `name`, "auto" being CUDA if there is one; InputError if it is not there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -70,8 +70,8 @@ def unroll(
     """Unroll: run `iterations` steps from the starting point ``solve(*params)`` on the graph.
 
     Same signature and checks as `foldopt.fold`; time and memory of the backward grow with `iterations`. A sample that
-    still moves by more than `tol` in the last step has not converged and falls under `on_failure`; with "nan" or "zero" a
-    sample whose step is not finite keeps its last finite state.
+    still moves by more than `tol` in the last step has not converged and falls under `on_failure`; with "nan" or "zero"
+    a sample whose step is not finite keeps its last finite state.
     """
     return IteratedLayer(
         solve,

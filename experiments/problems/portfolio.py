@@ -276,7 +276,7 @@ def _interior(c: Tensor, V: Tensor, gamma: Tensor, indices: Tensor) -> Portfolio
             f"{infeasible[:10]}; raise gamma or check V there.",
             infeasible,
         )
-    B, n = c.shape
+    n = c.shape[1]
     size = c.abs().amax(1, keepdim=True)
     size = torch.where(size > 0, size, 1.0)
     ones, eye = c.new_ones(1, n), torch.eye(n, dtype=c.dtype, device=c.device)

@@ -49,8 +49,9 @@ def solve_qcqp(
         max_iter: cap of Newton steps.
 
     Returns float64 results. Infeasible, unbounded or numerically failing samples come back with ok=False and leave the
-    others alone. Mehrotra's predictor-corrector with one step length per sample (Nocedal and Wright, ch. 16 and 19), the corrector
-    weighted by the predictor's step, without which it cycles on badly centred iterates (Colombo and Gondzio, 2008).
+    others alone. Mehrotra's predictor-corrector with one step length per sample (Nocedal and Wright, ch. 16 and 19),
+    the corrector weighted by the predictor's step, without which it cycles on badly centred iterates (Colombo and
+    Gondzio, 2008).
 
     Raises InputError for shapes that do not fit.
     """
@@ -62,7 +63,9 @@ def solve_qcqp(
     limits = torch.cat([s, h], 1)
     if k + m:
         slack = torch.maximum(limits, slack)
-    lam = lam * (_largest(q)[:, None] + torch.finfo(q.dtype).tiny)
+    cost, curvature = _largest(q), H.flatten(1).abs().amax(1)
+    cost = torch.where(cost > 0, cost, torch.where(curvature > 0, curvature, 1.0))
+    lam = lam * cost[:, None]
     primal_scale = 1 + torch.maximum(_largest(b), _largest(limits))
     iterations = torch.zeros(B, dtype=torch.long, device=q.device)
     active = torch.ones(B, dtype=torch.bool, device=q.device)
@@ -77,7 +80,7 @@ def solve_qcqp(
         rp = torch.einsum("bpi,bi->bp", A, x) - b
         ri = values + slack - limits
         gap = (lam * slack).sum(1)
-        dual_scale = _largest(q) + _largest(Hx) + _largest(lam) + torch.finfo(q.dtype).tiny
+        dual_scale = cost + _largest(Hx) + _largest(lam)
         size = primal_scale + _largest(x)
         now = torch.stack(
             [_largest(rd) / dual_scale, _largest(rp) / size, _largest(ri) / size, gap / (dual_scale * size)]
@@ -97,7 +100,8 @@ def solve_qcqp(
             mu = gap / (k + m)
             a = torch.minimum(_longest(lam, dlam), _longest(slack, ds))
             mu_affine = ((lam + a[:, None] * dlam) * (slack + a[:, None] * ds)).sum(1) / (k + m)
-            centre = ((mu_affine / mu) ** 3 * mu)[:, None]
+            floor = 0.01 * tol * dual_scale * size / (k + m)  # complementarity must not run ahead of feasibility
+            centre = ((mu_affine / mu) ** 3 * mu).maximum(floor)[:, None]
             dx, dnu, dlam, ds = newton.direction(rd, rp, ri, lam * slack + a[:, None] * dlam * ds - centre)
         fraction = 0.995 if k + m else 1.0
         a = fraction * torch.minimum(_longest(lam, dlam), _longest(slack, ds))[:, None]

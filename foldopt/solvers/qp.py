@@ -65,8 +65,7 @@ def _check(H: Tensor, q: Tensor, A: Tensor, b: Tensor, G: Tensor, h: Tensor) -> 
 
 def _kkt_matrix(H: Tensor, A: Tensor, G: Tensor, active: Tensor) -> Tensor:
     """Return [[H, A', (SG)'], [A, 0, 0], [SG, 0, I - S]], S the active inequalities: inactive multipliers are 0."""
-    B, p, n = A.shape
-    m = G.shape[1]
+    p, m = A.shape[1], G.shape[1]
     SG = G * active[:, :, None]
     corner = torch.diag_embed(torch.cat([torch.zeros_like(A[:, :, 0]), (~active).to(H.dtype)], 1))
     rows = torch.cat([A, SG], 1)
