@@ -1,0 +1,41 @@
+import pytest
+
+from experiments import runs
+from foldopt.errors import InputError
+
+
+@pytest.mark.parametrize("group", ["task", "model", "backend", "linear_solver", "tracking"])
+def test_every_configuration_composes(group):
+    for path in (runs.CONF / group).glob("*.yaml"):
+        cfg = runs.compose([f"{group}={path.stem}"])
+        assert group == "tracking" or cfg[group].name == path.stem
+
+
+def test_identity_follows_what_the_numbers_depend_on():
+    base = runs.identity(runs.compose([]))
+    for same in ("device=cpu", "paths.runs=elsewhere", "progress=false", "tracking.mode=disabled"):
+        assert runs.identity(runs.compose([same])) == base
+    for other in ("seed=1", "task.degree=2", "backend=two_stage", "linear_solver=gmres", "train.lr=0.1", "threads=2"):
+        assert runs.identity(runs.compose([other])) != base
+
+
+def test_folders_say_what_is_in_them(tmp_path):
+    cfg = runs.compose([f"paths.runs={tmp_path}", "model=mlp_bn", "seed=4"])
+    folder = runs.folder(cfg)
+    assert folder.parent == tmp_path / "portfolio"
+    assert folder.name.startswith("fold-mlp_bn-seed4-")
+    assert runs.status(folder) == "missing"
+    folder.mkdir(parents=True)
+    runs.write_atomically(folder / "config.yaml", "a: 1\n")
+    assert runs.status(folder) == "interrupted"
+    runs.write_atomically(folder / "summary.json", '{"status": "finished"}')
+    assert runs.status(folder) == "finished"
+    assert [path.name for path in folder.glob("*.new")] == []
+
+
+def test_what_cannot_be_read_is_named(tmp_path):
+    with pytest.raises(InputError, match=r"metrics.csv does not exist; run this configuration first"):
+        runs.load_metrics(tmp_path)
+    (tmp_path / "summary.json").write_text("{")
+    with pytest.raises(InputError, match=r"summary.json cannot be read"):
+        runs.load_summary(tmp_path)
