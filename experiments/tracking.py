@@ -35,6 +35,7 @@ class Tracker:
             if mode != "online":
                 raise
             log.warning("W&B cannot be reached (%s); this run is tracked offline, send it later: wandb sync", error)
+            wandb.teardown()  # its service still holds the run's id
             self._run = self._start(wandb, cfg, folder, run_id, "offline")
 
     @staticmethod

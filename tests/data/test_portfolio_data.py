@@ -41,7 +41,12 @@ def test_noise_scales_with_tau_and_means_with_the_degree():
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"degree": 0}, "degree=0"), ({"degree": 1.5}, "degree=1.5"), ({"n_train": 0}, "n_train=0"), ({"tau": 0}, "tau=0")],
+    [
+        ({"degree": 0}, "degree=0"),
+        ({"degree": 1.5}, "degree=1.5"),
+        ({"n_train": 0}, "n_train=0"),
+        ({"tau": 0}, "tau=0"),
+    ],
 )
 def test_values_out_of_range_are_named(options, message):
     with pytest.raises(InputError, match=message):

@@ -76,9 +76,7 @@ def test_a_warm_start_is_two_stage_training_first(tiny, console, untimed):
         assert execute(cfg, console) == 0
     a, b = (untimed(runs.folder(cfg)) for cfg in (warm, two_stage))
     until = a["epoch"] <= 2
-    pd.testing.assert_frame_equal(
-        a.loc[until, ["regret", "mse"]], b.loc[until, ["regret", "mse"]], check_exact=True
-    )
+    pd.testing.assert_frame_equal(a.loc[until, ["regret", "mse"]], b.loc[until, ["regret", "mse"]], check_exact=True)
     assert not a.loc[a["epoch"] == 3, "regret"].equals(b.loc[b["epoch"] == 3, "regret"])
 
 
