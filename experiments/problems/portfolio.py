@@ -143,7 +143,9 @@ class PortfolioProblem:
         if warm is not None and warm.shape != c.shape:
             raise InputError(f"warm has shape {tuple(warm.shape)}, expected that of c, {tuple(c.shape)}.")
         V, gamma = V.expand(B, n, n), gamma.expand(B)
-        support = torch.ones_like(c, dtype=torch.bool) if warm is None else warm.to(c) > 0
+        support = (
+            c > c.mean(1, keepdim=True) + 0.5 * c.std(1, keepdim=True, correction=0) if warm is None else warm.to(c) > 0
+        )
         solution = _pivot(c, V, gamma, support | ~support.any(1, keepdim=True))
         hard = (~solution.ok).nonzero()[:, 0]
         if len(hard):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import pandas as pd
 
@@ -11,14 +11,6 @@ from experiments.artifacts import Artifacts
 from experiments.studies import Study, StudyRun
 
 GROUP = ["degree", "model", "series"]
-COLUMNS = (
-    "Degree",
-    "Model",
-    "Series",
-    "Final regret (%)",
-    "Regret at best validation (%)",
-    "Seconds per epoch",
-)
 
 
 def make(study: Study, planned: Sequence[StudyRun], artifacts: Artifacts, command: str, run_command: str) -> None:
@@ -30,16 +22,15 @@ def make(study: Study, planned: Sequence[StudyRun], artifacts: Artifacts, comman
     require_finished(planned, run_command)
     table = summarize(collect(planned))
     artifacts.csv("tables/final_regret", table)
-    order = {name: position for position, name in enumerate(study.series)}
-    rows = table.sort_values(GROUP, key=lambda column: column.map(order) if column.name == "series" else column)
-    task = planned[0].config.task
+    task, epochs = planned[0].config.task, planned[0].config.train.epochs
+    degrees = sorted(table["degree"].unique())
     artifacts.markdown(
         "tables/final_regret",
-        COLUMNS,
-        [_row(study, row) for row in rows.to_dict("records")],
-        f"Test regret in percent of the optimal value, mean ± standard deviation over seeds; {task.n_train} "
-        f"training and {task.n_test} test samples. Seconds per epoch: training, one thread. "
-        f"Made by: `{command}`",
+        ("Model", "Series", *(f"Degree {degree}" for degree in degrees), "Seconds per epoch"),
+        _rows(study, table, degrees),
+        f"Test regret after {epochs} epochs in percent of the optimal value, mean ± standard deviation over "
+        f"{table['seeds'].max()} seeds; {task.n_train} training and {task.n_test} test samples, noise tau = {task.tau}. "
+        f"Seconds per epoch of training on one thread. Made by: `{command}`",
     )
 
 
@@ -60,12 +51,17 @@ def summarize(frame: pd.DataFrame) -> pd.DataFrame:
     return table
 
 
-def _row(study: Study, row: dict) -> list[str]:
-    return [
-        str(row["degree"]),
-        row["model"],
-        study.titles[row["series"]],
-        f"{row['regret_mean']:.2f} ± {row['regret_sd']:.2f}",
-        f"{row['regret_best_validation_mean']:.2f} ± {row['regret_best_validation_sd']:.2f}",
-        f"{row['seconds_epoch_mean']:.2f} ± {row['seconds_epoch_sd']:.2f}",
-    ]
+def _rows(study: Study, table: pd.DataFrame, degrees: Sequence[int]) -> Iterator[list[str]]:
+    """Yield one row per model and series, in the order of the study."""
+    for model in sorted(table["model"].unique()):
+        for series, title in study.titles.items():
+            rows = table[(table["model"] == model) & (table["series"] == series)].set_index("degree")
+            if rows.empty:
+                continue
+            regrets = [
+                f"{rows.loc[degree, 'regret_mean']:.2f} ± {rows.loc[degree, 'regret_sd']:.2f}"
+                if degree in rows.index
+                else ""
+                for degree in degrees
+            ]
+            yield [model, title, *regrets, f"{rows['seconds_epoch_mean'].mean():.2f}"]

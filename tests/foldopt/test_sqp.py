@@ -101,7 +101,7 @@ def test_a_solver_of_another_problem_is_caught():
 
 
 def test_misuse_is_refused():
-    with pytest.raises(InputError, match="has no method sqp_data; wrap its functions in foldopt.SmoothProgram"):
+    with pytest.raises(InputError, match=r"has no method sqp_data; wrap its functions in foldopt\.SmoothProgram"):
         foldopt.SQP(lambda x: x)
     with pytest.raises(InputError, match=r"stepsize=2: SQP takes a step in \(0, 1\]"):
         foldopt.SQP(projection_on_ellipsoid(), stepsize=2)

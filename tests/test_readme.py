@@ -1,0 +1,74 @@
+"""Everything the README shows runs, and its numbers are those of the committed tables."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from experiments import runs
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.mark.parametrize(
+    ("number", "printed"),
+    [
+        (0, ["tensor([[ 2.5000,  0.0000, -1.5000]]", "tensor([[1., 0., 1.]]", "tensor(0.", "tensor([True])"]),
+        (1, ["tensor([[0.6000, 0.8000]]) tensor([[ 0.1280, -0.0960]])"]),
+    ],
+)
+def test_examples_print_what_their_comments_say(number, printed, tmp_path):
+    code = blocks("python")[number]
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    for text in printed:
+        assert text in done.stdout
+
+
+def test_extensions_run_as_they_stand(tmp_path):
+    (tmp_path / "my_package.py").write_text("\n".join(blocks("python")[2:]))
+    for content in blocks("yaml"):
+        path = tmp_path / re.match(r"# (\S+)\n", content)[1]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+    command = [sys.executable, str(ROOT / "run.py"), "--config-dir", str(tmp_path / "conf")]
+    chosen = ["task=two_assets", "model=linear", "backend=smoothed", "train.epochs=2", "tracking.mode=disabled"]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        [*command, *chosen, f"paths.runs={tmp_path / 'runs'}"], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(list(tmp_path.glob("runs/two_assets/*/summary.json"))) == 1
+
+
+def test_commands_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    targets = set(re.findall(r"`?make ([a-z][a-z0-9-]*)", README))
+    assert targets >= {"reproduce", "test"}
+    for target in targets:
+        assert f"\n{target}: " in makefile
+    for line in re.findall(r"^python run\.py (?!-)(.+)$", README, re.MULTILINE):
+        runs.compose(line.split())
+
+
+def test_every_column_is_explained():
+    rows = "\n".join(line for line in README.splitlines() if line.startswith("| `"))
+    for column in runs.COLUMNS:
+        assert f"`{column}`" in rows
+
+
+@pytest.mark.parametrize("table", ["final_regret", "solver_accuracy"])
+def test_tables_are_the_committed_ones(table):
+    assert (ROOT / "results" / "tables" / f"{table}.md").read_text().strip() in README
+
+
+def test_linked_files_exist():
+    for target in re.findall(r"\]\((results/[^)]+)\)", README):
+        assert (ROOT / target).is_file(), target
