@@ -5,10 +5,10 @@ PY := .venv/bin/python
 PROFILE ?= default
 UV_VERSION := 0.13.9
 
-.PHONY: help test lint format reproduce figures figure-4c solver-table clean lock
+.PHONY: help test lint format reproduce figures figure-4c portfolio-settings solver-table clean lock
 
 help: ## list the targets
-	@awk -F':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # The lock pins every package, so it is installed as it stands (--no-deps): qpth's own pin of numpy is overridden there.
 .venv/.installed: requirements.lock pyproject.toml
@@ -39,6 +39,9 @@ figures: .venv/.installed ## figures and tables of all studies from the run fold
 
 figure-4c: .venv/.installed ## Figure 4(c) and its table from the run folders
 	$(PY) -m scripts.figures --study figure_4c --profile $(PROFILE)
+
+portfolio-settings: .venv/.installed ## table of training settings from the run folders
+	$(PY) -m scripts.figures --study portfolio_settings --profile $(PROFILE)
 
 solver-table: .venv/.installed ## accuracy and time of the portfolio solvers
 	$(PY) -m scripts.solver_table --profile $(PROFILE)

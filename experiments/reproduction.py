@@ -15,7 +15,10 @@ from experiments.tables import final_regret, solver_accuracy
 from foldopt.errors import FoldoptError
 
 Maker = Callable[[Study, Sequence[StudyRun], Artifacts, str, str], None]
-FIGURES: Mapping[str, Sequence[Maker]] = {"figure_4c": (figure_4c.make, final_regret.make)}
+FIGURES: Mapping[str, Sequence[Maker]] = {
+    "figure_4c": (figure_4c.make, final_regret.make),
+    "portfolio_settings": (final_regret.make,),
+}
 
 
 def make_command(target: str, profile: str) -> str:
@@ -45,7 +48,7 @@ def reproduce(names: Sequence[str], profile: str, workers: int, console: Console
     for name in names:
         study = studies.load(name)
         planned = studies.expand(study, profile)
-        console.print(f"{study.title} ({name}, profile {profile}): {len(planned)} runs", markup=False)
+        console.print(f"{study.title} ({name}, profile {profile}): {len(planned)} runs", markup=False, soft_wrap=True)
         report = execute(planned, workers=workers, console=console)
         for line in report.lines():
             console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -128,21 +128,33 @@ def expand(study: Study, profile: str = "default", series: set[str] | None = Non
             f"series={sorted(unknown)} is not in {study.name}/{profile}; choose from {sorted(size.series)}"
         )
     expanded: list[StudyRun] = []
+    composed: dict[tuple[str, ...], DictConfig] = {}
     for seed in range(size.seeds):
         for values in product(*study.grid.values()):
             point = dict(zip(study.grid, values, strict=True))
             for name, part in size.series.items():
                 wanted = series is None or name in series
                 if wanted and all(point[key] in allowed for key, allowed in part.items()):
-                    expanded.append(_study_run(study, size, name, point, seed))
+                    expanded.append(_study_run(study, size, name, point, seed, composed))
     _check_folders(expanded)
     return expanded
 
 
-def _study_run(study: Study, size: Profile, series: str, point: Mapping[str, Any], seed: int) -> StudyRun:
+def _study_run(
+    study: Study,
+    size: Profile,
+    series: str,
+    point: Mapping[str, Any],
+    seed: int,
+    composed: dict[tuple[str, ...], DictConfig],
+) -> StudyRun:
+    """Return one run; `composed` keeps the configuration of each place, which is slow to compose, for all seeds."""
     place = [f"{key}={value}" for key, value in point.items()]
-    overrides = (*study.base, *study.series[series], *place, *size.overrides, f"seed={seed}")
-    config = runs.compose(list(overrides))
+    seedless = (*study.base, *study.series[series], *place, *size.overrides)
+    if seedless not in composed:
+        composed[seedless] = runs.compose(list(seedless))
+    overrides, config = (*seedless, f"seed={seed}"), composed[seedless].copy()
+    config.seed = seed
     label = " ".join([series, *(f"{axis(key)}={value}" for key, value in point.items()), f"seed={seed}"])
     return StudyRun(study.name, series, label, point, seed, overrides, config, runs.folder(config))
 

@@ -64,9 +64,14 @@ def test_every_column_is_explained():
         assert f"`{column}`" in rows
 
 
-@pytest.mark.parametrize("table", ["final_regret", "solver_accuracy"])
+@pytest.mark.parametrize("table", ["figure_4c", "portfolio_settings", "solver_accuracy"])
 def test_tables_are_the_committed_ones(table):
-    assert (ROOT / "results" / "tables" / f"{table}.md").read_text().strip() in README
+    """As committed: results/ in the working tree may hold those of the machine it was reproduced on."""
+    show = ["git", "-C", str(ROOT), "show", f"HEAD:results/tables/{table}.md"]
+    done = subprocess.run(show, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip("not a git checkout")
+    assert done.stdout.strip() in README
 
 
 def test_linked_files_exist():

@@ -49,16 +49,17 @@ class CvxpyLayersBackend:
         return lacks(task, "cvxpy", "its problem has no convex form that cvxpy could take")
 
     def __call__(self, parameters: Tensor) -> Tensor:
-        """Return the decisions for the predicted parameters (B, n), in float64."""
-        c = parameters.double().view_as(parameters)
+        """Return the decisions for the predicted parameters (B, n), in float64; diffcp works on the CPU."""
+        c = parameters.to("cpu", torch.float64).view_as(parameters)
         if c.requires_grad:
             c.register_hook(self._sound)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*(naccurate|CSC|CSR).*")
             try:
-                return self._solve(c)
+                decisions = self._solve(c)
             except _solver_errors():
-                return torch.cat([self._alone(row) for row in c.split(1)])
+                decisions = torch.cat([self._alone(row) for row in c.split(1)])
+        return decisions.to(parameters.device)
 
     def _solve(self, c: Tensor) -> Tensor:
         backward = {"n_jobs_backward": 1} if c.requires_grad and torch.is_grad_enabled() else {}

@@ -1,4 +1,4 @@
-"""The table beside Figure 4(c): final regret and seconds per epoch, per degree, model and series."""
+"""The table of a study: final regret and seconds per epoch, per degree, model and series."""
 
 from __future__ import annotations
 
@@ -14,23 +14,24 @@ GROUP = ["degree", "model", "series"]
 
 
 def make(study: Study, planned: Sequence[StudyRun], artifacts: Artifacts, command: str, run_command: str) -> None:
-    """Write tables/final_regret.csv and .md (mean and standard deviation over seeds) from the finished runs.
+    """Write tables/<study>.csv and .md (mean and standard deviation over seeds) from the finished runs.
 
     `command` made the table and stands in its note; `run_command` makes the runs and stands in the
     MissingRunsError raised when some are not finished.
     """
     require_finished(planned, run_command)
     table = summarize(collect(planned))
-    artifacts.csv("tables/final_regret", table)
-    task, epochs = planned[0].config.task, planned[0].config.train.epochs
+    artifacts.csv(f"tables/{study.name}", table)
+    task = planned[0].config.task
+    epochs = sorted({run.config.train.epochs for run in planned})
     degrees = sorted(table["degree"].unique())
     artifacts.markdown(
-        "tables/final_regret",
+        f"tables/{study.name}",
         ("Model", "Series", *(f"Degree {degree}" for degree in degrees), "Seconds per epoch"),
         _rows(study, table, degrees),
-        f"Test regret after {epochs} epochs in percent of the optimal value, mean ± standard deviation over "
-        f"{table['seeds'].max()} seeds; {task.n_train} training and {task.n_test} test samples, noise tau = {task.tau}. "
-        f"Seconds per epoch of training on one thread. Made by: `{command}`",
+        f"Final test regret ({' or '.join(map(str, epochs))} epochs) in percent of the optimal value, mean ± standard "
+        f"deviation over {table['seeds'].max()} seeds; {task.n_train} training and {task.n_test} test samples, noise "
+        f"tau = {task.tau}. Seconds per epoch of training on one thread. Made by: `{command}`",
     )
 
 

@@ -91,12 +91,12 @@ def test_figure_and_table_files_are_byte_identical_on_a_second_call(tmp_path, st
         return artifacts
 
     first = make_all()
-    assert {path.name for path in first.written} == {
-        "figure_4c.png",
-        "figure_4c.pdf",
-        "figure_4c.csv",
-        "final_regret.csv",
-        "final_regret.md",
+    assert {str(path.relative_to(tmp_path / "results")) for path in first.written} == {
+        "figures/figure_4c.png",
+        "figures/figure_4c.pdf",
+        "figures/figure_4c.csv",
+        "tables/figure_4c.csv",
+        "tables/figure_4c.md",
     }
     second = make_all()
     assert second.written == []
@@ -117,7 +117,7 @@ def test_final_table_takes_the_last_epoch_and_reads_well(tmp_path, study, planne
     assert row["seconds_epoch_mean"] == pytest.approx(0.48)
 
     final_regret.make(study, planned, Artifacts(tmp_path / "results"), "make figure-4c", "make reproduce")
-    lines = (tmp_path / "results" / "tables" / "final_regret.md").read_text().splitlines()
+    lines = (tmp_path / "results" / "tables" / "figure_4c.md").read_text().splitlines()
     assert lines[2] == "| mlp | f-SQP, exact forward | 12.00 ± 5.66 | 24.00 ± 11.31 | 36.00 ± 16.97 | 0.96 |"
     assert "Made by: `make figure-4c`" in lines[-1]
 

@@ -20,7 +20,7 @@ from experiments.trainer import Trainer
 from foldopt.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
-LONG = ["train.epochs=40", "train.schedule=cosine", "model=mlp_bn", "train.mse_epochs=2"]
+LONG = ["train.epochs=60", "train.schedule=cosine", "model=mlp_bn", "train.mse_epochs=2"]
 
 
 def test_a_run_leaves_metrics_summary_config_and_log(tiny, console, untimed):
@@ -106,11 +106,11 @@ def test_a_stopped_run_ends_with_the_numbers_of_one_never_stopped(tmp_path, unin
     assert process.returncode == code
     assert runs.status(folder) == "interrupted"
     assert number == signal.SIGKILL or "Interrupted; the same command goes on" in output
-    assert runs.load_metrics(folder)["epoch"].max() < 40
+    assert runs.load_metrics(folder)["epoch"].max() < 60
 
     again = subprocess.run(command(tmp_path, "runs"), check=True, capture_output=True, text=True)
     assert "resumed after epoch" in (folder / "log.txt").read_text()
-    assert "epoch 40/40" in again.stdout
+    assert "epoch 60/60" in again.stdout
     pd.testing.assert_frame_equal(untimed(folder), untimed(uninterrupted), check_exact=True)
 
 

@@ -24,7 +24,7 @@ def made(monkeypatch, tmp_path) -> list[str]:
     """Replace every maker of outputs by one that only notes its call."""
     made = []
     makers = (lambda study, planned, artifacts, command, run_command: made.append(command),)
-    monkeypatch.setattr(reproduction, "FIGURES", {"figure_4c": makers})
+    monkeypatch.setattr(reproduction, "FIGURES", {"figure_4c": makers, "portfolio_settings": makers})
     monkeypatch.setattr(
         reproduction.solver_accuracy,
         "make",
