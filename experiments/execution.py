@@ -28,6 +28,7 @@ from experiments.trainer import Interrupted, Trainer
 from foldopt.errors import FoldoptError, InputError
 
 log = logging.getLogger("foldopt.run")
+SHOWN = ("regret", "regret_percent", "mse", "top1", "top5")
 PACKAGES = ("foldopt", "torch", "cvxpylayers", "diffcp", "scs", "clarabel", "gurobipy", "qpth", "hydra-core", "wandb")
 
 
@@ -73,7 +74,10 @@ def _run(
         trainer = Trainer(cfg, parts, path, device)
         tracker = Tracker(cfg, path, runs.identity(cfg))
         seconds = trainer.fit(tracker, console, stop)
-        _write_summary(path, cfg, device, begun, "finished", seconds_wall=seconds, final=_final(path))
+        final = _final(path)
+        _write_summary(path, cfg, device, begun, "finished", seconds_wall=seconds, final=final)
+        shown = ", ".join(f"{name} {final['test'][name]:.4g}" for name in SHOWN if name in final["test"])
+        _say(console, f"Finished in {seconds:.0f} s, test: {shown}")
         code = 0
     except Interrupted:
         code = stop.exit_code
@@ -106,11 +110,15 @@ def resolve_device(name: str) -> torch.device:
 
 
 def _final(path: Path) -> dict[str, Any]:
-    """Return the last metrics of each split, and the test metrics at the epoch of the smallest validation regret."""
+    """Return the last metrics of each split, and the test metrics at the epoch of the smallest validation regret.
+
+    Where a task has no regret, its loss takes that place.
+    """
     frame = runs.load_metrics(path)
     last = {split: part.iloc[-1].dropna().to_dict() for split, part in frame.groupby("split")}
     val = frame[(frame["split"] == "val") & (frame["epoch"] > 0)]
-    best = frame[(frame["split"] == "test") & (frame["epoch"] == val.loc[val["regret"].idxmin(), "epoch"])].iloc[0]
+    merit = val["regret"] if val["regret"].notna().any() else val["loss"]
+    best = frame[(frame["split"] == "test") & (frame["epoch"] == val.loc[merit.idxmin(), "epoch"])].iloc[0]
     return {**last, "test_at_best_val": best.dropna().to_dict()}
 
 

@@ -110,7 +110,7 @@ class Trainer:
                 tracker.log(rows)
                 line = _line(epoch, self.cfg.train.epochs, rows)
                 log.info(line)
-                progress.update(bar, completed=epoch, description=line)
+                progress.update(bar, completed=epoch, description=_brief(rows))
                 if progress.disable:
                     console.print(line, markup=False, highlight=False, soft_wrap=True)
         return before + time.perf_counter() - begin
@@ -229,6 +229,12 @@ class Trainer:
         else:
             loss = self.cfg.train.loss_scale * metrics["regret"]
         return {"epoch": epoch, "split": split, "loss": loss, "samples": len(outputs), **metrics}
+
+
+def _brief(rows: list[Row]) -> str:
+    """Return the split's figure of merit that fits beside a progress bar."""
+    val = next(row for row in rows if row["split"] == "val")
+    return f"val regret {val['regret_percent']:.2f}%" if "regret_percent" in val else f"val loss {val['loss']:.4g}"
 
 
 def _line(epoch: int, epochs: int, rows: list[Row]) -> str:
