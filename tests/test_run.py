@@ -102,7 +102,7 @@ def test_a_sweep_runs_every_combination(tmp_path):
     done = run("-m", "backend=two_stage", "seed=0,1", *TINY, f"paths.runs={tmp_path}")
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(list(tmp_path.glob("portfolio/two_stage-mlp-seed*/summary.json"))) == 2
-    assert not (ROOT / "multirun").exists()
+    assert not (ROOT / "multirun.yaml").exists()
 
 
 @pytest.fixture
