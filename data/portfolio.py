@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from foldopt.errors import InputError
+from foldopt.checks import require_positive, require_whole
 
 
 @dataclass(frozen=True)
@@ -53,10 +53,8 @@ def generate(
         ("n_assets", n_assets, 2),
         ("n_features", n_features, 1),
     ):
-        if value != int(value) or value < least:
-            raise InputError(f"{name}={value}: expected a whole number of at least {least}.")
-    if not tau > 0:
-        raise InputError(f"tau={tau}: the noise level is above 0; the covariance would be singular.")
+        require_whole(name, value, least)
+    require_positive("tau", tau)
     gen = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:

@@ -25,6 +25,7 @@ from experiments.components import Components, build
 from experiments.interruption import StopRequest
 from experiments.tracking import Tracker
 from experiments.trainer import Interrupted, Trainer
+from foldopt.checks import require_whole
 from foldopt.errors import FoldoptError, InputError
 
 log = logging.getLogger("foldopt.run")
@@ -45,6 +46,8 @@ def execute(cfg: DictConfig, console: Console | None = None) -> int:
         return 0
     try:
         device = resolve_device(cfg.device)
+        require_whole("seed", cfg.seed, 0)
+        require_whole("threads", cfg.threads, 1)
         torch.set_num_threads(cfg.threads)
         torch.manual_seed(cfg.seed)
         parts = build(cfg)

@@ -20,6 +20,7 @@ from experiments.components import Components
 from experiments.interruption import StopRequest
 from experiments.tasks import Samples, Task
 from experiments.tracking import Tracker
+from foldopt.checks import require_positive, require_whole
 from foldopt.errors import FoldoptError, InputError
 
 log = logging.getLogger("foldopt.run")
@@ -85,11 +86,9 @@ class Trainer:
     @staticmethod
     def _check(train: DictConfig) -> None:
         for name, least in (("epochs", 1), ("batch_size", 1), ("mse_epochs", 0)):
-            if train[name] != int(train[name]) or train[name] < least:
-                raise InputError(f"train.{name}={train[name]}: expected a whole number of at least {least}.")
+            require_whole(f"train.{name}", train[name], least)
         for name in ("lr", "loss_scale"):
-            if not train[name] > 0:
-                raise InputError(f"train.{name}={train[name]}: expected a number above 0.")
+            require_positive(f"train.{name}", train[name])
         if train.schedule not in SCHEDULES:
             raise InputError(f"train.schedule={train.schedule!r} is unknown; choose one of {SCHEDULES}.")
 

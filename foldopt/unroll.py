@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from foldopt.errors import InputError
+from foldopt.checks import require_whole
 from foldopt.fold import FixedPointLayer, masked
 from foldopt.step import State, Tensors, flatten
 
@@ -18,8 +18,7 @@ class IteratedLayer(FixedPointLayer):
 
     def __init__(self, *args: Any, iterations: int, from_solution: bool, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if iterations < 1:
-            raise InputError(f"iterations={iterations}: at least one step has to be recorded.")
+        require_whole("iterations", iterations, 1)
         self.iterations, self.from_solution = iterations, from_solution
 
     def layer(self, *params: Tensor) -> State:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from foldopt.errors import InputError
+from foldopt.checks import require_whole
 
 
 class MLP(nn.Sequential):
@@ -14,8 +14,8 @@ class MLP(nn.Sequential):
     """
 
     def __init__(self, n_inputs: int, n_outputs: int, layers: int, width: int, batch_norm: bool) -> None:
-        if layers < 1 or width < 1:
-            raise InputError(f"layers={layers}, width={width}: an MLP has at least one layer, of at least one unit.")
+        require_whole("layers", layers, 1)
+        require_whole("width", width, 1)
         sizes = [n_inputs, *[width] * (layers - 1), n_outputs]
         stack: list[nn.Module] = []
         for k in range(layers):

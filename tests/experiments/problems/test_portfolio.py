@@ -318,6 +318,19 @@ def test_one_asset_and_negative_returns():
     assert p.exact(-c - 1).ok.all()
 
 
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_a_singular_covariance_is_solved_by_the_interior_point(rank):
+    g = torch.Generator().manual_seed(rank)
+    root = torch.randn(8, rank, generator=g, dtype=torch.float64)
+    V = root @ root.T
+    p = PortfolioProblem(V, max(0.5 * float(V.diagonal().mean()), 1.0))
+    c = torch.randn(32, 8, generator=g, dtype=torch.float64)
+    s = p.exact(c)
+    assert s.ok.all()
+    assert s.residual.max() < 1e-7
+    assert torch.allclose(p.value(s.x, c), p.value(p.gurobi(c).x, c), atol=1e-6)
+
+
 def test_smallest_variance_of_a_diagonal_covariance():
     variances = torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64)
     assert float(smallest_variance(torch.diag(variances)[None])[0]) == pytest.approx(float(1 / (1 / variances).sum()))
