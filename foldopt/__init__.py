@@ -6,22 +6,26 @@ fixed point of; ``f_sqp(program, solve)`` does so for a smooth program through s
 Dinh and Fioretto, 2023); equation numbers in the docstrings are the paper's.
 """
 
-from foldopt import errors, linear_solve
+from foldopt import errors, linear_solve, projections, prox
 from foldopt.fold import FoldedLayer, FoldInfo, fixed_point_vjp, fold
 from foldopt.layers import f_sqp
 from foldopt.unroll import unfold, unroll
-from foldopt.updates import SQP, SmoothProgram
+from foldopt.updates import SQP, ProjectedGradient, ProximalGradient, SmoothProgram
 
 __all__ = [
     "SQP",
     "FoldInfo",
     "FoldedLayer",
+    "ProjectedGradient",
+    "ProximalGradient",
     "SmoothProgram",
     "errors",
     "f_sqp",
     "fixed_point_vjp",
     "fold",
     "linear_solve",
+    "projections",
+    "prox",
     "unfold",
     "unroll",
 ]

@@ -1,5 +1,6 @@
 """Update steps U(x, c), one file each: differentiable code whose fixed point is the solution."""
 
+from foldopt.updates.gradient import ProjectedGradient, ProximalGradient
 from foldopt.updates.sqp import SQP, SmoothProgram, SQPData, SQPProgram
 
-__all__ = ["SQP", "SQPData", "SQPProgram", "SmoothProgram"]
+__all__ = ["SQP", "ProjectedGradient", "ProximalGradient", "SQPData", "SQPProgram", "SmoothProgram"]

@@ -406,7 +406,10 @@ NAN[1, 0] = torch.nan
         (lambda: ok_layer(linear_solver="lu"), "linear_solver='lu' is unknown"),
         (lambda: ok_layer(tol=-1.0), "tol=-1.0: the fixed-point tolerance"),
         (lambda: ok_layer(dtype=torch.int64), "dtype=torch.int64 is not a floating-point type"),
-        (lambda: foldopt.unroll(torch.sqrt, heron, iterations=0), "iterations=0: expected a whole number of at least 1"),
+        (
+            lambda: foldopt.unroll(torch.sqrt, heron, iterations=0),
+            "iterations=0: expected a whole number of at least 1",
+        ),
         (lambda: ok_layer()(), "called without parameters"),
         (lambda: ok_layer()(3.0), "parameter 0 is a float, expected a tensor"),
         (lambda: ok_layer()(NAN), r"parameter 0 of shape \(3, 2\) holds NaN or inf, first in rows \[1\]"),

@@ -1,0 +1,136 @@
+"""Every projection against a generic solver of its argmin, and its derivatives against finite differences."""
+
+import pytest
+import torch
+from torch.autograd import gradcheck, gradgradcheck
+
+from foldopt import projections
+from foldopt.errors import InfeasibleError, InputError
+from foldopt.solvers.interior_point import solve_qcqp
+
+F64 = torch.float64
+N = 7
+
+
+def points(B=40, n=N, seed=0, scale=1.0):
+    return scale * torch.randn(B, n, generator=torch.Generator().manual_seed(seed), dtype=F64)
+
+
+def nearest(x, **constraints):
+    """The projection as a program for the interior point."""
+    n = x.shape[1]
+    found = solve_qcqp(torch.eye(n, dtype=F64), -x, **constraints, tol=1e-12)
+    assert found.ok.all()
+    return found.x
+
+
+def bounds(n, upper):
+    G = torch.cat([-torch.eye(n, dtype=F64), torch.eye(n, dtype=F64)])
+    return {"G": G, "h": torch.cat([torch.zeros(n, dtype=F64), torch.full((n,), upper, dtype=F64)])}
+
+
+ONES = {"A": torch.ones(1, N, dtype=F64)}
+A = points(2, N, seed=1)
+B2 = torch.tensor([0.3, -0.5], dtype=F64)
+A_HALF = points(1, N, seed=2)[0]
+G = points(5, N, seed=3)
+H = torch.full((5,), 0.4, dtype=F64)
+CASES = {
+    "box": (lambda x: projections.box(x, 0.0, 1.0), bounds(N, 1.0)),
+    "simplex": (projections.simplex, {**ONES, "b": torch.ones(1, dtype=F64), "G": -torch.eye(N), "h": torch.zeros(N)}),
+    "simplex of 2.5": (
+        lambda x: projections.simplex(x, 2.5),
+        {**ONES, "b": torch.tensor([2.5]), "G": -torch.eye(N), "h": torch.zeros(N)},
+    ),
+    "capped simplex": (
+        lambda x: projections.capped_simplex(x, 3),
+        {**ONES, "b": torch.tensor([3.0]), **bounds(N, 1.0)},
+    ),
+    "affine": (lambda x: projections.affine(x, A, B2), {"A": A, "b": B2}),
+    "half space": (lambda x: projections.half_space(x, A_HALF, 0.2), {"G": A_HALF[None], "h": torch.tensor([0.2])}),
+    "polyhedron": (
+        lambda x: projections.polyhedron(x, A, B2, G, H),
+        {"A": A, "b": B2, "G": G, "h": H},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("scale", [0.3, 1.0, 10.0])
+def test_values_are_those_of_the_argmin(name, scale):
+    project, constraints = CASES[name]
+    x = points(seed=4, scale=scale)
+    torch.testing.assert_close(project(x), nearest(x, **constraints), atol=1e-6 * scale, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_projecting_twice_changes_nothing(name):
+    project, _ = CASES[name]
+    y = project(points(seed=5))
+    torch.testing.assert_close(project(y), y, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_derivatives_of_first_and_second_order(name):
+    project, _ = CASES[name]
+    x = points(B=6, seed=6).requires_grad_()
+    assert gradcheck(project, x)
+    assert gradgradcheck(project, x)
+
+
+def test_second_order_cone():
+    x, t = points(60, seed=7), points(60, 1, seed=8, scale=2.0)[:, 0]
+    y, s = projections.second_order_cone(x, t)
+    norm = x.norm(dim=1)
+    assert (norm <= t).any() and (norm <= -t).any() and (norm > t.abs()).any(), "all three cases occur"  # noqa: PT018
+    assert (y.norm(dim=1) <= s + 1e-12).all()
+    normal, height = x - y, t - s
+    assert ((normal * y).sum(1) + height * s).abs().max() < 1e-12, "the residual is orthogonal to the projection"
+    assert (normal.norm(dim=1) <= -height + 1e-12).all(), "and in the polar cone"
+    data = x.requires_grad_(), t.requires_grad_()
+    assert gradcheck(projections.second_order_cone, data)
+    assert gradgradcheck(projections.second_order_cone, data)
+    origin = torch.zeros(1, 3, dtype=F64, requires_grad=True)
+    for height in (1.0, 0.0, -1.0):
+        moved = projections.second_order_cone(origin, torch.tensor([height], dtype=F64))[0]
+        assert torch.autograd.grad(moved.sum(), origin)[0].isfinite().all()
+
+
+def test_derivatives_in_the_other_arguments():
+    x = points(B=4, seed=9)
+    total = torch.tensor([0.5, 1.1, 2.3, 3.2], dtype=F64, requires_grad=True)
+    assert gradcheck(lambda total: projections.capped_simplex(x, total), total)
+    lower = points(4, seed=10, scale=0.1).requires_grad_()
+    assert gradcheck(lambda lower: projections.box(x, lower, lower + 1), lower)
+    matrices = A.clone().requires_grad_(), B2.clone().requires_grad_()
+    assert gradcheck(lambda A, b: projections.affine(x, A, b), matrices)
+    assert gradcheck(lambda a: projections.half_space(x, a, 0.1), A_HALF.clone().requires_grad_())
+    set_data = [v.clone().requires_grad_() for v in (A, B2, G, H)]
+    assert gradcheck(lambda *data: projections.polyhedron(x, *data), set_data, atol=1e-6)
+
+
+def test_ends_of_the_capped_simplex():
+    x = points(seed=11)
+    assert (projections.capped_simplex(x, 0) == 0).all()
+    torch.testing.assert_close(projections.capped_simplex(x, N), torch.ones_like(x))
+    single = projections.simplex(torch.zeros(2, 1, dtype=F64), 3)
+    assert single.tolist() == [[3.0], [3.0]]
+    tied = projections.capped_simplex(torch.zeros(1, 4, dtype=F64), 2)
+    assert tied.tolist() == [[0.5] * 4]
+
+
+def test_bad_input_is_named():
+    x = points(3)
+    with pytest.raises(InputError, match="lower exceeds upper"):
+        projections.box(x, 1.0, 0.0)
+    with pytest.raises(InputError, match=r"total is outside of \[0, 7.0\] for the samples \[1\]"):
+        projections.capped_simplex(x, torch.tensor([1.0, 8.0, 2.0]))
+    with pytest.raises(InputError, match=r"x has shape \(7,\)"):
+        projections.simplex(x[0])
+    with pytest.raises(InputError, match="linearly dependent rows"):
+        projections.affine(x, torch.ones(2, N, dtype=F64), torch.ones(2, dtype=F64))
+    with pytest.raises(InputError, match=r"A has shape \(2, 3\)"):
+        projections.affine(x, A[:, :3], B2)
+    with pytest.raises(InfeasibleError, match=r"for the samples \[0, 1, 2\]") as caught:
+        projections.polyhedron(x, A, B2, torch.cat([A[:1], -A[:1]]), torch.tensor([0.0, -1.0], dtype=F64))
+    assert caught.value.indices == (0, 1, 2)
