@@ -10,10 +10,12 @@ from foldopt import errors, linear_solve, projections, prox
 from foldopt.fold import FoldedLayer, FoldInfo, fixed_point_vjp, fold
 from foldopt.layers import f_sqp
 from foldopt.unroll import unfold, unroll
-from foldopt.updates import SQP, ProjectedGradient, ProximalGradient, SmoothProgram
+from foldopt.updates import ADMM, SQP, DualProximalGradient, ProjectedGradient, ProximalGradient, SmoothProgram
 
 __all__ = [
+    "ADMM",
     "SQP",
+    "DualProximalGradient",
     "FoldInfo",
     "FoldedLayer",
     "ProjectedGradient",

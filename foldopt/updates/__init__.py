@@ -1,6 +1,17 @@
 """Update steps U(x, c), one file each: differentiable code whose fixed point is the solution."""
 
+from foldopt.updates.admm import ADMM
+from foldopt.updates.dual_proximal_gradient import DualProximalGradient
 from foldopt.updates.gradient import ProjectedGradient, ProximalGradient
 from foldopt.updates.sqp import SQP, SmoothProgram, SQPData, SQPProgram
 
-__all__ = ["SQP", "ProjectedGradient", "ProximalGradient", "SQPData", "SQPProgram", "SmoothProgram"]
+__all__ = [
+    "ADMM",
+    "SQP",
+    "DualProximalGradient",
+    "ProjectedGradient",
+    "ProximalGradient",
+    "SQPData",
+    "SQPProgram",
+    "SmoothProgram",
+]
