@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from foldopt.errors import FixedPointError, InputError, LinearSolveError, SolverError
-from foldopt.linear_solve import Jacobian, LinearSolveInfo, LinearSolver, linear_solver
+from foldopt.linear_solve import Jacobian, LinearSolveInfo, LinearSolver
+from foldopt.linear_solve import linear_solver as resolve
 from foldopt.step import (
     Recorded,
     State,
@@ -390,12 +391,9 @@ def fold(
     return FoldedLayer(
         solve,
         update,
-        linear_solver=_linear_solver(linear_solver),
+        linear_solver=resolve(linear_solver),
         tol=tol,
         on_failure=on_failure,
         dtype=dtype,
         modules=modules,
     )
-
-
-_linear_solver = linear_solver
