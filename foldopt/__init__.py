@@ -8,7 +8,7 @@ Dinh and Fioretto, 2023); equation numbers in the docstrings are the paper's.
 
 from foldopt import errors, linear_solve, projections, prox
 from foldopt.fold import FoldedLayer, FoldInfo, fixed_point_vjp, fold
-from foldopt.layers import f_sqp
+from foldopt.layers import QPLayer, f_sqp
 from foldopt.unroll import unfold, unroll
 from foldopt.updates import ADMM, SQP, DualProximalGradient, ProjectedGradient, ProximalGradient, SmoothProgram
 
@@ -20,6 +20,7 @@ __all__ = [
     "FoldedLayer",
     "ProjectedGradient",
     "ProximalGradient",
+    "QPLayer",
     "SmoothProgram",
     "errors",
     "f_sqp",

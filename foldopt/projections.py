@@ -22,7 +22,8 @@ def box(x: Tensor, lower: Tensor | float, upper: Tensor | float) -> Tensor:
     lower, upper = (torch.as_tensor(bound, dtype=x.dtype, device=x.device) for bound in (lower, upper))
     if (lower > upper).any():
         raise InputError("lower exceeds upper in some entries: the box is empty; swap or widen the bounds.")
-    return torch.minimum(torch.maximum(x, lower), upper)
+    y = torch.where(x > lower, x, lower)  # torch.maximum would mix both sides at a tie
+    return torch.where(y < upper, y, upper)
 
 
 def simplex(x: Tensor, total: Tensor | float = 1.0) -> Tensor:

@@ -23,6 +23,7 @@ def blocks(language):
     [
         (0, ["tensor([[ 2.5000,  0.0000, -1.5000]]", "tensor([[1., 0., 1.]]", "tensor(0.", "tensor([True])"]),
         (1, ["tensor([[0.6000, 0.8000]]) tensor([[ 0.1280, -0.0960]])"]),
+        (2, ["0.5000", "-0.5000"]),
     ],
 )
 def test_examples_print_what_their_comments_say(number, printed, tmp_path):
@@ -33,7 +34,7 @@ def test_examples_print_what_their_comments_say(number, printed, tmp_path):
 
 
 def test_extensions_run_as_they_stand(tmp_path):
-    (tmp_path / "my_package.py").write_text("\n".join(blocks("python")[2:]))
+    (tmp_path / "my_package.py").write_text("\n".join(blocks("python")[3:]))
     for content in blocks("yaml"):
         path = tmp_path / re.match(r"# (\S+)\n", content)[1]
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -9,20 +9,24 @@ from foldopt.checks import require_positive
 from foldopt.errors import InputError
 
 ADMMState = tuple[Tensor, Tensor]
+QPData = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 class ADMM(nn.Module):
-    """One ADMM step for min 1/2 x'Qx + p'x subject to Ax = b, x >= 0 (eq. 29, which must read argmin).
+    """One ADMM step for min 1/2 x'Qx + p'x subject to Gx <= h, Ax = b, parameters in the order of qpth.
 
-    State (z, u), both (B, n): the nonnegative copy of x and the scaled dual of x = z. Both are needed: from (x*, 0) the
-    folded derivative is wrong; `state` recovers u from a primal solution. Boyd et al., Distributed optimization
+    With G = -I and h = 0 it is the paper's (eqs. 29-30, which must read argmin). State (z, u), both (B, m): the copy z
+    of Gx that is kept below h, and the scaled dual of Gx = z. Both are needed: with u = 0 at a solution the folded
+    derivative is wrong; `state` makes both from a solution and its multipliers. Boyd et al., Distributed optimization
     and statistical learning via ADMM (2011), 5.2.
 
     Args:
         rho: penalty above 0. The gradient of the folded layer does not depend on it.
 
-    Parameters of the step: Q (n, n) or (B, n, n), positive semidefinite; p (B, n); A (k, n) or (B, k, n), of full row
-    rank; b (k,) or (B, k). A bound that the equalities imply already makes I - Phi singular: leave it out.
+    Parameters of the step, each also without its batch dimension where the batch shares it: Q (B, n, n), positive
+    semidefinite; p (B, n); G (B, m, n); h (B, m); A (B, k, n) of full row rank and b (B, k), k may be 0. A constraint
+    that the others imply makes I - Phi singular: leave it out. At a weakly active constraint (no slack, no multiplier)
+    the derivative is the one-sided one with the constraint active.
     """
 
     def __init__(self, rho: float = 1.0) -> None:
@@ -30,37 +34,47 @@ class ADMM(nn.Module):
         require_positive("rho", rho)
         self.rho = rho
 
-    def forward(self, state: ADMMState, Q: Tensor, p: Tensor, A: Tensor, b: Tensor) -> ADMMState:
+    def forward(self, state: ADMMState, *params: Tensor) -> ADMMState:
         """Return the state after one step."""
         z, u = state
-        Q, A, b = _batched(p, Q, A, b)
+        Q, p, G, h, A, b = batched_qp(*params)
+        Gx = torch.einsum("bmn,bn->bm", G, self._minimize(z - u, Q, p, G, A, b))
+        z = torch.where(Gx + u < h, Gx + u, h)  # torch.minimum would mix both sides at a tie
+        return z, u + Gx - z
+
+    def primal(self, state: ADMMState, *params: Tensor) -> Tensor:
+        """Return x (B, n) of a state; at the fixed point it is the solution."""
+        z, u = state
+        Q, p, G, _, A, b = batched_qp(*params)
+        return self._minimize(z - u, Q, p, G, A, b)
+
+    def state(self, x: Tensor, lam: Tensor, G: Tensor) -> ADMMState:
+        """Return the fixed point (z, u) of a solution x (B, n) with multipliers lam (B, m) >= 0 of Gx <= h."""
+        return torch.einsum("...mn,...n->...m", G, x), lam / self.rho
+
+    def _minimize(self, target: Tensor, Q: Tensor, p: Tensor, G: Tensor, A: Tensor, b: Tensor) -> Tensor:
+        """Return argmin 1/2 x'Qx + p'x + rho/2 |Gx - target|^2 subject to Ax = b."""
         n, k = p.shape[1], b.shape[1]
-        penalty = self.rho * torch.eye(n, dtype=p.dtype, device=p.device)
         corner = p.new_zeros(len(p), k, k)
-        kkt = torch.cat([torch.cat([Q + penalty, A.mT], 2), torch.cat([A, corner], 2)], 1)
-        x = torch.linalg.solve(kkt, torch.cat([self.rho * (z - u) - p, b], 1))[:, :n]
-        z = (x + u).clamp(min=0)
-        return z, u + x - z
-
-    @torch.no_grad()
-    def state(self, x: Tensor, Q: Tensor, p: Tensor, A: Tensor, b: Tensor) -> ADMMState:
-        """Return the fixed point (z, u) that belongs to the primal solution x (B, n).
-
-        rho u = -lam with the bounds' multipliers lam = Qx + p + A'nu, nu by least squares on the entries of x above 0.
-        """
-        Q, A, b = _batched(p, Q, A, b)
-        gradient = torch.einsum("bij,bj->bi", Q, x) + p
-        free = x > 1e-9 * (1 + x.abs().amax(1, keepdim=True))
-        nu = -torch.linalg.pinv(A.mT * free[:, :, None]) @ (gradient * free)[:, :, None]
-        lam = (gradient + (A.mT @ nu)[:, :, 0]).clamp(min=0)
-        return torch.where(free, x, 0), -torch.where(free, 0, lam) / self.rho
+        kkt = torch.cat([torch.cat([Q + self.rho * G.mT @ G, A.mT], 2), torch.cat([A, corner], 2)], 1)
+        pull = self.rho * torch.einsum("bmn,bm->bn", G, target)
+        return torch.linalg.solve(kkt, torch.cat([pull - p, b], 1))[:, :n]
 
 
-def _batched(p: Tensor, Q: Tensor, A: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    B, n = p.shape
-    if Q.shape[-2:] != (n, n) or A.shape[-1] != n or b.shape[-1] != A.shape[-2]:
-        raise InputError(
-            f"Q has shape {tuple(Q.shape)}, A {tuple(A.shape)}, b {tuple(b.shape)}: expected (n, n), (k, n), (k,) or "
-            f"these behind a batch dimension, to go with p of shape {(B, n)}."
-        )
-    return Q.expand(B, n, n), A.expand(B, *A.shape[-2:]), b.expand(B, b.shape[-1])
+def batched_qp(Q: Tensor, p: Tensor, G: Tensor, h: Tensor, A: Tensor, b: Tensor) -> QPData:
+    """Give every part of a QP its batch dimension.
+
+    Raises InputError for shapes that do not fit, naming the argument.
+    """
+    n = p.shape[-1] if p.dim() else 0
+    m, k = h.shape[-1] if h.dim() else 0, b.shape[-1] if b.dim() else 0
+    shapes = {"Q": (Q, (n, n)), "p": (p, (n,)), "G": (G, (m, n)), "h": (h, (m,)), "A": (A, (k, n)), "b": (b, (k,))}
+    sizes = {value.shape[0] for value, shape in shapes.values() if value.dim() == len(shape) + 1}
+    B = max(sizes, default=1)
+    for name, (value, shape) in shapes.items():
+        if tuple(value.shape) not in (shape, (B, *shape)):
+            raise InputError(
+                f"{name} has shape {tuple(value.shape)}, expected {shape} or {(B, *shape)} to go with p of shape "
+                f"{tuple(p.shape)}, h of shape {tuple(h.shape)} and b of shape {tuple(b.shape)}."
+            )
+    return tuple(value.expand(B, *shape) for value, shape in shapes.values())

@@ -80,73 +80,121 @@ def test_the_papers_step_converges_for_the_differencing_operator():
     torch.testing.assert_close(w, solve_dual(D, d, weight), atol=1e-8, rtol=0)
 
 
-def quadratic_programs(B=200, n=8, k=2, seed=0):
+def quadratic_programs(B=200, n=8, m=10, k=2, seed=0):
+    """Shared Q, G, A and b; p and h of each sample."""
     g = torch.Generator().manual_seed(seed)
-    root = torch.randn(n, n, generator=g, dtype=F64)
-    A = torch.randn(k, n, generator=g, dtype=F64)
-    b = A @ torch.rand(n, generator=g, dtype=F64)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=g, dtype=F64)
+
+    root, G, A, inside = normal(n, n), normal(m, n), normal(k, n), normal(n)
+    h = G @ inside + 0.2 + torch.rand(B, m, generator=g, dtype=F64)
     Q = root @ root.T / n + 0.1 * torch.eye(n, dtype=F64)
-    return [t.requires_grad_() for t in (Q, torch.randn(B, n, generator=g, dtype=F64), A, b)]
+    return [t.requires_grad_() for t in (Q, normal(B, n), G, h, A, A @ inside)]
 
 
-def solve_standard_form(Q, p, A, b):
+def solve_by_kkt(Q, p, G, h, A, b):
     B, n = p.shape
-    eye = torch.eye(n, dtype=p.dtype)
-    Q = (Q + Q.mT) / 2
-    found = solve_qp(
-        Q.expand(B, n, n),
-        p,
-        A.expand(B, *A.shape[-2:]),
-        b.expand(B, b.shape[-1]),
-        -eye.expand(B, n, n),
-        p.new_zeros(B, n),
-    )
+    parts = Q.expand(B, n, n), p, A.expand(B, *A.shape[-2:]), b.expand(B, len(b)), G.expand(B, *G.shape[-2:]), h
+    found = solve_qp(*parts)
     assert found.ok.all()
-    return found.x
+    return found
 
 
 @pytest.mark.parametrize("linear_solver", SOLVERS)
 @pytest.mark.parametrize("rho", [0.1, 1.0, 10.0])
-def test_admm_from_a_primal_solution(linear_solver, rho):
+def test_the_qp_layer_against_the_kkt_system(linear_solver, rho):
     data = quadratic_programs()
-    update = ADMM(rho)
-    layer = foldopt.fold(
-        lambda *data: update.state(solve_standard_form(*data), *data), update, linear_solver=linear_solver
-    )
-    z, _ = layer(*data)
-    exact = solve_standard_form(*data)
-    torch.testing.assert_close(z, exact, atol=1e-9, rtol=0)
-    g = torch.randn(z.shape, generator=torch.Generator().manual_seed(1), dtype=F64)
-    folded, expected = (list(torch.autograd.grad(x, data, g)) for x in (z, exact))
-    for gradients in (folded, expected):
+    x = foldopt.QPLayer(rho, linear_solver=linear_solver)(*data)
+    expected = solve_by_kkt(*data)
+    assert (expected.active.sum(1) > 0).any()
+    torch.testing.assert_close(x, expected.x, atol=1e-9, rtol=0)
+    g = torch.randn(x.shape, generator=torch.Generator().manual_seed(1), dtype=F64)
+    mine, exact = (list(torch.autograd.grad(y, data, g)) for y in (x, expected.x))
+    for gradients in (mine, exact):
         gradients[0] = gradients[0] + gradients[0].T
-    agree(folded, expected)
+    agree(mine, exact)
 
 
-def test_admm_itself_converges_to_the_recovered_state():
+def test_the_qp_layer_against_qpth_given_expanded_arguments():
+    """qpth takes the mean where the batch shares an argument, so it is given one of each per sample."""
+    qpth = pytest.importorskip("qpth.qp")
+    data = quadratic_programs(B=32)
+    g = torch.randn(32, 8, generator=torch.Generator().manual_seed(1), dtype=F64)
+    x = foldopt.QPLayer()(*data)
+    expanded = [t if t.dim() == (2 if i in (1, 3, 5) else 3) else t.expand(32, *t.shape) for i, t in enumerate(data)]
+    theirs = qpth.QPFunction(verbose=-1, eps=1e-14, maxIter=60)(*expanded)
+    torch.testing.assert_close(x, theirs, atol=1e-6, rtol=0)
+    mine, other = (torch.autograd.grad(y, data[1:], g) for y in (x, theirs))
+    for a, b in zip(mine, other, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(b.abs().max()))
+
+
+def test_the_qp_layer_without_equalities_in_float32_and_per_sample():
+    Q, p, G, h, _, _ = (t.detach() for t in quadratic_programs(B=5))
+    low = [t.float().requires_grad_() for t in (Q, p, G, h)]
+    x = foldopt.QPLayer()(*low)
+    assert x.dtype == torch.float32
+    gradients = torch.autograd.grad(x.square().sum(), low)
+    layer = foldopt.QPLayer()
+    total = torch.zeros_like(gradients[0])
+    for i in range(5):
+        single = low[0].detach().clone().requires_grad_()
+        row = layer(single, low[1][i], low[2], low[3][i : i + 1])
+        total += torch.autograd.grad(row.square().sum(), single)[0]
+    torch.testing.assert_close(gradients[0], total, rtol=1e-4, atol=1e-5)
+
+
+def test_an_infeasible_program_among_good_ones():
+    Q, p, G, h, A, b = quadratic_programs(B=4)
+    with torch.no_grad():
+        G = torch.cat([G, -G[:1]])
+        h = torch.cat([h, 5.0 - h[:, :1]], 1)
+        h[2, -1] = -h[2, 0] - 1
+    with pytest.raises(FixedPointError, match="at 1 of 4 samples, worst at index 2"):
+        foldopt.QPLayer()(Q, p, G, h, A, b)
+    x = foldopt.QPLayer(on_failure="zero")(Q, p, G, h, A, b)
+    assert x[2].isnan().all()
+    x[[0, 1, 3]].square().sum().backward()
+    assert all(t.grad.isfinite().all() for t in (Q, p, A, b)), "it does not touch what the batch shares"
+    assert (p.grad[2] == 0).all()
+
+
+def test_a_weakly_active_constraint_counts_as_active():
+    """min 1/2 |x|^2 + p'x on the simplex at p = (-1, 0): x = (1, 0) and the bound on x_2 has multiplier 0."""
+    p = torch.tensor([[-1.0, 0.0]], dtype=F64, requires_grad=True)
+    eye, ones = torch.eye(2, dtype=F64), torch.ones(1, 2, dtype=F64)
+    x = foldopt.QPLayer()(eye, p, -eye, torch.zeros(2, dtype=F64), ones, torch.ones(1, dtype=F64))
+    assert x.tolist() == [[1.0, 0.0]]
+    (gradient,) = torch.autograd.grad(x[0, 0], p)
+    assert gradient.abs().max() < 1e-12
+
+
+def test_admm_itself_converges_to_the_state_of_the_solution():
     data = [t.detach() for t in quadratic_programs(B=10)]
-    update = ADMM()
-    state = torch.zeros(10, 8, dtype=F64), torch.zeros(10, 8, dtype=F64)
+    update, found = ADMM(), solve_by_kkt(*data)
+    state = torch.zeros(10, 10, dtype=F64), torch.zeros(10, 10, dtype=F64)
     for _ in range(5000):
         state = update(state, *data)
-    z, u = update.state(solve_standard_form(*data), *data)
-    torch.testing.assert_close(state[0], z, atol=1e-8, rtol=0)
-    torch.testing.assert_close(state[1], u, atol=1e-8, rtol=0)
+    for part, expected in zip(state, update.state(found.x, found.lam, data[2]), strict=True):
+        torch.testing.assert_close(part, expected, atol=1e-8, rtol=0)
+    torch.testing.assert_close(update.primal(state, *data), found.x, atol=1e-8, rtol=0)
 
 
 def test_admm_without_its_dual_is_caught():
     data = quadratic_programs(B=10)
-    layer = foldopt.fold(lambda *d: (solve_standard_form(*d), torch.zeros(10, 8, dtype=F64)), ADMM())
+    solve = solve_by_kkt
+    layer = foldopt.fold(lambda *d: (solve(*d).x @ d[2].mT, torch.zeros(10, 10, dtype=F64)), ADMM())
     with pytest.raises(FixedPointError, match="the update step does not fix the solver's solution"):
         layer(*data)
 
 
 def test_misuse_is_refused():
-    Q, p, A, b = quadratic_programs(B=2)
+    Q, p, *rest = quadratic_programs(B=2)
     with pytest.raises(InputError, match="rho=-1: expected a number above 0"):
         ADMM(-1)
     with pytest.raises(InputError, match=r"Q has shape \(8, 7\)"):
-        ADMM()((p, p), Q[:, :7], p, A, b)
+        foldopt.QPLayer()(Q[:, :7], p, *rest)
     with pytest.raises(InputError, match="prox=3 is not callable"):
         DualProximalGradient(3)
     with pytest.raises(InputError, match="stepsize=0: expected a number above 0"):
