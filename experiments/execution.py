@@ -113,15 +113,11 @@ def resolve_device(name: str) -> torch.device:
 
 
 def _final(path: Path) -> dict[str, Any]:
-    """Return the last metrics of each split, and the test metrics at the epoch of the smallest validation regret.
-
-    Where a task has no regret, its loss takes that place.
-    """
+    """Return the last metrics of each split, and the test metrics at the epoch of the smallest validation regret."""
     frame = runs.load_metrics(path)
     last = {split: part.iloc[-1].dropna().to_dict() for split, part in frame.groupby("split")}
     val = frame[(frame["split"] == "val") & (frame["epoch"] > 0)]
-    merit = val["regret"] if val["regret"].notna().any() else val["loss"]
-    best = frame[(frame["split"] == "test") & (frame["epoch"] == val.loc[merit.idxmin(), "epoch"])].iloc[0]
+    best = frame[(frame["split"] == "test") & (frame["epoch"] == val.loc[val["regret"].idxmin(), "epoch"])].iloc[0]
     return {**last, "test_at_best_val": best.dropna().to_dict()}
 
 

@@ -168,8 +168,8 @@ class Trainer:
         generator = torch.Generator().manual_seed(self.cfg.seed * 1_000_003 + epoch)
         order = torch.randperm(n, generator=generator)
         for chosen in order.split(size):
-            if len(chosen) == 1 and n > 1:
-                continue  # one sample alone has no batch statistics
+            if len(chosen) == 1 < min(n, size):
+                continue  # a last sample alone has no batch statistics
             index = chosen.to(self.device)
             yield {name: values[index] for name, values in samples.items()}
 
@@ -231,9 +231,9 @@ class Trainer:
 
 
 def _brief(rows: list[Row]) -> str:
-    """Return the split's figure of merit that fits beside a progress bar."""
+    """Return what fits beside a progress bar."""
     val = next(row for row in rows if row["split"] == "val")
-    return f"val regret {val['regret_percent']:.2f}%" if "regret_percent" in val else f"val loss {val['loss']:.4g}"
+    return f"val regret {val['regret_percent']:.2f}%" if "regret_percent" in val else f"val regret {val['regret']:.4g}"
 
 
 def _line(epoch: int, epochs: int, rows: list[Row]) -> str:

@@ -31,6 +31,7 @@ class CvxpyLayersBackend:
         self, task: Any, linear_solver: LinearSolver, scaling: str, solver: str, solver_args: dict[str, Any]
     ) -> None:
         try:
+            import diffcp
             from cvxpylayers.torch import CvxpyLayer
         except ImportError as error:
             raise MissingDependencyError(
@@ -41,7 +42,7 @@ class CvxpyLayersBackend:
         problem, parameters, variables = task.problem.cvxpy(scaling)
         self._arguments = {"solve_method": SOLVE_METHODS[solver], "n_jobs_forward": 1, **solver_args}
         self._layer = CvxpyLayer(problem, parameters, variables)
-        self._failures = 0
+        self._failure, self._failures = diffcp.SolverError, 0
 
     @staticmethod
     def unsuitable(task: Any) -> str | None:
@@ -57,7 +58,7 @@ class CvxpyLayersBackend:
             warnings.filterwarnings("ignore", message=".*(naccurate|CSC|CSR).*")
             try:
                 decisions = self._solve(c)
-            except _solver_errors():
+            except self._failure:
                 decisions = torch.cat([self._alone(row) for row in c.split(1)])
         return decisions.to(parameters.device)
 
@@ -68,7 +69,7 @@ class CvxpyLayersBackend:
     def _alone(self, row: Tensor) -> Tensor:
         try:
             return self._solve(row)
-        except _solver_errors():
+        except self._failure:
             self._failures += 1
             return torch.full_like(row, torch.nan)
 
@@ -82,9 +83,3 @@ class CvxpyLayersBackend:
         """Return how many samples failed since the last call."""
         failures, self._failures = self._failures, 0
         return failures
-
-
-def _solver_errors() -> tuple[type[Exception], ...]:
-    import diffcp
-
-    return (diffcp.SolverError, RuntimeError)

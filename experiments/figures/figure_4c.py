@@ -110,6 +110,7 @@ def _caption(planned: Sequence[StudyRun], command: str) -> str:
     task = planned[0].config.task
     seeds = len({run.seed for run in planned})
     return (
-        f"Mean over {seeds} seeds, bands from the smallest to the largest of them. {task.n_train} training "
-        f"and {task.n_test} test samples; regret by the exact solver.\nMade by: {command}"
+        f"Mean over {seeds} seeds, bands from the smallest to the largest of them. {task.n_train} training and "
+        f"{task.n_test} test samples, noise tau = {task.tau};\n"
+        f"regret in percent of the optimal value, by the exact solver. Made by: {command}"
     )

@@ -154,7 +154,7 @@ class PortfolioProblem:
         return solution
 
     def gurobi(self, c: Tensor) -> PortfolioSolution:
-        """Solve one by one with Gurobi (cached model, objective updated), to about 1e-6; see `exact`."""
+        """Solve one by one with Gurobi (cached model, objective updated), to a residual of about 1e-5; see `exact`."""
         c = self._checked(c)
         if self._gurobi is None:
             n, ones = self.n, torch.ones(1, self.n, dtype=torch.float64)

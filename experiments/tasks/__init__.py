@@ -40,5 +40,5 @@ class Task(Protocol):
         ...
 
     def metrics(self, outputs: Tensor, samples: Samples) -> dict[str, float]:
-        """Return columns of metrics.csv for the outputs of a whole split, by the task's exact solver."""
+        """Return columns of metrics.csv, "regret" among them, for the outputs of a whole split, by the exact solver."""
         ...

@@ -63,10 +63,10 @@ def solve_qcqp(
     limits = torch.cat([s, h], 1)
     if k + m:
         slack = torch.maximum(limits, slack)
-    cost, curvature = _largest(q), H.flatten(1).abs().amax(1)
+    cost, curvature = largest(q), H.flatten(1).abs().amax(1)
     cost = torch.where(cost > 0, cost, torch.where(curvature > 0, curvature, 1.0))
     lam = lam * cost[:, None]
-    primal_scale = 1 + torch.maximum(_largest(b), _largest(limits))
+    primal_scale = 1 + torch.maximum(largest(b), largest(limits))
     iterations = torch.zeros(B, dtype=torch.long, device=q.device)
     active = torch.ones(B, dtype=torch.bool, device=q.device)
     residual = q.new_full((B,), torch.inf)
@@ -80,10 +80,10 @@ def solve_qcqp(
         rp = torch.einsum("bpi,bi->bp", A, x) - b
         ri = values + slack - limits
         gap = (lam * slack).sum(1)
-        dual_scale = cost + _largest(Hx) + _largest(lam)
-        size = primal_scale + _largest(x)
+        dual_scale = cost + largest(Hx) + largest(lam)
+        size = primal_scale + largest(x)
         now = torch.stack(
-            [_largest(rd) / dual_scale, _largest(rp) / size, _largest(ri) / size, gap / (dual_scale * size)]
+            [largest(rd) / dual_scale, largest(rp) / size, largest(ri) / size, gap / (dual_scale * size)]
         ).amax(0)
         now = now.nan_to_num(nan=torch.inf)
         better = active & (now < residual)
@@ -142,7 +142,8 @@ def _longest(value: Tensor, change: Tensor) -> Tensor:
     return ratio.amin(1).clamp(max=1)
 
 
-def _largest(a: Tensor) -> Tensor:
+def largest(a: Tensor) -> Tensor:
+    """Return the largest absolute entry of each row of a (B, n), 0 where n = 0."""
     return a.abs().amax(1) if a.shape[1] else a.new_zeros(len(a))
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from foldopt.errors import InputError
-from foldopt.solvers.interior_point import solve_qcqp
+from foldopt.solvers.interior_point import largest, solve_qcqp
 
 TOLERANCE = 1e-9
 
@@ -111,18 +111,14 @@ def _candidate(
     stationarity = (
         torch.einsum("bij,bj->bi", H, x) + q + torch.einsum("bpn,bp->bn", A, nu) + torch.einsum("bmn,bm->bn", G, lam)
     )
-    dual_scale = _largest(q) + _largest(lam)
-    primal_scale = 1 + _largest(x)
+    dual_scale = largest(q) + largest(lam)
+    primal_scale = 1 + largest(x)
     ok = (
-        (_largest(stationarity) <= TOLERANCE * dual_scale)
-        & (_largest(torch.einsum("bpn,bn->bp", A, x) - b) <= TOLERANCE * primal_scale)
+        (largest(stationarity) <= TOLERANCE * dual_scale)
+        & (largest(torch.einsum("bpn,bn->bp", A, x) - b) <= TOLERANCE * primal_scale)
         & ((lam >= -TOLERANCE * dual_scale[:, None]) & (slack >= -TOLERANCE * primal_scale[:, None])).all(1)
     )
     return x, nu, lam, ok, factor
-
-
-def _largest(a: Tensor) -> Tensor:
-    return a.abs().amax(1) if a.shape[1] else a.new_zeros(len(a))
 
 
 class _KKT(torch.autograd.Function):

@@ -114,6 +114,15 @@ def test_a_stopped_run_ends_with_the_numbers_of_one_never_stopped(tmp_path, unin
     pd.testing.assert_frame_equal(untimed(folder), untimed(uninterrupted), check_exact=True)
 
 
+@pytest.mark.parametrize(("size", "visited"), [(1, 64), (9, 63), (64, 64)])
+def test_batches_of_every_size_train(tiny, console, size, visited):
+    """Only a last sample alone, which batch normalization cannot take, is left out of its epoch."""
+    cfg = tiny("backend=two_stage", "train.epochs=1", f"train.batch_size={size}")
+    assert execute(cfg, console) == 0
+    frame = runs.load_metrics(runs.folder(cfg))
+    assert frame.loc[frame["split"] == "train", "samples"].tolist() == [visited]
+
+
 def test_rows_written_after_the_last_checkpoint_are_dropped(tmp_path):
     model = torch.nn.Linear(2, 1)
     checkpoint = Checkpoint(tmp_path, model=model)

@@ -1,4 +1,4 @@
-"""fold, unfold and unroll on steps whose derivatives are known, and every way to misuse them."""
+"""fold, unfold and unroll on steps whose derivatives are known; as parts of networks and of PyTorch."""
 
 import copy
 import functools
@@ -13,33 +13,7 @@ from torch.autograd import gradcheck, gradgradcheck
 import foldopt
 from foldopt import errors
 from foldopt.linear_solve import GMRES, LFPI, SOLVERS
-
-F64 = torch.float64
-
-
-def heron(x, c):
-    return 0.5 * (x + c / x)
-
-
-def tanh_step(x, c, W):
-    return torch.tanh(x @ W + c)
-
-
-def iterate(step, steps=400):
-    def solve(*params):
-        x = torch.zeros_like(params[0])
-        for _ in range(steps):
-            x = step(x, *params)
-        return x
-
-    return solve
-
-
-def problem(batch=3, n=4, seed=0, scale=0.3):
-    gen = torch.Generator().manual_seed(seed)
-    c = torch.randn(batch, n, generator=gen, dtype=F64).requires_grad_()
-    W = (scale * torch.randn(n, n, generator=gen, dtype=F64)).requires_grad_()
-    return c, W
+from tests.foldopt.steps import F64, heron, iterate, problem, tanh_step
 
 
 @pytest.mark.parametrize("name", SOLVERS)
@@ -253,52 +227,7 @@ def test_first_floating_parameter_decides_the_dtype_of_the_answer():
     assert V.grad.dtype == F64
 
 
-def test_step_that_does_not_fix_the_solution_is_found_out():
-    c = torch.tensor([[4.0], [9.0], [16.0]], dtype=F64, requires_grad=True)
-
-    def solve(c):
-        x = c.sqrt()
-        x[1] = 2.9
-        return x
-
-    with pytest.raises(
-        errors.FixedPointError, match=r"at 1 of 3 samples, worst at index 1.*Solver and step disagree"
-    ) as e:
-        foldopt.fold(solve, heron)(c)
-    assert e.value.indices == (1,)
-    with pytest.raises(errors.FixedPointError):
-        foldopt.fold(solve, heron)(c.detach())
-    assert foldopt.fold(solve, heron, tol=0.1)(c).shape == (3, 1)
-    layer = foldopt.fold(solve, heron, on_failure="zero")
-    layer(c).sum().backward()
-    assert layer.last.ok.tolist() == [True, False, True]
-    torch.testing.assert_close(c.grad, torch.tensor([[0.25], [0.0], [0.125]], dtype=F64))
-    layer = foldopt.fold(solve, heron, on_failure="nan")
-    (grad,) = torch.autograd.grad(layer(c).sum(), c)
-    assert grad.isnan().flatten().tolist() == [False, True, False]
-    with pytest.warns(RuntimeWarning, match="does not fix the solver's solution"):
-        foldopt.fold(solve, heron, on_failure="warn")(c)
-
-
-def test_failed_sample_does_not_spoil_the_others_or_shared_parameters():
-    c, W = problem(batch=4)
-    good = iterate(tanh_step)
-
-    def solve(c, W):
-        x = good(c, W)
-        x[2] = torch.nan
-        return x
-
-    layer = foldopt.fold(solve, tanh_step, on_failure="zero")
-    x = layer(c, W)
-    assert x[2].isnan().all()
-    grads = torch.autograd.grad(x[layer.last.ok].square().sum(), (c, W))
-    keep = [0, 1, 3]
-    expected = torch.autograd.grad(foldopt.fold(good, tanh_step)(c[keep], W).square().sum(), (c, W))
-    torch.testing.assert_close(grads, expected)
-
-
-def test_no_grad_inference_mode_empty_batch_and_noncontiguous_input():
+def test_no_grad_inference_mode_and_noncontiguous_input():
     layer = foldopt.fold(torch.sqrt, heron)
     c = torch.rand(3, 2, dtype=F64, requires_grad=True)
     with torch.no_grad():
@@ -306,9 +235,6 @@ def test_no_grad_inference_mode_empty_batch_and_noncontiguous_input():
     with torch.inference_mode():
         assert layer(torch.rand(3, 2)).shape == (3, 2)
     assert not layer(c.detach()).requires_grad
-    empty = torch.zeros(0, 2, dtype=F64, requires_grad=True)
-    layer(empty).sum().backward()
-    assert empty.grad.shape == (0, 2)
     strided = torch.rand(2, 6, dtype=F64).T.requires_grad_()
     assert gradcheck(layer, strided + 1)
 
@@ -378,54 +304,6 @@ def test_closed_form_jacobian_of_the_update_is_used():
     assert layer.last.backward.iterations.tolist() == [0, 0, 0]
 
 
-def test_unrolled_layer_reports_samples_that_have_not_converged():
-    c = torch.tensor([[4.0], [1e8]], dtype=F64, requires_grad=True)
-    start = torch.ones_like
-    with pytest.raises(errors.FixedPointError, match="at 1 of 2 samples, worst at index 1"):
-        foldopt.unroll(start, heron, iterations=8)(c)
-    layer = foldopt.unroll(start, heron, iterations=8, on_failure="zero")
-    layer(c).sum().backward()
-    torch.testing.assert_close(c.grad, torch.tensor([[0.25], [0.0]], dtype=F64))
-
-
-def ok_layer(**options):
-    return foldopt.fold(torch.sqrt, heron, **options)
-
-
-C = torch.rand(3, 2, dtype=F64)
-NAN = C.clone()
-NAN[1, 0] = torch.nan
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: foldopt.fold(3, heron), "solve=3 is not callable"),
-        (lambda: foldopt.fold(torch.sqrt, None), "update=None is not callable"),
-        (lambda: ok_layer(on_failure="ignore"), "on_failure='ignore' is unknown; choose one of"),
-        (lambda: ok_layer(linear_solver="lu"), "linear_solver='lu' is unknown"),
-        (lambda: ok_layer(tol=-1.0), "tol=-1.0: the fixed-point tolerance"),
-        (lambda: ok_layer(dtype=torch.int64), "dtype=torch.int64 is not a floating-point type"),
-        (
-            lambda: foldopt.unroll(torch.sqrt, heron, iterations=0),
-            "iterations=0: expected a whole number of at least 1",
-        ),
-        (lambda: ok_layer()(), "called without parameters"),
-        (lambda: ok_layer()(3.0), "parameter 0 is a float, expected a tensor"),
-        (lambda: ok_layer()(NAN), r"parameter 0 of shape \(3, 2\) holds NaN or inf, first in rows \[1\]"),
-        (lambda: ok_layer()(C, C.to("meta")), "parameter 1 is on meta but parameter 0 is on cpu"),
-        (lambda: foldopt.fold(lambda c: c.sum(), heron)(C), r"solve returned Tensor, expected a tensor of shape \(B"),
-        (lambda: foldopt.fold(lambda c: [c], heron)(C), "solve returned list"),
-        (lambda: foldopt.fold(lambda c: (c, c[:1]), heron)(C), "parts of different batch sizes"),
-        (lambda: foldopt.fold(lambda c: c.to("meta"), heron)(C), "solve returned part 0 on meta"),
-        (lambda: foldopt.fold(torch.sqrt, lambda x, c: x[:, :1])(C), r"update returned a state of shapes \[\(3, 1\)\]"),
-    ],
-)
-def test_misuse_is_named(make, message):
-    with pytest.raises(errors.InputError, match=message):
-        make()
-
-
 @pytest.mark.parametrize(
     "layer",
     [foldopt.fold(torch.sqrt, heron), foldopt.unroll(lambda c: c, heron, iterations=20)],
@@ -450,18 +328,3 @@ def test_an_empty_batch_is_no_special_case(name):
     c = torch.zeros(0, 3, dtype=F64, requires_grad=True)
     foldopt.fold(torch.sqrt, heron, linear_solver=name)(c).sum().backward()
     assert c.grad.shape == (0, 3)
-
-
-def test_unrolling_holds_a_sample_whose_step_fails_at_its_last_finite_state():
-    def step(x, c):
-        return 0.5 * (x + c / x) + 0 * c.detach().log()  # NaN for negative c
-
-    c = torch.tensor([[4.0], [-1.0]], dtype=F64, requires_grad=True)
-    layer = foldopt.unroll(lambda c: c.abs(), step, iterations=12, on_failure="zero")
-    x = layer(c)
-    assert x.tolist() == [[2.0], [1.0]]
-    assert layer.last.ok.tolist() == [True, False]
-    x.sum().backward()
-    torch.testing.assert_close(c.grad[0], torch.tensor([0.25], dtype=F64))
-    with pytest.raises(errors.FixedPointError, match="worst at index 1"):
-        foldopt.unroll(lambda c: c.abs(), step, iterations=12)(c)
