@@ -8,7 +8,7 @@ Dinh and Fioretto, 2023); equation numbers in the docstrings are the paper's.
 
 from foldopt import errors, linear_solve, projections, prox
 from foldopt.fold import FoldedLayer, FoldInfo, fixed_point_vjp, fold
-from foldopt.layers import QPLayer, f_sqp
+from foldopt.layers import NLPLayer, QPLayer, f_fdpg, f_pgd_a, f_pgd_b, f_sqp
 from foldopt.unroll import unfold, unroll
 from foldopt.updates import ADMM, SQP, DualProximalGradient, ProjectedGradient, ProximalGradient, SmoothProgram
 
@@ -18,11 +18,15 @@ __all__ = [
     "DualProximalGradient",
     "FoldInfo",
     "FoldedLayer",
+    "NLPLayer",
     "ProjectedGradient",
     "ProximalGradient",
     "QPLayer",
     "SmoothProgram",
     "errors",
+    "f_fdpg",
+    "f_pgd_a",
+    "f_pgd_b",
     "f_sqp",
     "fixed_point_vjp",
     "fold",

@@ -8,11 +8,119 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from foldopt.checks import require_whole
+from foldopt.errors import InputError, MissingDependencyError
 from foldopt.fold import FoldedLayer, fold
+from foldopt.solvers import scipy_nlp
+from foldopt.solvers.multipliers import recover_multipliers
+from foldopt.solvers.nlp import solve_nlp
 from foldopt.solvers.qp import solve_qp
-from foldopt.step import State
+from foldopt.step import State, as_tuple
 from foldopt.updates.admm import ADMM, ADMMState, batched_qp
-from foldopt.updates.sqp import SQP, SQPProgram
+from foldopt.updates.dual_proximal_gradient import DualProximalGradient
+from foldopt.updates.gradient import ProjectedGradient
+from foldopt.updates.sqp import SQP, SmoothProgram, SQPData, SQPProgram, SQPState
+
+Polyhedron = Callable[..., tuple[Tensor, Tensor, Tensor | None, Tensor | None]]
+
+
+def f_pgd_a(
+    objective: Callable[..., Tensor],
+    polyhedron: Polyhedron,
+    solve: Callable[..., Tensor],
+    stepsize: float,
+    **options: Any,
+) -> FoldedLayer:
+    """f-PGDa: projected gradient on a polyhedron, the projection and its derivative by qpth (paper section 6).
+
+    Args:
+        objective: f(x, *params) -> (B,), smooth. polyhedron: ``polyhedron(*params) -> (G, h, A, b)``, the set
+            Gx <= h, Ax = b, each batched or shared by the batch; A and b may be None.
+        solve: ``solve(*params) -> x``, any black box, (B, n).
+        stepsize: alpha > 0 of eq. 4; the gradient does not depend on it.
+        options: as for `foldopt.fold`; dtype is float64 unless given, as qpth's interior point needs it.
+
+    Raises MissingDependencyError when it is called without qpth. qpth has no second derivative; `f_pgd_b` does.
+    """
+
+    def projection(y: Tensor, *params: Tensor) -> Tensor:
+        parts = _projection_qp(y, polyhedron(*params))
+        # qpth averages the gradient of what a batch shares, so it is given one of each per sample.
+        Q, p, G, h, A, b = (part.contiguous() for part in batched_qp(*parts))
+        empty = y.new_zeros(0)
+        return _qpth()(verbose=-1, eps=1e-14, maxIter=60)(Q, p, G, h, *((A, b) if b.shape[1] else (empty, empty)))
+
+    return fold(solve, ProjectedGradient(objective, projection, stepsize), **{"dtype": torch.float64, **options})
+
+
+def f_pgd_b(
+    objective: Callable[..., Tensor],
+    polyhedron: Polyhedron,
+    solve: Callable[..., Tensor],
+    stepsize: float,
+    **options: Any,
+) -> FoldedLayer:
+    """f-PGDb: projected gradient whose projection is itself a folded ADMM, `QPLayer` (paper section 6).
+
+    Nested folding: the update step contains a folded layer. Arguments as for `f_pgd_a`.
+    """
+    inner = QPLayer()
+
+    def projection(y: Tensor, *params: Tensor) -> Tensor:
+        return inner(*_projection_qp(y, polyhedron(*params)))
+
+    return fold(solve, ProjectedGradient(objective, projection, stepsize), **{"dtype": torch.float64, **options})
+
+
+def _projection_qp(y: Tensor, polyhedron: tuple[Tensor, Tensor, Tensor | None, Tensor | None]) -> tuple[Tensor, ...]:
+    """Return the projection of y on a polyhedron as the arguments (Q, p, G, h, A, b) of a QP."""
+    if len(polyhedron) != 4:
+        raise InputError(f"polyhedron returned {len(polyhedron)} values, expected (G, h, A, b); A and b may be None.")
+    G, h, A, b = polyhedron
+    if A is None or b is None:
+        A, b = y.new_zeros(0, y.shape[1]), y.new_zeros(0)
+    return torch.eye(y.shape[1], dtype=y.dtype, device=y.device), -y, G, h, A, b
+
+
+def _qpth() -> Any:
+    try:
+        from qpth.qp import QPFunction
+    except ImportError as error:
+        raise MissingDependencyError(
+            "f_pgd_a projects with qpth: pip install foldopt[qpth], or use f_pgd_b, which needs nothing."
+        ) from error
+    return QPFunction
+
+
+def f_fdpg(
+    prox: Callable[..., Tensor], solve: Callable[..., Tensor], *, stepsize: float | None = None, **options: Any
+) -> FDPGLayer:
+    """f-FDPG: min_x 1/2 |x - d|^2 + g(D x), folded through one dual proximal gradient step (paper eq. 28).
+
+    Args:
+        prox: as for `foldopt.DualProximalGradient`. stepsize: s; None takes 1 / |D|^2.
+        solve: ``solve(D, d, *params) -> w``, the dual solution (B, m), of which x = d + D'w; where a solver knows only
+            x, ``DualProximalGradient.dual(x, D, d)`` makes w of it.
+        options: as for `foldopt.fold`.
+
+    Returns ``layer(D, d, *params) -> x``, (B, n); ``layer.fold.last`` holds the certificates.
+    """
+    return FDPGLayer(prox, solve, stepsize, **options)
+
+
+class FDPGLayer(nn.Module):
+    """The layer that `f_fdpg` makes."""
+
+    def __init__(
+        self, prox: Callable[..., Tensor], solve: Callable[..., Tensor], stepsize: float | None = None, **options: Any
+    ) -> None:
+        super().__init__()
+        self.update = DualProximalGradient(prox, stepsize)
+        self.fold = fold(solve, self.update, **options)
+
+    def forward(self, D: Tensor, d: Tensor, *params: Tensor) -> Tensor:
+        """Return x, (B, n)."""
+        return self.update.primal(self.fold(D, d, *params), D, d)
 
 
 def f_sqp(
@@ -80,3 +188,94 @@ class QPLayer(nn.Module):
         Q, p, G, h, A, b = batched_qp(*params)
         found = solve_qp((Q + Q.mT) / 2, p, A, b, G, h)
         return self.update.state(found.x, found.lam, G)
+
+
+class NLPLayer(nn.Module):
+    """Any smooth program as a layer, convex or not: min f(x, c) s.t. g(x, c) <= 0, h(x, c) = 0 (paper eq. 1).
+
+    ``NLPLayer(objective, inequalities, equalities, start=start)(*params) -> x``, (B, n), folded through one SQP step at
+    the KKT point that the solver found. B is the length of the first parameter.
+
+    Args:
+        objective: f(x, *params) -> (B,). inequalities: g(x, *params) -> (B, m). equalities: h(x, *params) -> (B, p);
+            either may be None. The samples of a batch do not interact.
+        start: where the solver starts, (n,) or (B, n), or a function ``start(*params) -> (B, n)``.
+        solver: "sqp" (built in, batched: `foldopt.solvers.nlp.solve_nlp`), "slsqp" or "trust-constr" (SciPy), "ipopt"
+            (cyipopt), or any black box ``solver(*params) -> x`` or ``-> (x, nu, lam)`` with nu for h and lam >= 0 for
+            g; of x alone the multipliers are recovered by least squares. Such a black box needs no `start`.
+        polish: SQP steps taken on the solver's answer, which square its error. A sample that they move by more than
+            1e-3 (relative) was no KKT point; it is left as it was and falls under `on_failure`.
+        dtype: float64 by default whatever the network's; x comes back in that of the first parameter.
+        options: as for `foldopt.fold`.
+
+    A program of several local minima has the derivative of the one that the solver found. ``layer.fold.last`` holds
+    the certificates; `layer.multipliers` the (nu, lam) of the last call.
+    """
+
+    def __init__(
+        self,
+        objective: Callable[..., Tensor],
+        inequalities: Callable[..., Tensor] | None = None,
+        equalities: Callable[..., Tensor] | None = None,
+        *,
+        start: Tensor | Callable[..., Tensor] | None = None,
+        solver: str | Callable[..., State] = "sqp",
+        polish: int = 1,
+        dtype: torch.dtype | None = torch.float64,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        if isinstance(solver, str) and solver not in ("sqp", *scipy_nlp.METHODS):
+            raise InputError(
+                f"solver={solver!r} is unknown; choose one of {('sqp', *scipy_nlp.METHODS)} or pass a function."
+            )
+        if isinstance(solver, str) and start is None:
+            raise InputError(
+                f"solver={solver!r} needs start=, a tensor (n,) or (B, n) or a function of the parameters."
+            )
+        require_whole("polish", polish, 0)
+        self.program = SmoothProgram(objective, equalities, inequalities)
+        self.start, self.solver, self.polish = start, solver, polish
+        self.fold = f_sqp(self.program, self._solve, dtype=dtype, **options)
+        self.multipliers: tuple[Tensor, Tensor] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "multipliers": None}
+
+    def forward(self, *params: Tensor) -> Tensor:
+        """Return the solutions, (B, n)."""
+        x, nu, lam = self.fold(*params)
+        self.multipliers = nu.detach(), lam.detach()
+        return x
+
+    def _solve(self, *params: Tensor) -> SQPState:
+        if self.solver == "sqp":
+            found: State = solve_nlp(self.program, self._started(params), *params)[:3]
+        elif isinstance(self.solver, str):
+            found = scipy_nlp.solve_scipy(self.program, self.solver, self._started(params), *params)
+        else:
+            found = self.solver(*params)
+        state = as_tuple(found)
+        if len(state) not in (1, 3):
+            raise InputError(f"solver returned {len(state)} tensors, expected x or (x, nu, lam).")
+        like = next((p for p in params if p.is_floating_point()), state[0])
+        state = tuple(part.to(like.dtype) for part in state)
+        if len(state) == 1:
+            state = (state[0], *self._multipliers(state[0], params))
+        for _ in range(self.polish):
+            moved = self.fold.update(state, *params)
+            change = torch.linalg.vector_norm(moved[0] - state[0], dim=1)
+            near = change <= 1e-3 * (1 + torch.linalg.vector_norm(state[0], dim=1))
+            state = tuple(torch.where(near[:, None], new, old) for new, old in zip(moved, state, strict=True))
+        return state
+
+    def _multipliers(self, x: Tensor, params: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        _, h, g = self.program.values(x, *params)
+        data = SQPData(*self.program.sqp_data(x, torch.zeros_like(h), torch.zeros_like(g), *params))
+        return recover_multipliers(data.gradient, data.jacobian_h, g, data.jacobian_g)
+
+    def _started(self, params: tuple[Tensor, ...]) -> Tensor:
+        start = self.start(*params) if callable(self.start) else self.start
+        start = start.to(device=params[0].device, dtype=self.fold.dtype or params[0].dtype)
+        batch = len(params[0]) if params[0].dim() else 1
+        return start.expand(batch, -1) if start.dim() == 1 else start

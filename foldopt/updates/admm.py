@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from foldopt.checks import require_positive
 from foldopt.errors import InputError
+from foldopt.solvers.multipliers import recover_multipliers
 
 ADMMState = tuple[Tensor, Tensor]
 QPData = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -51,6 +52,16 @@ class ADMM(nn.Module):
     def state(self, x: Tensor, lam: Tensor, G: Tensor) -> ADMMState:
         """Return the fixed point (z, u) of a solution x (B, n) with multipliers lam (B, m) >= 0 of Gx <= h."""
         return torch.einsum("...mn,...n->...m", G, x), lam / self.rho
+
+    def recover(self, x: Tensor, *params: Tensor) -> ADMMState:
+        """Return the fixed point (z, u) of a primal solution x (B, n): its multipliers come from least squares.
+
+        With dependent active constraints they are not unique, and this is one choice of them.
+        """
+        Q, p, G, h, A, _ = batched_qp(*params)
+        gradient = torch.einsum("bij,bj->bi", Q, x) + p
+        _, lam = recover_multipliers(gradient, A, torch.einsum("bmn,bn->bm", G, x) - h, G)
+        return self.state(x, lam, G)
 
     def _minimize(self, target: Tensor, Q: Tensor, p: Tensor, G: Tensor, A: Tensor, b: Tensor) -> Tensor:
         """Return argmin 1/2 x'Qx + p'x + rho/2 |Gx - target|^2 subject to Ax = b."""

@@ -45,6 +45,11 @@ class DualProximalGradient(nn.Module):
         """Return x = d + D'w, (B, n)."""
         return d + torch.einsum("...mn,...m->...n", D, w)
 
+    @staticmethod
+    def dual(x: Tensor, D: Tensor, d: Tensor) -> Tensor:
+        """Return the dual w (B, m) of least norm with D'w = x - d: the only one if D has full row rank."""
+        return torch.einsum("...nm,...n->...m", torch.linalg.pinv(D), x - d)
+
     def _step(self, D: Tensor) -> Tensor:
         if self.stepsize is not None:
             return D.new_tensor(self.stepsize)

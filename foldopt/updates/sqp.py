@@ -57,14 +57,37 @@ class SmoothProgram(nn.Module):
         super().__init__()
         self.objective, self.equalities, self.inequalities = objective, equalities, inequalities
 
+    def values(self, x: Tensor, *params: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return f (B,), h (B, p) and g (B, m) at x.
+
+        Raises InputError if a function returns another shape.
+        """
+        f, h, g = (
+            self.objective(x, *params),
+            self._constraint("equalities", x, params),
+            self._constraint("inequalities", x, params),
+        )
+        for name, value, dim in (("objective", f, 1), ("equalities", h, 2), ("inequalities", g, 2)):
+            if value.dim() != dim or len(value) != len(x):
+                expected = (len(x),) if dim == 1 else f"({len(x)}, number of constraints)"
+                raise InputError(
+                    f"{name} returned shape {tuple(value.shape)} for x of shape {tuple(x.shape)}, expected {expected}; "
+                    "reduce over the variables only."
+                )
+        return f, h, g
+
+    def _constraint(self, name: str, x: Tensor, params: tuple[Tensor, ...]) -> Tensor:
+        function = getattr(self, name)
+        return x.new_zeros(len(x), 0) if function is None else function(x, *params)
+
     def sqp_data(self, x: Tensor, nu: Tensor, lam: Tensor, *params: Tensor) -> SQPData:
         """Return the quadratic model at (x, nu, lam); the Lagrangian is f + nu.h + lam.g."""
 
         def h(z: Tensor) -> Tensor:
-            return z.new_zeros(len(z), 0) if self.equalities is None else self.equalities(z, *params)
+            return self._constraint("equalities", z, params)
 
         def g(z: Tensor) -> Tensor:
-            return z.new_zeros(len(z), 0) if self.inequalities is None else self.inequalities(z, *params)
+            return self._constraint("inequalities", z, params)
 
         def lagrangian(z: Tensor) -> Tensor:
             return (self.objective(z, *params) + (nu * h(z)).sum(1) + (lam * g(z)).sum(1)).sum()
