@@ -6,7 +6,8 @@ fixed point of; ``f_sqp(program, solve)`` does so for a smooth program through s
 Dinh and Fioretto, 2023); equation numbers in the docstrings are the paper's.
 """
 
-from foldopt import errors, linear_solve, projections, prox
+from foldopt import diagnostics, errors, linear_solve, projections, prox
+from foldopt.diagnostics import check
 from foldopt.fold import FoldedLayer, FoldInfo, fixed_point_vjp, fold
 from foldopt.layers import NLPLayer, QPLayer, f_fdpg, f_pgd_a, f_pgd_b, f_sqp
 from foldopt.unroll import unfold, unroll
@@ -23,6 +24,8 @@ __all__ = [
     "ProximalGradient",
     "QPLayer",
     "SmoothProgram",
+    "check",
+    "diagnostics",
     "errors",
     "f_fdpg",
     "f_pgd_a",

@@ -278,9 +278,13 @@ class FixedPointLayer(nn.Module):
         dtype = self.dtype or like.dtype
         return tuple(part.detach().to(dtype) for part in state), single
 
+    def weights(self) -> dict[str, Tensor]:
+        """Return the trainable parameters of the modules that the update uses, by name."""
+        return self._update.weights()
+
     def step_for(self, single: bool, params: Tensors) -> tuple[StepFunction, Tensors]:
         """Return the step as a function of tuples, and its params: the explicit ones, then the modules' weights."""
-        weights = self._update.weights()
+        weights = self.weights()
         return self._update.bind(single, len(params), list(weights)), (*params, *weights.values())
 
     def certify(self, state: Tensors, stepped: Tensors) -> FoldInfo:

@@ -176,7 +176,8 @@ class QPLayer(nn.Module):
         """Return the solutions, (B, n), in the dtype of Q."""
         if A is None or b is None or not A.numel():
             A, b = p.new_zeros(0, p.shape[-1]), p.new_zeros(0)
-        params = Q, p, G, h, A, b
+        batched_qp(Q, p, G, h, A, b)  # shapes first: what follows would fail in its own words
+        params = (Q + Q.mT) / 2, p, G, h, A, b
         state = self.fold(*params)
         dtype = self.fold.dtype or Q.dtype
         solved = state[0].detach().isfinite().all(1, keepdim=True)
@@ -186,7 +187,7 @@ class QPLayer(nn.Module):
 
     def _solve(self, *params: Tensor) -> ADMMState:
         Q, p, G, h, A, b = batched_qp(*params)
-        found = solve_qp((Q + Q.mT) / 2, p, A, b, G, h)
+        found = solve_qp(Q, p, A, b, G, h)
         return self.update.state(found.x, found.lam, G)
 
 
