@@ -8,7 +8,8 @@ Dinh and Fioretto, 2023); equation numbers in the docstrings are the paper's.
 
 from foldopt import diagnostics, errors, linear_solve, projections, prox
 from foldopt.diagnostics import check
-from foldopt.fold import FoldedLayer, FoldInfo, fixed_point_vjp, fold
+from foldopt.fixed_point import FoldInfo, fixed_point_vjp
+from foldopt.fold import FoldedLayer, fold
 from foldopt.layers import NLPLayer, QPLayer, f_fdpg, f_pgd_a, f_pgd_b, f_sqp
 from foldopt.unroll import unfold, unroll
 from foldopt.updates import ADMM, SQP, DualProximalGradient, ProjectedGradient, ProximalGradient, SmoothProgram

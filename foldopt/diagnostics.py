@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from foldopt.checks import require_whole
 from foldopt.errors import InputError
-from foldopt.fold import FoldedLayer, fixed_point_vjp, fold
+from foldopt.fixed_point import fixed_point_vjp
+from foldopt.fold import FoldedLayer, fold
 from foldopt.linear_solve import LFPI, SOLVERS, Direct, LinearSolveInfo
 from foldopt.step import Recorded, StepFunction, Tensors, as_tuple, flatten, record, state_vjp, unflatten, vjp_of
 from foldopt.unroll import unfold, unroll

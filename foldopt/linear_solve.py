@@ -13,7 +13,7 @@ No solver raises on a sample that fails; the policy is the caller's (`foldopt.fo
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, Protocol
 
@@ -42,6 +42,12 @@ class LinearSolveInfo(NamedTuple):
         """Return the certificate of `v`, given phi_v = Phi^T v."""
         residual = _relative(g + phi_v - v, g)
         return cls(method, iterations, residual, residual <= tol, torch.zeros_like(residual, dtype=torch.bool))
+
+    @classmethod
+    def joined(cls, parts: Sequence[LinearSolveInfo]) -> LinearSolveInfo:
+        """Return the certificates of several calls in a row."""
+        tensors = (torch.cat(t) for t in zip(*(p[1:] for p in parts), strict=True))
+        return cls(parts[0].method, *tensors)
 
 
 class LinearSolver(Protocol):

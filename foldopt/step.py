@@ -43,16 +43,17 @@ class Recorded(NamedTuple):
     params: Tensors
 
 
-def record(step: StepFunction, state: Tensors, params: Tensors) -> Recorded:
+def record(step: StepFunction, state: Tensors, params: Tensors, users: bool = True) -> Recorded:
     """Run `step` once on detached copies of `state` and `params` and keep its graph.
 
-    Raises UndeclaredParameterError if the graph reaches a tensor that is neither.
+    users: whether `step` is the user's; raises UndeclaredParameterError if its graph reaches any other tensor.
     """
     with torch.enable_grad():
         x = tuple(part.detach().requires_grad_() for part in state)
         c = tuple(p.detach().requires_grad_(p.requires_grad) for p in params)
         outputs = step(x, c)
-    _refuse_undeclared(outputs, (*x, *c))
+    if users:
+        _refuse_undeclared(outputs, (*x, *c))
     return Recorded(outputs, x, c)
 
 
@@ -77,6 +78,33 @@ def state_vjp(recorded: Recorded) -> Callable[[Tensor], Tensor]:
         return flatten([torch.zeros_like(s) if p is None else p for p, s in zip(pulled, recorded.state, strict=True)])
 
     return vjp
+
+
+def state_jvp(recorded: Recorded) -> Callable[[Tensor], Tensor]:
+    """Return t -> Phi t on flattened states (B, N)."""
+    push = pushforward(recorded, recorded.state)
+    return lambda t: flatten(push(unflatten(t, recorded.state)))
+
+
+def pushforward(
+    recorded: Recorded, inputs: Sequence[Tensor], create_graph: bool = False
+) -> Callable[[Sequence[Tensor]], Tensors]:
+    """Return the map from tangents of `inputs` to those of the recorded outputs.
+
+    The vjp is linear in its cotangent; the vjp of that map is the jvp.
+    """
+    with torch.enable_grad():
+        dummies = [torch.zeros_like(out, requires_grad=True) for out in recorded.outputs]
+        pulled = vjp_of(recorded, inputs, dummies, create_graph=True)
+
+    def push(tangents: Sequence[Tensor]) -> Tensors:
+        paired = [(p, t) for p, t in zip(pulled, tangents, strict=True) if p is not None]
+        moved = vjp_of(
+            Recorded(tuple(p for p, _ in paired), (), ()), dummies, [t for _, t in paired], create_graph=create_graph
+        )
+        return tuple(torch.zeros_like(d) if m is None else m for d, m in zip(dummies, moved, strict=True))
+
+    return push
 
 
 def _refuse_undeclared(outputs: Tensors, declared: Iterable[Tensor]) -> None:
@@ -109,7 +137,7 @@ class Update:
         if not callable(update):
             raise InputError(f"update={update!r} is not callable; expected update(state, *params) -> state.")
         self.update, self.modules = update, tuple(modules)
-        self._holder = _Holder(update, dict.fromkeys([*self.modules, *_modules_of(update)]))
+        self._holder = nn.ModuleList(dict.fromkeys([*self.modules, *_modules_of(update)]))
 
     def __getstate__(self) -> dict[str, Any]:
         return {"update": self.update, "modules": self.modules}
@@ -118,8 +146,35 @@ class Update:
         self.__init__(**state)
 
     def weights(self) -> dict[str, Tensor]:
-        """Return the trainable parameters of the modules, by name."""
-        return {name: p for name, p in self._holder.named_parameters() if p.requires_grad}
+        """Return the trainable parameters of the modules, by name, and those that torch.func has put in their place."""
+        return {
+            name: p
+            for name, p in self._holder.named_parameters()
+            if p.requires_grad or torch._C._functorch.is_functorch_wrapped_tensor(p)
+        }
+
+    def call_with(self, weights: dict[str, Tensor], function: Callable[..., Any], *args: Any) -> Any:
+        """Call `function` with the modules' parameters replaced by `weights`.
+
+        torch.func.functional_call would leave its tensors behind in a module that it reaches by two names.
+        """
+        if not weights:
+            return function(*args)
+        current = dict(self._holder.named_parameters())
+        new = {id(current[name]): value for name, value in weights.items()}
+        slots = [
+            (module._parameters, name, p)
+            for module in self._holder.modules()
+            for name, p in module._parameters.items()
+            if id(p) in new
+        ]
+        try:
+            for parameters, name, p in slots:
+                parameters[name] = new[id(p)]
+            return function(*args)
+        finally:
+            for parameters, name, p in slots:
+                parameters[name] = p
 
     def bind(self, single: bool, n_params: int, names: Sequence[str]) -> StepFunction:
         """Return step(state, params + weights) -> state on tuples, with shapes checked.
@@ -130,29 +185,14 @@ class Update:
 
         def step(state: Tensors, params: Tensors) -> Tensors:
             args = (state[0] if single else state, *params[:n_params])
-            if names:
-                swapped = dict(zip(names, params[n_params:], strict=True))
-                new = as_tuple(torch.func.functional_call(self._holder, swapped, args))
-            else:
-                new = as_tuple(self.update(*args))
+            weights = dict(zip(names, params[n_params:], strict=True))
+            new = as_tuple(self.call_with(weights, self.update, *args))
             got, expected = [tuple(part.shape) for part in new], [tuple(part.shape) for part in state]
             if got != expected:
                 raise InputError(f"update returned a state of shapes {got}, but its input state has shapes {expected}.")
             return new
 
         return step
-
-
-class _Holder(nn.Module):
-    """Owns the modules an update uses, so that functional_call can swap their parameters."""
-
-    def __init__(self, update: Callable[..., State], modules: Iterable[nn.Module]) -> None:
-        super().__init__()
-        self.owned = nn.ModuleList(modules)
-        self._call = (update,)
-
-    def forward(self, *args: Any) -> State:
-        return self._call[0](*args)
 
 
 def _modules_of(update: Callable[..., State]) -> list[nn.Module]:

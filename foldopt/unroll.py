@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from foldopt.checks import require_whole
-from foldopt.fold import FixedPointLayer, masked
+from foldopt.fixed_point import masked
+from foldopt.fold import FixedPointLayer
 from foldopt.step import State, Tensors, flatten
 
 

@@ -1,0 +1,313 @@
+"""The derivative of a fixed point, to any order: the adjoint and the tangent of x* = U(x*, c) are fixed points again.
+
+With Phi = dU/dx and Psi = dU/dc at x*, the vector-Jacobian product of c -> x* is g^T J = v^T Psi where v = Phi^T v + g
+(paper eqs. 21-27, Lemma 2 and Theorem 1), and the Jacobian-vector product t solves t = Phi t + Psi dc.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from foldopt.errors import LinearSolveError, SolverError
+from foldopt.linear_solve import Jacobian, LinearSolveInfo, LinearSolver
+from foldopt.step import Recorded, StepFunction, Tensors, flatten, record, state_jvp, state_vjp, unflatten, vjp_of
+from foldopt.transforms import (
+    Pullback,
+    Pushforward,
+    looped,
+    opaque,
+    outer_tangents,
+    pulled_back,
+    pushed_forward,
+    through_autograds_vmap,
+    transformed,
+)
+
+POLICIES = ("raise", "warn", "nan", "zero")
+
+
+def fixed_point_vjp(
+    recorded: Recorded,
+    cotangent: Tensors,
+    solver: LinearSolver,
+    jacobian: Jacobian | None = None,
+    keep: Tensor | None = None,
+) -> tuple[Tensors, LinearSolveInfo]:
+    """Solve v = Phi^T v + g (eq. 26): the cotangent v that, pulled back through one step, is the layer's (eq. 27).
+
+    recorded: one step recorded at the fixed point. cotangent: g, shaped like the state, each part (B, ...).
+    solver: a linear solver. jacobian: returns Phi, (B, N, N), if known in closed form.
+    keep: (B,) bool, samples to solve for; the others get v = 0.
+    Returns v, shaped like the state, and the solver's per-sample certificate.
+    """
+    g = flatten(cotangent)
+    if keep is not None:
+        g = torch.where(keep[:, None], g, torch.zeros_like(g))
+    v, info = solver(state_vjp(recorded), g, jacobian)
+    return unflatten(v, recorded.state), info
+
+
+@dataclass
+class FoldInfo:
+    """Per-sample certificates of a layer's last call; all tensors have shape (B,).
+
+    residual: ||U(x*, c) - x*|| / (1 + ||x*||) at the state the solver returned. ok: residual within tolerance.
+    backward: what the linear solver did in the last backward pass (None before it ran).
+    """
+
+    residual: Tensor
+    ok: Tensor
+    backward: LinearSolveInfo | None = None
+
+    @classmethod
+    def joined(cls, parts: Sequence[FoldInfo]) -> FoldInfo:
+        """Return the certificates of several calls in a row."""
+        return cls(torch.cat([p.residual for p in parts]), torch.cat([p.ok for p in parts]))
+
+
+@dataclass
+class FixedPoint:
+    """What is differentiated by folding; calling it with the params finds the fixed point.
+
+    step: of which it is the fixed point. solver, policy: see `foldopt.fold`. recorded: the step's graph there, if kept.
+    certificate: what the last call found.
+    """
+
+    solver: LinearSolver
+    policy: str
+    step: StepFunction | None = None
+    recorded: Recorded | None = None
+    certificate: FoldInfo | LinearSolveInfo | None = None
+    users: ClassVar[bool] = False
+
+    def __call__(self, *params: Tensor) -> Tensors:
+        """Return the parts of the state, then residuals (B,) and which samples have a derivative, (B,) bool."""
+        raise NotImplementedError
+
+    def jacobian(self, recorded: Recorded) -> Jacobian | None:
+        """Return a function that returns Phi in closed form, or None if there is no closed form."""
+        return None
+
+    def copy(self) -> Self:
+        """Return another one, to be called by itself."""
+        other = copy.copy(self)
+        other.recorded = other.certificate = None
+        return other
+
+    def adopt(self, copies: Sequence[Self]) -> None:
+        """Take over what copies of it found."""
+        self.step = copies[0].step
+        parts = [one.certificate for one in copies]
+        self.certificate = type(parts[0]).joined(parts)
+
+    def report(self, backward: LinearSolveInfo | None) -> None:
+        """Take note of what the linear solver did for a derivative."""
+        if isinstance(self.certificate, FoldInfo):
+            self.certificate.backward = backward
+
+
+def fixed_point(point: FixedPoint, *params: Tensor) -> Tensors:
+    """Call `point` on plain tensors; its state is a function of `params` for every transform of PyTorch."""
+    return through_autograds_vmap(
+        params, lambda *p: _Fold.apply(point, *p), lambda size, dims, p: _mapped(point, size, dims, p)
+    )
+
+
+def _mapped(
+    point: FixedPoint, size: int, in_dims: Sequence[int | None], params: Tensors
+) -> tuple[Tensors, tuple[int, ...]]:
+    copies = [point.copy() for _ in range(size)]
+    unused = iter(copies)
+    result = looped(size, in_dims, params, lambda *sample: fixed_point(next(unused), *sample))
+    point.adopt(copies)
+    return result
+
+
+class _Fold(torch.autograd.Function):
+    @staticmethod
+    def forward(point: FixedPoint, *params: Tensor) -> Tensors:
+        return point(*params)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
+        ctx.point, *params = inputs
+        ctx.n_state = len(output) - 2
+        ctx.mark_non_differentiable(*output[-2:])
+        kept = (*output[: ctx.n_state], output[-1], *params)
+        ctx.save_for_backward(*kept)
+        ctx.save_for_forward(*kept)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangent: Tensor) -> tuple[Tensor | None, ...]:
+        point, n, needed = ctx.point, ctx.n_state, ctx.needs_input_grad[1:]
+        x, keep, c = _split(ctx.saved_tensors, n)
+        v = _solved(_Adjoint(point, n), (*cotangent[:n], *x, keep, *c))
+        recorded = None if torch.is_grad_enabled() else point.recorded
+        leaves = [] if recorded is None else [p for p, need in zip(recorded.params, needed, strict=True) if need]
+        if recorded is None or not all(leaf.requires_grad for leaf in leaves):
+            return (None, *pulled_back(_Flat(point.step, n), n, (*[False] * n, *needed), v, (*x, *c))[n:])
+        pulled = iter(opaque(_Pull(recorded, leaves), *v) if transformed(*v) else vjp_of(recorded, leaves, v))
+        return (None, *[next(pulled) if need else None for need in needed])
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        point, n = ctx.point, ctx.n_state
+        with outer_tangents(ctx.saved_tensors) as saved:
+            x, keep, c = _split(saved, n)
+            r = pushed_forward(_Flat(point.step, n), (*[None] * n, *tangents), (*x, *c))
+            return (*_solved(_Tangent(point, n), (*r, *x, keep, *c)), None, None)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], point: FixedPoint, *params: Tensor) -> tuple[Tensors, Any]:
+        return _mapped(point, info.batch_size, in_dims[1:], params)
+
+
+def _split(saved: Tensors, n: int) -> tuple[Tensors, Tensor, Tensors]:
+    return patched(saved[:n], saved[n]), saved[n], saved[n + 1 :]
+
+
+@dataclass(frozen=True)
+class _Flat:
+    """A step as a function of all its tensors in a row."""
+
+    step: StepFunction
+    n_state: int
+
+    def __call__(self, *tensors: Tensor) -> Tensors:
+        return self.step(tensors[: self.n_state], tensors[self.n_state :])
+
+
+@dataclass(frozen=True)
+class _Pull:
+    """The vjp of a recorded step with respect to `leaves`, zero where one takes no part."""
+
+    recorded: Recorded
+    leaves: list[Tensor]
+
+    def __call__(self, *v: Tensor) -> Tensors:
+        pulled = vjp_of(self.recorded, self.leaves, v)
+        return tuple(torch.zeros_like(leaf) if p is None else p for leaf, p in zip(self.leaves, pulled, strict=True))
+
+
+class _Linear(FixedPoint):
+    """The linear fixed point of a derivative; its params are a right-hand side, x*, the samples to keep, and c."""
+
+    equation: ClassVar[str]
+
+    def __init__(self, of: FixedPoint, n: int) -> None:
+        super().__init__(of.solver, of.policy, self.linear_step)
+        self.of, self.n = of, n
+
+    def split(self, params: Tensors) -> tuple[Tensors, Tensors, Tensor, Tensors]:
+        """Return the right-hand side, x*, the samples to keep and c."""
+        n = self.n
+        return params[:n], params[n : 2 * n], params[2 * n], params[2 * n + 1 :]
+
+    def linear_step(self, y: Tensors, params: Tensors) -> Tensors:
+        """Return the right-hand side plus Phi^T y or Phi y."""
+        r, x, _, c = self.split(params)
+        moved = self.product(_Flat(self.of.step, self.n), tuple(range(self.n)))(*y, *x, *c)
+        return tuple(ri + m for ri, m in zip(r, moved, strict=True))
+
+    def product(self, function: Callable[..., Tensors], state: tuple[int, ...]) -> Callable[..., Tensors]:
+        """Return the function of (y, x, c) that is linear in y."""
+        raise NotImplementedError
+
+    def solve(self, recorded: Recorded, r: Tensors, keep: Tensor | None) -> tuple[Tensors, LinearSolveInfo]:
+        """Solve the equation for the samples to keep."""
+        raise NotImplementedError
+
+    def __call__(self, *params: Tensor) -> Tensors:
+        """Solve the equation and apply the policy to the samples that have no trustworthy derivative."""
+        r, x, keep, c = self.split(params)
+        recorded = self.of.recorded or record(self.of.step, x, c, self.of.users)
+        y, info = self.solve(recorded, r, None if keep.all() else keep)
+        self.certificate = info
+        if not info.ok.all():
+            products = int(info.iterations.max()) if len(info.iterations) else 0
+            apply_policy(
+                self.policy,
+                LinearSolveError,
+                ~info.ok,
+                info.residual,
+                f"linear solver {info.method!r} did not solve the {self.equation} (relative residual "
+                f"{{worst:.1e}} after {products} products)",
+                "Phi may have a spectral radius of 1 or more (lfpi) or I - Phi be singular; use linear_solver='auto', "
+                "check the step at that sample, or choose on_failure='nan'|'zero'",
+            )
+        if self.policy != "warn" and not (keep & info.ok).all():
+            keep = keep & info.ok
+            y = masked(y, keep, self.policy)
+        return (*y, info.residual, keep.clone())
+
+
+class _Adjoint(_Linear):
+    equation = "adjoint equation v = Phi^T v + g"
+
+    def product(self, function: Callable[..., Tensors], state: tuple[int, ...]) -> Callable[..., Tensors]:
+        return Pullback(function, self.n, state)
+
+    def solve(self, recorded: Recorded, r: Tensors, keep: Tensor | None) -> tuple[Tensors, LinearSolveInfo]:
+        return fixed_point_vjp(recorded, r, self.solver, self.of.jacobian(recorded), keep)
+
+
+class _Tangent(_Linear):
+    equation = "tangent equation t = Phi t + Psi dc"
+
+    def product(self, function: Callable[..., Tensors], state: tuple[int, ...]) -> Callable[..., Tensors]:
+        return Pushforward(function, state)
+
+    def solve(self, recorded: Recorded, r: Tensors, keep: Tensor | None) -> tuple[Tensors, LinearSolveInfo]:
+        g = flatten(r) if keep is None else torch.where(keep[:, None], flatten(r), 0)
+        jacobian = self.of.jacobian(recorded)
+        transposed = None if jacobian is None else lambda: jacobian().mT
+        t, info = self.solver(state_jvp(recorded), g, transposed)
+        return unflatten(t, recorded.state), info
+
+
+def _solved(linear: _Linear, params: Tensors) -> Tensors:
+    try:
+        return fixed_point(linear, *params)[: linear.n]
+    finally:
+        linear.of.report(linear.certificate)
+
+
+def patched(state: Tensors, ok: Tensor) -> Tensors:
+    """Replace failed samples by a sound one (zeros if there is none), so that NaN cannot leak into the others."""
+    if not transformed() and bool(ok.all()):
+        return state
+    if not len(ok):
+        return state
+    source = ok.to(torch.uint8).argmax()[None]
+    filler = [torch.where(ok.any(), part.index_select(0, source), 0) for part in state]
+    return tuple(
+        torch.where(ok.view(-1, *[1] * (part.dim() - 1)), part, fill) for part, fill in zip(state, filler, strict=True)
+    )
+
+
+def apply_policy(policy: str, error: type[SolverError], bad: Tensor, residual: Tensor, what: str, remedy: str) -> None:
+    """Raise or warn about the samples in `bad`; the policies "nan" and "zero" act on the gradient instead."""
+    if policy in ("nan", "zero"):
+        return
+    indices = bad.nonzero()[:, 0].tolist()
+    worst = indices[int(residual[bad].nan_to_num(nan=torch.inf).argmax())]
+    message = (
+        f"{what.format(worst=float(residual[worst]))} at {len(indices)} of {len(bad)} samples, worst at index {worst}, "
+        f"first {indices[:10]}. {remedy}."
+    )
+    if policy == "raise":
+        raise error(message, indices)
+    warnings.warn(message, RuntimeWarning, stacklevel=4)
+
+
+def masked(parts: Tensors, ok: Tensor, policy: str) -> Tensors:
+    """Set the failed samples of a gradient to what the policy "nan" or "zero" says."""
+    fill = torch.nan if policy == "nan" else 0.0
+    return tuple(torch.where(ok.view(-1, *[1] * (part.dim() - 1)), part, fill) for part in parts)
