@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from foldopt.errors import LinearSolveError, SolverError
-from foldopt.linear_solve import Jacobian, LinearSolveInfo, LinearSolver
+from foldopt.linear_solve import LinearSolveInfo, LinearSolver, Phi
 from foldopt.step import Recorded, StepFunction, Tensors, flatten, record, state_jvp, state_vjp, unflatten, vjp_of
 from foldopt.transforms import (
     Pullback,
@@ -37,20 +37,20 @@ def fixed_point_vjp(
     recorded: Recorded,
     cotangent: Tensors,
     solver: LinearSolver,
-    jacobian: Jacobian | None = None,
+    phi: Phi | None = None,
     keep: Tensor | None = None,
 ) -> tuple[Tensors, LinearSolveInfo]:
     """Solve v = Phi^T v + g (eq. 26): the cotangent v that, pulled back through one step, is the layer's (eq. 27).
 
     recorded: one step recorded at the fixed point. cotangent: g, shaped like the state, each part (B, ...).
-    solver: a linear solver. jacobian: returns Phi, (B, N, N), if known in closed form.
+    solver: a linear solver. phi: Phi as a matrix, if it is known or to be kept for further calls.
     keep: (B,) bool, samples to solve for; the others get v = 0.
     Returns v, shaped like the state, and the solver's per-sample certificate.
     """
     g = flatten(cotangent)
     if keep is not None:
         g = torch.where(keep[:, None], g, torch.zeros_like(g))
-    v, info = solver(state_vjp(recorded), g, jacobian)
+    v, info = solver(state_vjp(recorded), g, phi)
     return unflatten(v, recorded.state), info
 
 
@@ -85,20 +85,31 @@ class FixedPoint:
     step: StepFunction | None = None
     recorded: Recorded | None = None
     certificate: FoldInfo | LinearSolveInfo | None = None
+    _phi: Phi | None = None
     users: ClassVar[bool] = False
 
     def __call__(self, *params: Tensor) -> Tensors:
         """Return the parts of the state, then residuals (B,) and which samples have a derivative, (B,) bool."""
         raise NotImplementedError
 
-    def jacobian(self, recorded: Recorded) -> Jacobian | None:
+    def jacobian(self, recorded: Recorded) -> Callable[[], Tensor] | None:
         """Return a function that returns Phi in closed form, or None if there is no closed form."""
         return None
+
+    def phi(self, recorded: Recorded) -> Phi:
+        """Return Phi at a recorded step; that of the step of this call is kept, for it may be asked for again."""
+        if recorded is self.recorded and self._phi is not None:
+            return self._phi
+        closed_form = self.jacobian(recorded)
+        phi = Phi(closed_form) if closed_form else Phi.assembled(state_vjp(recorded), flatten(recorded.state).detach())
+        if recorded is self.recorded:
+            self._phi = phi
+        return phi
 
     def copy(self) -> Self:
         """Return another one, to be called by itself."""
         other = copy.copy(self)
-        other.recorded = other.certificate = None
+        other.recorded = other.certificate = other._phi = None
         return other
 
     def adopt(self, copies: Sequence[Self]) -> None:
@@ -255,7 +266,7 @@ class _Adjoint(_Linear):
         return Pullback(function, self.n, state)
 
     def solve(self, recorded: Recorded, r: Tensors, keep: Tensor | None) -> tuple[Tensors, LinearSolveInfo]:
-        return fixed_point_vjp(recorded, r, self.solver, self.of.jacobian(recorded), keep)
+        return fixed_point_vjp(recorded, r, self.solver, self.of.phi(recorded), keep)
 
 
 class _Tangent(_Linear):
@@ -266,9 +277,7 @@ class _Tangent(_Linear):
 
     def solve(self, recorded: Recorded, r: Tensors, keep: Tensor | None) -> tuple[Tensors, LinearSolveInfo]:
         g = flatten(r) if keep is None else torch.where(keep[:, None], flatten(r), 0)
-        jacobian = self.of.jacobian(recorded)
-        transposed = None if jacobian is None else lambda: jacobian().mT
-        t, info = self.solver(state_jvp(recorded), g, transposed)
+        t, info = self.solver(state_jvp(recorded), g, self.of.phi(recorded).transposed())
         return unflatten(t, recorded.state), info
 
 

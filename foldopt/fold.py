@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from foldopt.errors import FixedPointError, InputError
 from foldopt.fixed_point import FixedPoint, FoldInfo, apply_policy, fixed_point, patched
-from foldopt.linear_solve import Jacobian, LinearSolver
+from foldopt.linear_solve import LinearSolver
 from foldopt.linear_solve import linear_solver as resolve
 from foldopt.step import Recorded, State, StepFunction, Tensors, Update, as_tuple, flatten, record
 from foldopt.transforms import Undeclared, transformed
@@ -217,7 +217,7 @@ class Solved(FixedPoint):
         super().adopt(copies)
         self.single = copies[0].single
 
-    def jacobian(self, recorded: Recorded) -> Jacobian | None:
+    def jacobian(self, recorded: Recorded) -> Callable[[], Tensor] | None:
         """Return the update's own closed form of Phi, if it has one."""
         update = self.layer.update
         if not hasattr(update, "jacobian"):
@@ -248,7 +248,8 @@ def fold(
         update: ``update(state, *params) -> state``, differentiable PyTorch code, one step of any iteration that
             `solve`'s solution is a fixed point of. The samples of a batch must not interact. If it has a method
             ``jacobian(state, *params)`` returning Phi of shape (B, N, N), that closed form is used.
-        linear_solver: "auto", "direct", "gmres", "bicgstab", "lfpi", or an instance from `foldopt.linear_solve`.
+        linear_solver: "auto", "direct", "least_squares", "gmres", "bicgstab", "anderson", "lfpi", or an instance with
+            settings of its own from `foldopt.linear_solve`, such as ``WarmStart(GMRES(tol=1e-6))``.
         tol: largest accepted ||U(x*, c) - x*|| / (1 + ||x*||) per sample; default 1e-6 in float64, else 1e-3.
         on_failure: what happens to samples whose solution the step does not fix, or whose adjoint equation was not
             solved: "raise" an error, "warn" and use what there is, or make their gradient "nan" or "zero".

@@ -25,8 +25,9 @@ class ADMM(nn.Module):
         rho: penalty above 0. The gradient of the folded layer does not depend on it.
 
     Parameters of the step, each also without its batch dimension where the batch shares it: Q (B, n, n), positive
-    semidefinite; p (B, n); G (B, m, n); h (B, m); A (B, k, n) of full row rank and b (B, k), k may be 0. A constraint
-    that the others imply makes I - Phi singular: leave it out. At a weakly active constraint (no slack, no multiplier)
+    semidefinite; p (B, n); G (B, m, n); h (B, m); A (B, k, n) of full row rank and b (B, k), k may be 0. An active
+    constraint that the others imply makes I - Phi singular, as the dual is not unique; the default linear solver then
+    returns the exact derivative by least squares. At a weakly active constraint (no slack, no multiplier)
     the derivative is the one-sided one with the constraint active.
     """
 
@@ -63,13 +64,29 @@ class ADMM(nn.Module):
         _, lam = recover_multipliers(gradient, A, torch.einsum("bmn,bn->bm", G, x) - h, G)
         return self.state(x, lam, G)
 
+    def jacobian(self, state: ADMMState, *params: Tensor) -> Tensor:
+        """Return Phi of the step at a state, (B, 2m, 2m), in closed form.
+
+        Gx moves by P (dz - du) with P = rho G K G', K the upper left block of the inverse of the KKT matrix.
+        """
+        z, u = state
+        Q, p, G, h, A, b = batched_qp(*params)
+        n, m = p.shape[1], h.shape[1]
+        kkt = self._kkt(Q, G, A)
+        pull = torch.cat([self.rho * G.mT, p.new_zeros(len(p), b.shape[1], m)], 1)
+        P = G @ torch.linalg.solve(kkt, pull)[:, :n]
+        below = torch.einsum("bmn,bn->bm", G, self._minimize(z - u, Q, p, G, A, b)) + u < h
+        moved = torch.cat([P, torch.eye(m, dtype=p.dtype, device=p.device) - P], 2)  # of Gx + u with (z, u)
+        return torch.cat([torch.where(below[:, :, None], moved, 0), torch.where(below[:, :, None], 0, moved)], 1)
+
     def _minimize(self, target: Tensor, Q: Tensor, p: Tensor, G: Tensor, A: Tensor, b: Tensor) -> Tensor:
         """Return argmin 1/2 x'Qx + p'x + rho/2 |Gx - target|^2 subject to Ax = b."""
-        n, k = p.shape[1], b.shape[1]
-        corner = p.new_zeros(len(p), k, k)
-        kkt = torch.cat([torch.cat([Q + self.rho * G.mT @ G, A.mT], 2), torch.cat([A, corner], 2)], 1)
         pull = self.rho * torch.einsum("bmn,bm->bn", G, target)
-        return torch.linalg.solve(kkt, torch.cat([pull - p, b], 1))[:, :n]
+        return torch.linalg.solve(self._kkt(Q, G, A), torch.cat([pull - p, b], 1))[:, : p.shape[1]]
+
+    def _kkt(self, Q: Tensor, G: Tensor, A: Tensor) -> Tensor:
+        corner = A.new_zeros(len(A), A.shape[1], A.shape[1])
+        return torch.cat([torch.cat([Q + self.rho * G.mT @ G, A.mT], 2), torch.cat([A, corner], 2)], 1)
 
 
 def batched_qp(Q: Tensor, p: Tensor, G: Tensor, h: Tensor, A: Tensor, b: Tensor) -> QPData:

@@ -116,6 +116,37 @@ def test_the_qp_layer_against_the_kkt_system(linear_solver, rho):
     agree(mine, exact)
 
 
+def test_the_closed_form_of_admms_phi_is_that_of_autograd():
+    data = [t.detach() for t in quadratic_programs(B=6)]
+    update = ADMM(0.7)
+    gen = torch.Generator().manual_seed(2)
+    state = tuple(torch.randn(6, 10, generator=gen, dtype=F64) for _ in range(2))
+    jacobians = torch.autograd.functional.jacobian(lambda z, u: update((z, u), *data), state)
+    expected = torch.cat([torch.cat([torch.einsum("bibj->bij", block) for block in row], 2) for row in jacobians], 1)
+    torch.testing.assert_close(update.jacobian(state, *data), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("linear_solver", ["auto", "gmres", "least_squares"])
+def test_redundant_constraints_change_no_gradient(linear_solver):
+    """x <= 1 beside x >= 0 and sum x = 1, and a bound that is given twice: the dual is not unique, the gradient is."""
+    n, gen = 5, torch.Generator().manual_seed(0)
+    p = torch.randn(200, n, generator=gen, dtype=F64).requires_grad_()
+    g = torch.randn(200, n, generator=gen, dtype=F64)
+    eye, ones = torch.eye(n, dtype=F64), torch.ones(1, n, dtype=F64)
+    least, more = (-eye, torch.zeros(n, dtype=F64)), (torch.cat([-eye, eye, -2 * eye[:1]]), torch.zeros(2 * n + 1))
+    more[1][n : 2 * n] = 1
+    gradients = []
+    for G, h in (least, more):
+        layer = foldopt.QPLayer(linear_solver=linear_solver)
+        x = layer(eye, p, G, h.to(F64), ones, ones[:, 0])
+        gradients.append(torch.autograd.grad(x, p, g)[0])
+    assert int((x.detach() > 1e-9).sum(1).min()) == 1  # vertices, where x = 1 is active, among them
+    assert layer.fold.last.backward.ok.all()
+    if linear_solver != "gmres":
+        assert layer.fold.last.backward.fallback.any()
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=0, atol=1e-12)
+
+
 def test_the_qp_layer_against_qpth_given_expanded_arguments():
     """qpth takes the mean where the batch shares an argument, so it is given one of each per sample."""
     qpth = pytest.importorskip("qpth.qp")

@@ -12,7 +12,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import foldopt
 from foldopt import errors
-from foldopt.linear_solve import GMRES, LFPI, SOLVERS
+from foldopt.linear_solve import GMRES, LFPI, SOLVERS, WarmStart
 from tests.foldopt.steps import F64, heron, iterate, problem, tanh_step
 
 
@@ -328,3 +328,46 @@ def test_an_empty_batch_is_no_special_case(name):
     c = torch.zeros(0, 3, dtype=F64, requires_grad=True)
     foldopt.fold(torch.sqrt, heron, linear_solver=name)(c).sum().backward()
     assert c.grad.shape == (0, 3)
+
+
+def test_further_backward_passes_make_no_more_products():
+    """Phi is assembled once for all right-hand sides at a solution."""
+    products = []
+
+    class Counted(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, g):
+            products.append(1)
+            return g
+
+    c, W = problem()
+    solve = iterate(tanh_step)
+    layer = foldopt.fold(solve, lambda x, c, W: tanh_step(Counted.apply(x), c, W), linear_solver="direct")
+    x = layer(c, W)
+    first = torch.autograd.grad(x.sum(), (c, W), retain_graph=True)
+    spent = len(products)
+    assert spent >= x.shape[1]
+    again = torch.autograd.grad(2 * x.sum(), (c, W))
+    assert len(products) - spent <= 2
+    for a, b in zip(first, again, strict=True):
+        torch.testing.assert_close(2 * a, b)
+
+
+def test_warm_start_through_training_saves_products():
+    c, W = problem(batch=8, n=30, scale=0.12)
+    cold, warm = [], []
+    results = []
+    for solver, products in ((GMRES(), cold), (WarmStart(GMRES()), warm)):
+        layer = foldopt.fold(iterate(tanh_step), tanh_step, linear_solver=solver)
+        moving = c.detach().clone().requires_grad_()
+        for _ in range(6):
+            (grad,) = torch.autograd.grad(layer(moving, W.detach()).square().sum(), moving)
+            products.append(int(layer.last.backward.iterations.sum()))
+            moving = (moving - 1e-5 * grad).detach().requires_grad_()
+        results.append(moving.detach())
+    assert sum(warm[1:]) < 0.8 * sum(cold[1:])
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-9)

@@ -1,0 +1,83 @@
+"""Solvers that take Phi as a matrix: by factorization, and in the least-squares sense where I - Phi is singular."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from foldopt.linear_solve.base import VJP, LinearSolveInfo, relative, require_relative
+from foldopt.linear_solve.phi import Phi
+
+
+@dataclass(frozen=True)
+class Dense:
+    """Shared setting: the largest relative residual that counts as solved; None: 1e-8 in float64, 1e-4 in float32."""
+
+    tol: float | None = None
+
+    def __post_init__(self) -> None:
+        require_relative(self, "tol", self.tol)
+
+    def tolerance(self, dtype: torch.dtype) -> float:
+        """Return the relative tolerance that holds for `dtype`."""
+        return self.tol or (1e-8 if dtype == torch.float64 else 1e-4)
+
+    def certified(self, method: str, g: Tensor, v: Tensor, phi: Phi) -> LinearSolveInfo:
+        """Return the certificate of `v`."""
+        residual = relative(g + torch.einsum("bij,bi->bj", phi.matrix(), v) - v, g).nan_to_num(nan=torch.inf)
+        products = torch.full((len(g),), phi.products, device=g.device)
+        return LinearSolveInfo.of(method, products, residual, self.tolerance(g.dtype))
+
+
+@dataclass(frozen=True)
+class Direct(Dense):
+    """LU factorization of I - Phi, with Phi in closed form or assembled from N products with Phi^T.
+
+    Right at any spectral radius. The factorization is kept for further right-hand sides at the same point: a second
+    backward pass, the rows of a Jacobian, tangents. A singular sample is reported as not ok.
+    """
+
+    def __call__(self, vjp: VJP, g: Tensor, phi: Phi | None = None) -> tuple[Tensor, LinearSolveInfo]:
+        """Solve for v; see the docstring of `foldopt.linear_solve`."""
+        phi = phi or Phi.assembled(vjp, g)
+        v = phi.solve(g)
+        return v, self.certified("direct", g, v, phi)
+
+
+@dataclass(frozen=True)
+class LeastSquares(Dense):
+    """The v of least norm among those that solve v = Phi^T v + g best, by singular values.
+
+    The answer of `Direct` where I - Phi is regular. Where it is singular, `info.fallback` marks the sample: if the
+    equation has solutions (redundant constraints, a dual that is not unique but does not matter), the layer's
+    derivative is the same for all of them and exact; if it has none, there is no derivative, v is a least-squares
+    substitute and `info.residual` says how far it is from a solution. Both count as ok: asking for least squares is
+    asking for that. `Auto` takes the first kind only.
+
+    cutoff: singular values of I - Phi below this times the largest count as zero; None: 1e-10 in float64, else 1e-5.
+    """
+
+    cutoff: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_relative(self, "cutoff", self.cutoff)
+
+    def __call__(self, vjp: VJP, g: Tensor, phi: Phi | None = None) -> tuple[Tensor, LinearSolveInfo]:
+        """Solve for v; see the docstring of `foldopt.linear_solve`."""
+        return self.on_matrix(g, phi or Phi.assembled(vjp, g))
+
+    def on_matrix(self, g: Tensor, phi: Phi) -> tuple[Tensor, LinearSolveInfo]:
+        """Solve for v with nothing but the matrix."""
+        matrix = phi.matrix()
+        finite = matrix.isfinite().all((1, 2)) & g.isfinite().all(1)
+        equations = torch.eye(g.shape[1], dtype=g.dtype, device=g.device) - matrix.mT
+        U, S, Vh = torch.linalg.svd(torch.where(finite[:, None, None], equations, 0))
+        zero = (self.cutoff or (1e-10 if g.dtype == torch.float64 else 1e-5)) * S[:, :1] >= S
+        v = torch.einsum("bkn,bk->bn", Vh, torch.einsum("bnk,bn->bk", U, g) / torch.where(zero, torch.inf, S))
+        v = torch.where(finite[:, None], v, torch.nan)
+        info = self.certified("least_squares", g, v, phi)
+        singular = finite & zero.any(1)
+        return v, info._replace(ok=info.ok | singular, fallback=singular)

@@ -1,0 +1,102 @@
+"""Fixed-point iterations on v = Phi^T v + g: the paper's, and Anderson's acceleration of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from foldopt.errors import InputError
+from foldopt.linear_solve.base import VJP, Iterative, LinearSolveInfo, norm, relative
+from foldopt.linear_solve.phi import Phi
+
+
+@dataclass(frozen=True)
+class LFPI(Iterative):
+    """Linear fixed-point iteration v <- Phi^T v + g (eq. 25): the backward pass of unrolling, for fidelity to it.
+
+    Converges at rate -log rho(Phi) (Theorem 1) where rho(Phi) < 1 and diverges elsewhere. A sample whose residual has
+    grown past `divergence` times ||g|| is given up and reported as not ok.
+    """
+
+    divergence: float = 1e8
+
+    def __call__(
+        self, vjp: VJP, g: Tensor, phi: Phi | None = None, guess: Tensor | None = None
+    ) -> tuple[Tensor, LinearSolveInfo]:
+        """Solve for v; see the docstring of `foldopt.linear_solve`."""
+        tol = self.tolerance(g.dtype)
+        v = g if guess is None else self.start(vjp, g, guess)[0]
+        iterations = torch.full((len(g),), int(guess is not None), device=g.device)
+        residual = torch.full_like(g[:, 0], torch.inf) if g.numel() else g.sum(-1)
+        active = torch.ones_like(iterations, dtype=torch.bool)
+        for _ in range(self.max_iter):
+            new = vjp(v) + g
+            iterations = iterations + active
+            residual = torch.where(active, relative(new - v, g), residual)
+            active = active & (residual > tol) & (residual < self.divergence)
+            if not active.any():
+                break
+            v = torch.where(active[:, None], new, v)
+        else:
+            residual = torch.where(active, relative(vjp(v) + g - v, g), residual)
+        return v, LinearSolveInfo.of("lfpi", iterations, residual, tol)
+
+
+@dataclass(frozen=True)
+class Anderson(Iterative):
+    """Anderson-accelerated LFPI: each iterate combines the last `memory` ones so that their residual is smallest.
+
+    Takes about as many products as GMRES does, also where LFPI diverges, without storing more than 2 `memory` vectors.
+    The best iterate is returned; a sample is given up when rounding in v exceeds the tolerance. Walker and Ni, SIAM J.
+    Numer. Anal. 49(4), 2011.
+    """
+
+    memory: int = 10
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.memory < 1:
+            raise InputError(f"Anderson(memory={self.memory}): at least one earlier iterate is needed.")
+
+    def __call__(
+        self, vjp: VJP, g: Tensor, phi: Phi | None = None, guess: Tensor | None = None
+    ) -> tuple[Tensor, LinearSolveInfo]:
+        """Solve for v; see the docstring of `foldopt.linear_solve`."""
+        tol = self.tolerance(g.dtype)
+        v, r = self.start(vjp, g, guess)
+        best, smallest = v, relative(r, g)
+        iterations = torch.ones(len(g), dtype=torch.long, device=g.device)
+        lost = torch.zeros_like(smallest, dtype=torch.bool)
+        moves: list[Tensor] = []
+        changes: list[Tensor] = []
+        for _ in range(self.max_iter - 1):
+            active = (smallest > tol) & r.isfinite().all(1) & ~lost
+            if not active.any():
+                break
+            move = torch.where(active[:, None], r, 0)
+            if changes:
+                move = move - _combination(torch.stack(changes, 2), move, torch.stack(moves, 2))
+            new = v + move
+            new_r = g + vjp(new) - new
+            known = active[:, None] & new_r.isfinite()
+            moves = [*moves, torch.where(known, move, 0)][-self.memory :]
+            changes = [*changes, torch.where(known, new_r - r, 0)][-self.memory :]
+            v, r = torch.where(active[:, None], new, v), torch.where(active[:, None], new_r, r)
+            iterations = iterations + active
+            size = relative(r, g)
+            # A residual that vanishes says nothing there.
+            lost = torch.finfo(g.dtype).eps * norm(v) > tol * norm(g)
+            better = active & (size < smallest) & ~lost
+            best, smallest = torch.where(better[:, None], v, best), torch.where(better, size, smallest)
+        return best, LinearSolveInfo.of("anderson", iterations, smallest, tol)
+
+
+def _combination(changes: Tensor, r: Tensor, moves: Tensor) -> Tensor:
+    """Return (moves + changes) gamma for the gamma that makes ||r - changes gamma|| smallest, (B, N)."""
+    scale = torch.linalg.vector_norm(changes, dim=1, keepdim=True)
+    scale = torch.where(scale > 0, scale, 1)
+    cutoff = 1e3 * torch.finfo(r.dtype).eps
+    gamma = torch.linalg.pinv(changes / scale, rtol=cutoff) @ r[:, :, None]
+    return ((moves + changes) / scale @ gamma)[:, :, 0]
