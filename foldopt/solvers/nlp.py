@@ -14,6 +14,7 @@ from foldopt.updates.sqp import SmoothProgram, SQPData
 
 MEMORY = 5
 HALVINGS = 30
+WEIGHTS = 10.0, 1e3, 1e5  # of J'J, relative to the Hessian: the least that makes it convex
 
 
 class NLPSolution(NamedTuple):
@@ -135,14 +136,21 @@ def _convexified(data: SQPData, active: Tensor) -> tuple[Tensor, Tensor]:
     J = torch.cat([data.jacobian_h, data.jacobian_g * active[:, :, None]], 1)
     J = J / torch.linalg.vector_norm(J, dim=2, keepdim=True).clamp(min=1e-12)
     norms = torch.linalg.vector_norm(torch.cat([data.jacobian_h, data.jacobian_g], 1), dim=2).clamp(min=1e-12)
-    weight = 10 * scale[:, None]
-    augmented = H + weight[:, :, None] * J.mT @ J
-    reduced = ~convex & (torch.linalg.eigvalsh(augmented)[:, 0] > floor)
-    absolute = torch.einsum("bij,bj,bkj->bik", vectors, torch.maximum(values.abs(), 1e-4 * scale[:, None]), vectors)
     target = torch.cat([data.h, data.g], 1) / norms
-    shifted = data.gradient + torch.einsum("bkn,bk->bn", J, weight * target)
-    hessian = torch.where(convex[:, None, None], H, torch.where(reduced[:, None, None], augmented, absolute))
-    return hessian, torch.where(reduced[:, None], shifted, data.gradient)
+    hessian = torch.einsum("bij,bj,bkj->bik", vectors, torch.maximum(values.abs(), 1e-4 * scale[:, None]), vectors)
+    hessian, gradient = torch.where(convex[:, None, None], H, hessian), data.gradient
+    done = convex
+    for factor in WEIGHTS:
+        weight = factor * scale[:, None]
+        augmented = H + weight[:, :, None] * J.mT @ J
+        take = ~done & (torch.linalg.eigvalsh(augmented)[:, 0] > floor)
+        shift = torch.einsum("bkn,bk->bn", J, weight * target)
+        hessian = torch.where(take[:, None, None], augmented, hessian)
+        gradient = torch.where(take[:, None], gradient + shift, gradient)
+        done = done | take
+        if done.all():
+            break
+    return hessian, gradient
 
 
 def _line_search(

@@ -2,6 +2,8 @@
 
 import torch
 
+from foldopt.solvers.qp import solve_qp
+
 F64 = torch.float64
 
 
@@ -84,3 +86,57 @@ PROGRAMS = [
 
 def made(program, batch=20, seed=0):
     return program(batch, torch.Generator().manual_seed(seed))
+
+
+def newton(equations, z, *params):
+    """The root of equations(z, *params) = 0, (B, N), by one step at `z`, which is one: differentiable by its inverse.
+
+    This is the implicit function theorem with a Jacobian by forward mode, which has nothing of folding.
+    """
+    with torch.no_grad():
+        fixed = [p.detach() for p in params]
+        columns = [
+            torch.func.jvp(lambda z: equations(z, *fixed), (z,), (e.expand_as(z),))[1]
+            for e in torch.eye(z.shape[1], dtype=z.dtype)
+        ]
+        J = torch.stack(columns, 2)
+    return z - torch.linalg.solve(J, equations(z, *params)[:, :, None])[:, :, 0]
+
+
+def solution_by_kkt(program, x, nu, lam, *params):
+    """The solution as a differentiable function: stationarity, equalities, active inequalities (else lam = 0)."""
+    active = lam > -program.values(x, *(p.detach() for p in params))[2]
+
+    def lagrangian(x, nu, lam, *c):
+        f, h, g = program.values(x, *c)
+        return (f + (nu * h).sum(1) + (lam * g).sum(1)).sum()
+
+    def equations(z, *c):
+        x, nu_, lam_ = z.split([x_.shape[1] for x_ in parts], 1)
+        stationarity = torch.func.grad(lambda y: lagrangian(y, nu_, lam_, *c))(x)
+        _, h, g = program.values(x, *c)
+        return torch.cat([stationarity, h, torch.where(active, g, lam_)], 1)
+
+    parts = x, nu, lam
+    return newton(equations, torch.cat(parts, 1), *params)[:, : x.shape[1]]
+
+
+def quadratic_programs(B=200, n=8, m=10, k=2, seed=0):
+    """Shared Q, G, A and b; p and h of each sample."""
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=g, dtype=F64)
+
+    root, G, A, inside = normal(n, n), normal(m, n), normal(k, n), normal(n)
+    h = G @ inside + 0.2 + torch.rand(B, m, generator=g, dtype=F64)
+    Q = root @ root.T / n + 0.1 * torch.eye(n, dtype=F64)
+    return [t.requires_grad_() for t in (Q, normal(B, n), G, h, A, A @ inside)]
+
+
+def solve_by_kkt(Q, p, G, h, A, b):
+    B, n = p.shape
+    parts = Q.expand(B, n, n), p, A.expand(B, *A.shape[-2:]), b.expand(B, len(b)), G.expand(B, *G.shape[-2:]), h
+    found = solve_qp(*parts)
+    assert found.ok.all()
+    return found

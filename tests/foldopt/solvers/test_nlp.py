@@ -37,6 +37,15 @@ def test_the_kkt_conditions_hold(make):
 
 
 @pytest.mark.parametrize("make", PROGRAMS)
+def test_no_instance_fails(make):
+    """Among them some whose Hessian takes a large multiple of the active constraints to become convex."""
+    program, start, params = started(make, batch=1000)
+    found = solve_nlp(program, start, *params)
+    assert found.ok.all()
+    assert int(found.iterations.max()) < 100
+
+
+@pytest.mark.parametrize("make", PROGRAMS)
 def test_no_feasible_neighbour_is_better(make):
     """SLSQP, started at the solutions, finds nothing better than rounding."""
     pytest.importorskip("scipy")
