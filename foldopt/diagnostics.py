@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -65,14 +66,15 @@ class Report:
             "gradient         parameter    folded   differences   rel. error",
         ]
         lines += [f"{'':<17}{c.name:<10}{c.folded:>9.3g}{c.differences:>14.3g}{c.error:>13.1e}" for c in self.gradients]
-        lines.append("linear solvers   name      solved   products   worst residual")
+        lines.append("linear solvers   name          solved   products   worst residual")
         lines += [
-            f"{'':<17}{name:<10}{float(i.ok.double().mean()):>6.0%}{int(i.iterations.max()):>11}"
+            f"{'':<17}{name:<14}{float(i.ok.double().mean()):>6.0%}{int(i.iterations.max()):>11}"
             f"{float(i.residual.max()):>17.1e}"
             for name, i in self.solvers.items()
         ]
         lines.append(f"degenerate       {len(self.degenerate)} coordinates with two one-sided derivatives")
-        return "\n".join([*lines, *([f"PROBLEM  {p}" for p in self.problems] or ["no problem found"])])
+        found = [textwrap.fill(f"PROBLEM          {p}", 110, subsequent_indent=" " * 17) for p in self.problems]
+        return "\n".join([*lines, *(found or ["no problem found"])])
 
 
 def check(layer: nn.Module, *params: Tensor, seed: int = 0, eps: float | None = None) -> Report:

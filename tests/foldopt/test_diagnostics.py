@@ -35,7 +35,7 @@ def test_a_right_layer_passes_and_the_report_reads_well():
     assert max(c.error for c in report.gradients) < 1e-6
     assert all(info.ok.all() for info in report.solvers.values())
     assert set(report.solvers) == set(foldopt.linear_solve.SOLVERS)
-    for words in ("LFPI converges", "gmres       100%", "0 coordinates", "no problem found"):
+    for words in ("LFPI converges", "gmres           100%", "0 coordinates", "no problem found"):
         assert words in text
 
 
