@@ -5,7 +5,7 @@ PY := .venv/bin/python
 PROFILE ?= default
 UV_VERSION := 0.13.9
 
-.PHONY: help test lint format reproduce figures figure-4c portfolio-settings solver-table clean lock
+.PHONY: help test lint format reproduce figures figure-4c portfolio-settings solver-table peers clean lock
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,6 +45,15 @@ portfolio-settings: .venv/.installed ## table of training settings from the run 
 
 solver-table: .venv/.installed ## accuracy and time of the portfolio solvers
 	$(PY) -m scripts.solver_table --profile $(PROFILE)
+
+.venv/peers/.installed: .venv/.installed
+	$(PYTHON) -m venv .venv/peers
+	$(PY) -m uv pip install --quiet --python .venv/peers --no-deps -r requirements.lock
+	$(PY) -m uv pip install --quiet --python .venv/peers --override <(echo 'numpy>=2') torchdeq==0.1.0 proxsuite==0.8.0
+	@touch $@
+
+peers: .venv/peers/.installed ## what other libraries answer when asked for derivatives (a table)
+	.venv/peers/bin/python -m scripts.peers
 
 clean: ## remove the environment and caches (run folders stay)
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build *.egg-info

@@ -79,7 +79,7 @@ def test_every_column_is_explained():
         assert f"`{column}`" in rows
 
 
-@pytest.mark.parametrize("table", ["figure_4c", "portfolio_settings", "solver_accuracy"])
+@pytest.mark.parametrize("table", ["figure_4c", "portfolio_settings", "solver_accuracy", "peers"])
 def test_tables_are_the_committed_ones(table):
     """As committed: results/ in the working tree may hold those of the machine it was reproduced on."""
     show = ["git", "-C", str(ROOT), "show", f"HEAD:results/tables/{table}.md"]
@@ -92,3 +92,15 @@ def test_tables_are_the_committed_ones(table):
 def test_linked_files_exist():
     for target in re.findall(r"\]\((results/[^)]+)\)", README):
         assert (ROOT / target).is_file(), target
+
+
+def test_every_claim_of_the_comparison_has_its_test():
+    rows = [line for line in README.splitlines() if line.startswith("| ") and "`test_" in line]
+    claims = {name for row in rows for name in re.findall(r"`(test_\w+)`", row)}
+    assert len(rows) >= 12
+    defined = {
+        name
+        for path in (ROOT / "tests").rglob("test_*.py")
+        for name in re.findall(r"^def (test_\w+)", path.read_text(), re.M)
+    }
+    assert claims <= defined, claims - defined
