@@ -81,7 +81,7 @@ def equation():
 
 def on_the_simplex(H, q):
     n = q.shape[1]
-    bounds = -torch.eye(n, dtype=q.dtype), q.new_zeros(n)
+    bounds = -torch.eye(n).to(q), q.new_zeros(n)
     return kkt((H + H.mT) / 2, q, *bounds, q.new_ones(1, n), q.new_ones(1))
 
 
@@ -115,7 +115,7 @@ def softmax():
 def total_variation():
     def solve(D, d, weight):
         m = len(D)
-        eye = torch.eye(m, dtype=d.dtype)
+        eye = torch.eye(m).to(d)
         box = torch.cat([eye, -eye]), weight.expand(2 * m)
         return kkt(D @ D.mT, d @ D.mT, *box, d.new_zeros(0, m), d.new_zeros(0))
 

@@ -161,6 +161,17 @@ def test_the_gradient_of_each_argument_by_itself(argument, batched):
         assert float((gradient * d).sum()) == pytest.approx(float(slope), rel=1e-5, abs=1e-5)
 
 
+def test_one_variable_and_one_bound():
+    """min 1/2 x^2 + p x subject to x <= 1."""
+    p = torch.tensor([[-0.5], [-3.0]], dtype=F64, requires_grad=True)
+    h = torch.ones(1, dtype=F64, requires_grad=True)
+    x = foldopt.QPLayer()(torch.ones(1, 1), p, torch.ones(1, 1), h)
+    torch.testing.assert_close(x.detach(), torch.tensor([[0.5], [1.0]], dtype=F64).to(x))
+    grad_p, grad_h = torch.autograd.grad(x.sum(), (p, h))
+    assert grad_p.tolist() == [[-1.0], [0.0]]
+    assert grad_h.tolist() == [1.0]
+
+
 def sudoku(side=4):
     """The constraints of a mini-sudoku on side^3 indicator variables: rows, columns, boxes, cells, each number once."""
     box = int(side**0.5)
