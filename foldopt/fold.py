@@ -14,13 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from foldopt.errors import FixedPointError, InputError
-from foldopt.fixed_point import FixedPoint, FoldInfo, apply_policy, fixed_point, patched
+from foldopt.fixed_point import POLICIES, FixedPoint, FoldInfo, apply_policy, fixed_point, patched
 from foldopt.linear_solve import LinearSolver
 from foldopt.linear_solve import linear_solver as resolve
 from foldopt.step import Recorded, State, StepFunction, Tensors, Update, as_tuple, flatten, record
 from foldopt.transforms import Undeclared, transformed
-
-POLICIES = ("raise", "warn", "nan", "zero")
 
 
 class FixedPointLayer(nn.Module):
@@ -260,7 +258,8 @@ def fold(
     Returns:
         A module, ``layer(*params) -> state``. `state` is a tensor (B, ...) or a tuple of such; params are tensors,
         batched or shared by the batch. Gradients reach every parameter that requires them, and modules used by
-        `update`, to any order. ``layer.last`` holds per-sample certificates (`FoldInfo`).
+        `update`, to any order, forward and reverse, and under torch.func, of which vmap loops over its samples.
+        ``layer.last`` holds per-sample certificates (`FoldInfo`).
 
     Raises:
         InputError, FixedPointError, LinearSolveError, UndeclaredParameterError: see `foldopt.errors`.

@@ -9,7 +9,15 @@ import foldopt
 from foldopt import NLPLayer, QPLayer, f_fdpg, f_pgd_a, f_pgd_b
 from foldopt.errors import FixedPointError, InputError, MissingDependencyError
 from foldopt.prox import soft_threshold
-from tests.foldopt.programs import F64, PROGRAMS, hock_schittkowski_71, made, quadratic, solution_by_kkt
+from tests.foldopt.programs import (
+    F64,
+    PROGRAMS,
+    hock_schittkowski_71,
+    indefinite_in_a_box,
+    made,
+    quadratic,
+    solution_by_kkt,
+)
 
 
 def directional(layer, params, weight, eps=1e-5, seed=3):
@@ -61,6 +69,33 @@ def test_any_black_box_will_do(solver):
         pytest.importorskip("scipy")
         layer = NLPLayer(objective, inequalities, equalities, start=start, solver=solver)
     check_gradient(layer, params, rel=1e-5)
+
+
+def test_gurobi_in_front_of_an_indefinite_program():
+    """Its global minimum, folded like any other: better than the local ones, with the derivative of its active set."""
+    gp = pytest.importorskip("gurobipy")
+    objective, inequalities, _, start, params = made(indefinite_in_a_box, batch=10)
+
+    def solve(Q, q):
+        with gp.Env(params={"OutputFlag": 0, "NonConvex": 2, "MIPGap": 0}) as env:
+            return torch.stack([minimize(H.numpy(), row.numpy(), env) for H, row in zip(Q, q, strict=True)])
+
+    def minimize(H, row, env):
+        with gp.Model(env=env) as model:
+            x = model.addMVar(len(row), lb=0, ub=1)
+            model.setObjective(0.5 * (x @ H @ x) + row @ x)
+            model.optimize()
+            return torch.tensor(x.X, dtype=F64)
+
+    layer = NLPLayer(objective, inequalities, solver=solve)
+    params = [p.requires_grad_() for p in params]
+    x, local = layer(*params), NLPLayer(objective, inequalities, start=start)(*params)
+    gain = objective(local, *params) - objective(x, *params)
+    assert float(gain.min()) > -1e-8
+    assert float(gain.max()) > 1e-2
+    exact = solution_by_kkt(layer.program, x.detach(), *layer.multipliers, *params)
+    for mine, other in zip(*(torch.autograd.grad(y.square().sum(), params) for y in (x, exact)), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-6, atol=1e-6 * float(other.abs().max()))
 
 
 def test_a_wrong_answer_is_reported_not_polished():
