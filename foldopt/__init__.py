@@ -3,9 +3,9 @@
 ``fold(solve, update)`` makes a differentiable layer of a solver and one step of any iteration that its solution is a
 fixed point of. `QPLayer` (quadratic programs), `NLPLayer` (any smooth program, convex or not), `f_sqp`, `f_pgd_a`,
 `f_pgd_b` and `f_fdpg` come with their step; `updates`, `projections` and `prox` are the parts to make others of, and
-`linear_solve` solves for the cotangent. ``check(layer, *params)`` reports whether a layer is right. `unroll` and `unfold`
-are the baselines. See "Backpropagation of Unrolled Solvers with Folded Optimization" (Kotary, Dinh and Fioretto, 2023);
-equation numbers in the docstrings are the paper's.
+`linear_solve` solves for the cotangent. ``check(layer, *params)`` reports whether a layer is right. `unroll` and
+`unfold` are the baselines. See "Backpropagation of Unrolled Solvers with Folded Optimization" (Kotary, Dinh and
+Fioretto, 2023); equation numbers in the docstrings are the paper's.
 """
 
 from foldopt import diagnostics, errors, linear_solve, projections, prox, updates
