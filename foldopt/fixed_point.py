@@ -96,12 +96,20 @@ class FixedPoint:
         """Return a function that returns Phi in closed form, or None if there is no closed form."""
         return None
 
+    def inverse(self, recorded: Recorded) -> Callable[[Tensor, bool], Tensor] | None:
+        """Return the solution of the adjoint and tangent equations in closed form (see `Phi`), or None."""
+        return None
+
     def phi(self, recorded: Recorded) -> Phi:
         """Return Phi at a recorded step; that of the step of this call is kept, for it may be asked for again."""
         if recorded is self.recorded and self._phi is not None:
             return self._phi
-        closed_form = self.jacobian(recorded)
-        phi = Phi(closed_form) if closed_form else Phi.assembled(state_vjp(recorded), flatten(recorded.state).detach())
+        closed_form, inverse = self.jacobian(recorded), self.inverse(recorded)
+        phi = (
+            Phi(closed_form, inverse=inverse)
+            if closed_form
+            else Phi.assembled(state_vjp(recorded), flatten(recorded.state).detach(), inverse)
+        )
         if recorded is self.recorded:
             self._phi = phi
         return phi

@@ -217,14 +217,20 @@ class Solved(FixedPoint):
 
     def jacobian(self, recorded: Recorded) -> Callable[[], Tensor] | None:
         """Return the update's own closed form of Phi, if it has one."""
-        update = self.layer.update
-        if not hasattr(update, "jacobian"):
+        return self._closed_form("jacobian", recorded)
+
+    def inverse(self, recorded: Recorded) -> Callable[[Tensor, bool], Tensor] | None:
+        """Return the update's own solution of the adjoint equation, if it has one."""
+        return self._closed_form("inverse", recorded)
+
+    def _closed_form(self, name: str, recorded: Recorded) -> Callable[..., Tensor] | None:
+        if not hasattr(self.layer.update, name):
             return None
         state = recorded.state[0] if self.single else recorded.state
 
-        def closed_form() -> Tensor:
+        def closed_form(*args: Any) -> Tensor:
             with torch.no_grad():
-                return update.jacobian(state, *recorded.params[: self.n_params])
+                return getattr(self.layer.update, name)(*args, state, *recorded.params[: self.n_params])
 
         return closed_form
 
@@ -245,7 +251,8 @@ def fold(
         solve: ``solve(*params) -> state``, run without gradients. Any code: a closed form, Gurobi, a nonconvex solver.
         update: ``update(state, *params) -> state``, differentiable PyTorch code, one step of any iteration that
             `solve`'s solution is a fixed point of. The samples of a batch must not interact. If it has a method
-            ``jacobian(state, *params)`` returning Phi of shape (B, N, N), that closed form is used.
+            ``jacobian(state, *params)`` returning Phi of shape (B, N, N), or ``inverse(g, transposed, state, *params)``
+            returning the v = Phi^T v + g, or v = Phi v + g if `transposed`, of shape (B, N), that closed form is used.
         linear_solver: "auto", "direct", "least_squares", "gmres", "bicgstab", "anderson", "lfpi", or an instance with
             settings of its own from `foldopt.linear_solve`, such as ``WarmStart(GMRES(tol=1e-6))``.
         tol: largest accepted ||U(x*, c) - x*|| / (1 + ||x*||) per sample; default 1e-6 in float64, else 1e-3.

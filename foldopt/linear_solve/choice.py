@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from foldopt.errors import InputError
-from foldopt.linear_solve.base import VJP, LinearSolveInfo, LinearSolver
+from foldopt.linear_solve.base import VJP, LinearSolveInfo, LinearSolver, relative
 from foldopt.linear_solve.dense import Direct, LeastSquares
 from foldopt.linear_solve.iteration import LFPI, Anderson
 from foldopt.linear_solve.krylov import GMRES, BiCGSTAB
@@ -19,12 +19,12 @@ from foldopt.linear_solve.phi import Phi
 
 @dataclass(frozen=True)
 class Auto:
-    """The default: a closed-form Phi is factored; else GMRES, then a direct solve for the samples it left unsolved.
+    """The default: closed forms where the step has them; else GMRES, then a direct solve for what it left unsolved.
 
-    GMRES needs at most N products with Phi^T where assembling Phi takes N, and usually 1 to 4; so it goes first even
-    for small states. Samples that neither solves, because I - Phi is singular, are solved in the least-squares sense,
-    and that answer is taken if it does solve the equation. `info.fallback` marks the samples that needed more than the
-    first means.
+    A closed-form solution costs one product, which certifies it; a closed-form Phi is factored. GMRES needs at most N
+    products with Phi^T where assembling Phi takes N, and usually 1 to 4; so it goes first even for small states.
+    Samples that are still left, because I - Phi is singular, are solved in the least-squares sense, and that answer is
+    taken if it does solve the equation. `info.fallback` marks the samples that needed more than the first means.
     """
 
     iterative: ClassVar[GMRES] = GMRES(max_iter=200)
@@ -33,28 +33,22 @@ class Auto:
 
     def __call__(self, vjp: VJP, g: Tensor, phi: Phi | None = None) -> tuple[Tensor, LinearSolveInfo]:
         """Solve for v; see the docstring of `foldopt.linear_solve`."""
-        if phi is not None and phi.closed_form:
-            v, info = self.direct(vjp, g, phi)
-        else:
-            v, info = self.iterative(vjp, g)
-            phi = phi or Phi.assembled(vjp, g)
-            if not info.ok.all():
-                v, info = self._directly(vjp, g, v, info, phi)
+        phi = phi or Phi.assembled(vjp, g)
+        steps = [("direct", self.direct)] if phi.closed_form else [("gmres", self.iterative), ("direct", self.direct)]
+        if phi.inverse is not None:
+            steps.insert(0, ("closed form", self._inverted))
+        v, info = steps[0][1](vjp, g, phi)
+        for name, solver in steps[1:]:
+            if info.ok.all():
+                break
+            v, info = _improved(v, info, *solver(vjp, g, phi), f"{info.method}+{name}")
         return (v, info) if info.ok.all() else self._singular(g, v, info, phi)
 
-    def _directly(
-        self, vjp: VJP, g: Tensor, v: Tensor, info: LinearSolveInfo, phi: Phi
-    ) -> tuple[Tensor, LinearSolveInfo]:
-        """Factor I - Phi for the samples that are left."""
-        v_direct, new = self.direct(vjp, g, phi)
-        take = ~info.ok & (new.residual < info.residual)
-        return torch.where(take[:, None], v_direct, v), LinearSolveInfo(
-            "gmres+direct",
-            info.iterations + torch.where(take, new.iterations, 0),
-            torch.where(take, new.residual, info.residual),
-            torch.where(take, new.ok, info.ok),
-            take,
-        )
+    def _inverted(self, vjp: VJP, g: Tensor, phi: Phi) -> tuple[Tensor, LinearSolveInfo]:
+        v = phi.inverted(g)
+        residual = relative(g + vjp(v) - v, g).nan_to_num(nan=torch.inf)
+        products = torch.ones(len(g), dtype=torch.long, device=g.device)
+        return v, LinearSolveInfo.of("closed form", products, residual, self.direct.tolerance(g.dtype))
 
     def _singular(self, g: Tensor, v: Tensor, info: LinearSolveInfo, phi: Phi) -> tuple[Tensor, LinearSolveInfo]:
         """Solve the samples that are still left by least squares and take what solves the equation."""
@@ -71,6 +65,20 @@ class Auto:
             info.ok | take,
             info.fallback | take,
         )
+
+
+def _improved(
+    v: Tensor, info: LinearSolveInfo, v_new: Tensor, new: LinearSolveInfo, method: str
+) -> tuple[Tensor, LinearSolveInfo]:
+    """Take the new answer for the samples that are left, where its residual is smaller."""
+    take = ~info.ok & (new.residual < info.residual)
+    return torch.where(take[:, None], v_new, v), LinearSolveInfo(
+        method,
+        info.iterations + torch.where(take, new.iterations, 0),
+        torch.where(take, new.residual, info.residual),
+        torch.where(take, new.ok, info.ok),
+        info.fallback | take,
+    )
 
 
 SOLVERS: dict[str, Callable[[], LinearSolver]] = {

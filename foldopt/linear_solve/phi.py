@@ -13,19 +13,28 @@ class Phi:
     """The Jacobian dU/dx of a step at one point, (B, N, N), which is made, and I - Phi factored, on first use.
 
     make: returns the matrix. products: how many products with Phi^T that takes per sample; 0 for a closed form.
+    inverse: the solution in closed form, if there is one: inverse(g, transposed) returns v = Phi^T v + g, or
+    v = Phi v + g if `transposed`.
     """
 
-    def __init__(self, make: Callable[[], Tensor], products: int = 0) -> None:
-        self.make, self.products = make, products
+    def __init__(
+        self, make: Callable[[], Tensor], products: int = 0, inverse: Callable[[Tensor, bool], Tensor] | None = None
+    ) -> None:
+        self.make, self.products, self.inverse = make, products, inverse
         self._kept: dict[str, Any] = {}
         self._transposed = False
 
     @classmethod
-    def assembled(cls, vjp: Callable[[Tensor], Tensor], like: Tensor) -> Phi:
+    def assembled(
+        cls,
+        vjp: Callable[[Tensor], Tensor],
+        like: Tensor,
+        inverse: Callable[[Tensor, bool], Tensor] | None = None,
+    ) -> Phi:
         """Return the Phi of a map v -> Phi^T v on tensors like `like`, (B, N), from N products."""
         n = like.shape[1]
         eye = torch.eye(n, dtype=like.dtype, device=like.device)
-        return cls(lambda: torch.stack([vjp(e.expand_as(like)) for e in eye], dim=1), n)
+        return cls(lambda: torch.stack([vjp(e.expand_as(like)) for e in eye], dim=1), n, inverse)
 
     @property
     def closed_form(self) -> bool:
@@ -34,7 +43,7 @@ class Phi:
 
     def transposed(self) -> Phi:
         """Return Phi transposed, sharing what has been made and factored."""
-        other = Phi(self.make, self.products)
+        other = Phi(self.make, self.products, self.inverse)
         other._kept, other._transposed = self._kept, not self._transposed
         return other
 
@@ -47,6 +56,10 @@ class Phi:
         """Return v = Phi^T v + g, (B, N), by LU factorization; not finite, or wrong, where I - Phi is singular."""
         lu, pivots = self._keep("lu", self._factor)
         return torch.linalg.lu_solve(lu, pivots, g[:, :, None], adjoint=not self._transposed)[:, :, 0]
+
+    def inverted(self, g: Tensor) -> Tensor:
+        """Return v = Phi^T v + g, (B, N), by the closed form `inverse`."""
+        return self.inverse(g, self._transposed)
 
     def _factor(self) -> tuple[Tensor, Tensor]:
         phi = self._keep("matrix", self.make)
