@@ -330,6 +330,28 @@ def test_an_empty_batch_is_no_special_case(name):
     assert c.grad.shape == (0, 3)
 
 
+@pytest.mark.parametrize(("factor", "method", "products"), [(1.0, "closed form", 1), (1.1, "closed form+gmres", 3)])
+def test_a_closed_form_of_the_adjoint_is_certified(factor, method, products):
+    """Phi = 1/2, so v = 2 g; a wrong closed form is found out and put right."""
+
+    class Step(nn.Module):
+        def forward(self, x, c):
+            return 0.5 * (x + c)
+
+        def inverse(self, g, transposed, x, c):
+            return factor * 2 * g
+
+    c = torch.tensor([[2.0, 3.0]], dtype=F64, requires_grad=True)
+    layer = foldopt.fold(lambda c: c, Step())
+    layer(c).sum().backward()
+    torch.testing.assert_close(c.grad, torch.ones_like(c))
+    assert layer.last.backward.method == method
+    assert int(layer.last.backward.iterations[0]) >= products
+    assert bool(layer.last.backward.fallback[0]) == (factor != 1)
+    tangent = torch.func.jvp(layer, (c.detach(),), (torch.ones(1, 2, dtype=F64),))[1]
+    torch.testing.assert_close(tangent, torch.ones_like(tangent))
+
+
 def test_further_backward_passes_make_no_more_products():
     """Phi is assembled once for all right-hand sides at a solution."""
     products = []
