@@ -83,12 +83,15 @@ class Trainer:
         )
         self.checkpoint = Checkpoint(folder, model=self.model, optimizer=self.optimizer, schedule=self.schedule)
 
-    @staticmethod
-    def _check(train: DictConfig) -> None:
+    def _check(self, train: DictConfig) -> None:
         for name, least in (("epochs", 1), ("batch_size", 1), ("mse_epochs", 0)):
             require_whole(f"train.{name}", train[name], least)
         for name in ("lr", "loss_scale"):
             require_positive(f"train.{name}", train[name])
+        if train.mse_epochs and not hasattr(self.task, "prediction_losses"):
+            raise InputError(
+                f"train.mse_epochs={train.mse_epochs}: this task has no prediction error to train on; take 0."
+            )
         if train.schedule not in SCHEDULES:
             raise InputError(f"train.schedule={train.schedule!r} is unknown; choose one of {SCHEDULES}.")
 
@@ -187,7 +190,7 @@ class Trainer:
             loss = self.task.prediction_losses(leaf, batch).mean()
             (gradient,) = torch.autograd.grad(loss, leaf)
         else:
-            decisions = self.backend(self.task.parameters(leaf))
+            decisions = self.backend(self.task.parameters(leaf, batch))
             watch.lap("solve")
             loss = self.cfg.train.loss_scale * self._decision_loss(decisions, batch)
             (gradient,) = torch.autograd.grad(loss, leaf) if loss.requires_grad else (torch.zeros_like(leaf),)
@@ -197,8 +200,9 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         outputs.backward(gradient)
         self.optimizer.step()
-        sizes = gradient.detach().flatten(1).norm(dim=1)
-        zero = int((sizes <= ZERO_GRADIENT * sizes.amax()).sum())
+        rows = 1 if self.task.shared else len(gradient)
+        sizes = gradient.detach().reshape(rows, -1).norm(dim=1)
+        zero = int((sizes <= ZERO_GRADIENT * sizes.amax()).sum()) * len(batch["inputs"]) // rows
         watch.lap("network")
         return float(loss.detach()), zero
 
@@ -220,20 +224,23 @@ class Trainer:
     def _evaluate(self, epoch: int, split: str) -> Row:
         self.model.eval()
         samples = self.task.splits[split]
-        outputs = torch.cat([self.model(part) for part in samples["inputs"].split(1000)])
+        parts = samples["inputs"].split(1000)[: 1 if self.task.shared else None]
+        outputs = torch.cat([self.model(part) for part in parts])
         self._refuse_nan(outputs, "predictions", epoch)
         metrics = self.task.metrics(outputs, samples)
         if self.backend.trains_on == "prediction":
             loss = float(self.task.prediction_losses(outputs, samples).mean())
         else:
-            loss = self.cfg.train.loss_scale * metrics["regret"]
-        return {"epoch": epoch, "split": split, "loss": loss, "samples": len(outputs), **metrics}
+            loss = self.cfg.train.loss_scale * metrics[self.task.objective]
+        return {"epoch": epoch, "split": split, "loss": loss, "samples": len(samples["inputs"]), **metrics}
 
 
 def _brief(rows: list[Row]) -> str:
     """Return what fits beside a progress bar."""
     val = next(row for row in rows if row["split"] == "val")
-    return f"val regret {val['regret_percent']:.2f}%" if "regret_percent" in val else f"val regret {val['regret']:.4g}"
+    if "regret_percent" in val:
+        return f"val regret {val['regret_percent']:.2f}%"
+    return " ".join(f"val {name} {val[name]:.4g}" for name in ("regret", "mse") if name in val)
 
 
 def _line(epoch: int, epochs: int, rows: list[Row]) -> str:

@@ -20,6 +20,8 @@ class TwoAssets:
 
     n_inputs, n_outputs = 2, 2
 
+    shared, objective = False, "regret"
+
     def __init__(self, seed, samples):
         self.problem = PortfolioProblem(torch.eye(2), 0.9)
         generator = torch.Generator().manual_seed(seed)
@@ -29,7 +31,7 @@ class TwoAssets:
     def to(self, device):
         pass
 
-    def parameters(self, outputs):
+    def parameters(self, outputs, samples):
         return outputs.double()
 
     def decision_losses(self, decisions, samples):
@@ -80,7 +82,7 @@ def run(*overrides, path=ROOT, **environment):
 def test_help_is_readable():
     done = run("--help")
     assert done.returncode == 0
-    assert "backend: cvxpylayers, fold, two_stage, unroll" in done.stdout
+    assert "backend: cvxpylayers, fold, qpth, two_stage, unroll" in done.stdout
     assert "python run.py task=portfolio backend=fold" in done.stdout
     assert "Exit codes: 0 finished" in done.stdout
     assert "hydra" not in done.stdout.lower()
@@ -89,7 +91,9 @@ def test_help_is_readable():
 def test_errors_come_without_a_traceback_and_with_an_exit_code(tmp_path):
     done = run("backend=fold", "backend.optimizer=pgd_a", f"paths.runs={tmp_path}")
     assert done.returncode == 1
-    assert done.stdout.startswith("error: backend.optimizer='pgd_a' is not there for this task; choose sqp.")
+    assert done.stdout.startswith(
+        "error: backend.optimizer='pgd_a' is not there for this task; choose auto or one of ['sqp']."
+    )
     assert "Traceback" not in done.stdout + done.stderr
     assert list(tmp_path.iterdir()) == [], "stopped before any work"
     unknown = run("backend=nonsense")

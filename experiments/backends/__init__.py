@@ -6,7 +6,10 @@ from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
+from foldopt.errors import InputError
 from foldopt.fold import FixedPointLayer
+
+Parameters = Tensor | tuple[Tensor, ...]
 
 
 class Backend(Protocol):
@@ -22,8 +25,8 @@ class Backend(Protocol):
         """Return why this backend cannot do the task, None if it can."""
         ...
 
-    def __call__(self, parameters: Tensor) -> Tensor:
-        """Return the decisions for the predicted parameters, differentiable; NaN in samples that failed."""
+    def __call__(self, parameters: Parameters) -> Tensor:
+        """Return the decisions for the task's parameters, differentiable; NaN in samples that failed."""
         ...
 
     def take_failures(self) -> int:
@@ -32,16 +35,17 @@ class Backend(Protocol):
 
 
 class LayerBackend:
-    """A backend around a layer of foldopt whose state begins with the decisions."""
+    """A backend around a layer of foldopt, of whose state the problem reads the decisions."""
 
     trains_on: ClassVar[str] = "decision"
 
     def __init__(self, problem: Any, layer: FixedPointLayer) -> None:
         self.problem, self.layer = problem, layer
 
-    def __call__(self, parameters: Tensor) -> Tensor:
+    def __call__(self, parameters: Parameters) -> Tensor:
         """Return the decisions for the predicted parameters."""
-        return self.layer(*self.problem.params(parameters))[0]
+        params = self.problem.params(parameters)
+        return self.problem.decisions(self.layer(*params), *params)
 
     def take_failures(self) -> int:
         """Return how many samples of the last call failed, forward or backward."""
@@ -50,6 +54,17 @@ class LayerBackend:
             return 0
         ok = last.ok if last.backward is None else last.ok & last.backward.ok
         return int((~ok).sum())
+
+
+def optimizer_of(problem: Any, name: str) -> str:
+    """Return the problem's optimizer called `name`, or its first for "auto".
+
+    Raises InputError if it has none of that name.
+    """
+    able = list(problem.optimizers)
+    if name != "auto" and name not in able:
+        raise InputError(f"backend.optimizer={name!r} is not there for this task; choose auto or one of {able}.")
+    return able[0] if name == "auto" else name
 
 
 def lacks(task: Any, feature: str, why: str) -> str | None:

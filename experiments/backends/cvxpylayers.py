@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from experiments.backends import lacks
+from experiments.backends import Parameters, lacks
 from foldopt.errors import InputError, MissingDependencyError
 from foldopt.linear_solve import LinearSolver
 
@@ -42,6 +42,7 @@ class CvxpyLayersBackend:
         problem, parameters, variables = task.problem.cvxpy(scaling)
         self._arguments = {"solve_method": SOLVE_METHODS[solver], "n_jobs_forward": 1, **solver_args}
         self._layer = CvxpyLayer(problem, parameters, variables)
+        self._dims, self._size = [p.ndim for p in parameters], variables[0].size
         self._failure, self._failures = diffcp.SolverError, 0
 
     @staticmethod
@@ -49,29 +50,35 @@ class CvxpyLayersBackend:
         """Return why the task's problem has no cvxpy form, None if it has."""
         return lacks(task, "cvxpy", "its problem has no convex form that cvxpy could take")
 
-    def __call__(self, parameters: Tensor) -> Tensor:
-        """Return the decisions for the predicted parameters (B, n), in float64; diffcp works on the CPU."""
-        c = parameters.to("cpu", torch.float64).view_as(parameters)
-        if c.requires_grad:
-            c.register_hook(self._sound)
+    def __call__(self, parameters: Parameters) -> Tensor:
+        """Return the decisions for the task's parameters, (B, n), in float64; diffcp works on the CPU."""
+        given = (parameters,) if isinstance(parameters, Tensor) else parameters
+        values = [value.to("cpu", torch.float64).view_as(value) for value in given]
+        batched = [value.dim() > dim for value, dim in zip(values, self._dims, strict=True)]
+        for value, each in zip(values, batched, strict=True):
+            if value.requires_grad and each:
+                value.register_hook(self._sound)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*(naccurate|CSC|CSR).*")
             try:
-                decisions = self._solve(c)
+                decisions = self._solve(*values)
             except self._failure:
-                decisions = torch.cat([self._alone(row) for row in c.split(1)])
-        return decisions.to(parameters.device)
+                size = max(len(v) for v, each in zip(values, batched, strict=True) if each)
+                split = [v.split(1) if each else [v] * size for v, each in zip(values, batched, strict=True)]
+                decisions = torch.cat([self._alone(*row) for row in zip(*split, strict=True)])
+        return decisions.to(given[0].device)
 
-    def _solve(self, c: Tensor) -> Tensor:
-        backward = {"n_jobs_backward": 1} if c.requires_grad and torch.is_grad_enabled() else {}
-        return self._layer(c, solver_args={**self._arguments, **backward})[0]
+    def _solve(self, *values: Tensor) -> Tensor:
+        recording = torch.is_grad_enabled() and any(value.requires_grad for value in values)
+        backward = {"n_jobs_backward": 1} if recording else {}
+        return self._layer(*values, solver_args={**self._arguments, **backward})[0]
 
-    def _alone(self, row: Tensor) -> Tensor:
+    def _alone(self, *row: Tensor) -> Tensor:
         try:
-            return self._solve(row)
+            return self._solve(*row)
         except self._failure:
             self._failures += 1
-            return torch.full_like(row, torch.nan)
+            return torch.full((1, self._size), torch.nan, dtype=torch.float64)
 
     def _sound(self, gradient: Tensor) -> Tensor:
         """Make gradients that hold NaN zero and count them."""

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
-from experiments.backends import LayerBackend, lacks
-from foldopt import f_sqp
+import torch
+
+from experiments.backends import LayerBackend, lacks, optimizer_of
+from foldopt import fold
 from foldopt.errors import InputError
 from foldopt.linear_solve import LinearSolver
 
-TOLERANCES = {"exact": 1e-6, "gurobi": 1e-3}
+TOLERANCES = {"exact": 1e-6, "gurobi": 1e-3, "fdpg": 1e-5}
 
 
 class FoldBackend(LayerBackend):
-    """f-SQP (paper section 6) on the task's problem.
+    """Fixed-point folding (paper sections 5 and 6) of the task's problem, in float64.
 
-    optimizer: the update step, "sqp". forward: "exact", the problem's own solver, or "gurobi".
+    optimizer: the update step, one of the problem's, or "auto", its first. forward: one of the problem's solvers.
     tol, on_failure: as for `foldopt.fold`; tol None follows the accuracy of the forward solver.
     """
 
@@ -23,19 +25,19 @@ class FoldBackend(LayerBackend):
         self, task: Any, linear_solver: LinearSolver, optimizer: str, forward: str, tol: float | None, on_failure: str
     ) -> None:
         problem = task.problem
-        if optimizer != "sqp":
-            raise InputError(f"backend.optimizer={optimizer!r} is not there for this task; choose sqp.")
-        if forward not in TOLERANCES or not hasattr(problem, forward):
-            able = [name for name in TOLERANCES if hasattr(problem, name)]
-            raise InputError(f"backend.forward={forward!r} is not there for this task; choose one of {able}.")
+        update = problem.optimizers[optimizer_of(problem, optimizer)]()
+        if forward not in problem.forwards:
+            raise InputError(
+                f"backend.forward={forward!r} is not there for this task; choose one of {list(problem.forwards)}."
+            )
 
-        def solve(parameters: Any, *_: Any) -> Any:
-            return getattr(problem, forward)(parameters).state
+        def solve(*params: Any) -> Any:
+            return problem.solve(forward, *params)
 
         options = {"tol": tol or TOLERANCES[forward], "on_failure": on_failure, "linear_solver": linear_solver}
-        super().__init__(problem, f_sqp(problem, solve, **options))
+        super().__init__(problem, fold(solve, update, dtype=torch.float64, **options))
 
     @staticmethod
     def unsuitable(task: Any) -> str | None:
         """Return why the task's problem cannot be folded, None if it can."""
-        return lacks(task, "sqp_data", "its problem has no update step (sqp_data)")
+        return lacks(task, "optimizers", "its problem has no update step (optimizers)")

@@ -6,14 +6,16 @@ from typing import Any
 
 import torch
 
-from experiments.backends import LayerBackend, lacks
-from foldopt import SQP, unroll
-from foldopt.errors import InputError
+from experiments.backends import LayerBackend, lacks, optimizer_of
+from foldopt import unroll
 from foldopt.linear_solve import LinearSolver
 
 
 class UnrollBackend(LayerBackend):
-    """`iterations` SQP steps from the problem's cold start; tol and on_failure as for `foldopt.unroll`."""
+    """`iterations` steps of the problem's optimizer from its cold start.
+
+    optimizer: as for `FoldBackend`. tol, on_failure: as for `foldopt.unroll`.
+    """
 
     def __init__(
         self,
@@ -25,16 +27,11 @@ class UnrollBackend(LayerBackend):
         on_failure: str,
     ) -> None:
         problem = task.problem
-        if optimizer != "sqp":
-            raise InputError(f"backend.optimizer={optimizer!r} is not there for this task; choose sqp.")
-
-        def start(parameters: Any, *_: Any) -> Any:
-            return problem.sqp_start(parameters)
-
-        layer = unroll(start, SQP(problem), iterations=iterations, tol=tol, on_failure=on_failure, dtype=torch.float64)
-        super().__init__(problem, layer)
+        start, update = problem.unrolled(optimizer_of(problem, optimizer))
+        options = {"iterations": iterations, "tol": tol, "on_failure": on_failure}
+        super().__init__(problem, unroll(start, update, dtype=torch.float64, **options))
 
     @staticmethod
     def unsuitable(task: Any) -> str | None:
         """Return why the task's problem cannot be unrolled, None if it can."""
-        return lacks(task, "sqp_start", "its problem has no optimizer with a start (sqp_start)")
+        return lacks(task, "unrolled", "its problem has no optimizer with a start (unrolled)")

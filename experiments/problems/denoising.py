@@ -6,17 +6,23 @@ Solved by its dual min_w 1/2 |d + D'w|^2 subject to |w| <= weight, of which x = 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
-from typing import NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from foldopt.errors import InputError
+from foldopt.checks import require_whole
+from foldopt.errors import InputError, MissingDependencyError
 from foldopt.prox import soft_threshold
 from foldopt.updates import DualProximalGradient
 
+if TYPE_CHECKING:
+    import cvxpy
+
+FDPGState = tuple[Tensor, Tensor, Tensor]
+SCALINGS = ("paper", "normalized")
 MAX_PIVOTS = 60
 GUESS = 20  # steps of FDPG before the first pivot
 TOLERANCE = 1e-11
@@ -66,6 +72,22 @@ class DenoisingStep(DualProximalGradient):
         return torch.where(free, v, g - s * v @ dual.M)
 
 
+class FDPG(nn.Module):
+    """One FDPG iteration (28a-d) on (w, y, 1 / t): the dual step from y, and Nesterov's momentum; for unrolling."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.step = DenoisingStep()
+
+    def forward(self, state: FDPGState, D: Tensor, d: Tensor, weight: Tensor) -> FDPGState:
+        """Return the state after one iteration."""
+        w, y, reciprocal = state
+        new = self.step(y, D, d, weight)
+        t = 1 / reciprocal
+        t_new = (1 + (1 + 4 * t.square()).sqrt()) / 2
+        return new, new + ((t - 1) / t_new)[:, None] * (new - w), 1 / t_new
+
+
 class DualSystem:
     """Systems with blocks of M = D D', (m, m), for a batch that shares D.
 
@@ -108,15 +130,35 @@ def _within(K: Tensor, r: Tensor, chosen: Tensor, most: int) -> Tensor:
 
 
 class DenoisingProblem:
-    """The denoising problem of one weight (the paper's lambda, above 0); D is the learned parameter.
+    """The denoising problem of one weight (the paper's lambda, above 0) on signals of length n; D is the parameter.
 
-    Raises InputError for a weight that is no positive number.
+    Raises InputError for a weight that is no positive number and an n that is no whole number above 1.
     """
 
-    def __init__(self, weight: float) -> None:
+    forwards: ClassVar[tuple[str, ...]] = ("exact", "fdpg")
+
+    def __init__(self, weight: float, n: int) -> None:
+        require_whole("n", n, 2)
         if not 0 < weight < torch.inf:
             raise InputError(f"weight={weight}: the weight lambda of the total variation is a positive number.")
-        self.weight = float(weight)
+        self.weight, self.n = float(weight), n
+
+    @property
+    def optimizers(self) -> dict[str, Callable[[], DenoisingStep]]:
+        """Update steps that can be folded, by name."""
+        return {"fdpg": DenoisingStep}
+
+    def unrolled(self, optimizer: str) -> tuple[Callable[..., FDPGState], FDPG]:
+        """Return a cold start and the step to unroll from there."""
+        return lambda D, d, _: (d.new_zeros(len(d), len(D)), d.new_zeros(len(d), len(D)), d.new_ones(len(d))), FDPG()
+
+    def solve(self, forward: str, D: Tensor, d: Tensor, _: Tensor) -> Tensor:
+        """Return the dual (B, m) at the solution that the solver `forward` finds."""
+        return getattr(self, forward)(D, d).w
+
+    def decisions(self, state: Tensor | FDPGState, D: Tensor, d: Tensor, _: Tensor) -> Tensor:
+        """Return the denoised signals (B, n) of a state."""
+        return DenoisingStep.primal(state if isinstance(state, Tensor) else state[0], D, d)
 
     def params(self, parameters: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Return the parameters (D, d, weight) of every layer of this problem."""
@@ -184,17 +226,39 @@ class DenoisingProblem:
             w, y, t = new, new + (t - 1) / t_new * (new - w), t_new
             yield w
 
-    def qp(self, D: Tensor, d: Tensor, ridge: float) -> tuple[Tensor, ...]:
+    def qp(self, D: Tensor, d: Tensor, weight: Tensor, ridge: float) -> tuple[Tensor, ...]:
         """Return (Q, p, G, h, A, b) of the quadratic program (33) in (x, t): -t <= D x <= t.
 
         ridge: on the diagonal of t, above 0, for solvers that need a positive definite Q; it changes the solution.
         """
         m, n = D.shape
         Q = torch.diag(torch.cat([d.new_ones(n), d.new_full((m,), ridge)]))
-        p = torch.cat([-d, d.new_full((len(d), m), self.weight)], 1)
+        p = torch.cat([-d, weight.expand(len(d), m)], 1)
         eye = torch.eye(m, dtype=D.dtype, device=D.device)
         G = torch.cat([torch.cat([D, -eye], 1), torch.cat([-D, -eye], 1)])
         return Q, p, G, d.new_zeros(2 * m), d.new_zeros(0, n + m), d.new_zeros(0)
+
+    def qp_decisions(self, found: Tensor) -> Tensor:
+        """Return the denoised signals (B, n) of the solutions (x, t) of that program."""
+        return found[:, : (found.shape[1] + 1) // 2]
+
+    def cvxpy(self, scaling: str) -> tuple[cvxpy.Problem, list[cvxpy.Parameter], list[cvxpy.Variable]]:
+        """Return the problem in cvxpy's form with its parameters (D, d) and variable x.
+
+        scaling: "paper" takes the problem as it is written; "normalized" divides the objective by the weight.
+        """
+        if scaling not in SCALINGS:
+            raise InputError(f"scaling={scaling!r} is unknown; choose one of {SCALINGS}.")
+        try:
+            import cvxpy as cp
+        except ImportError as error:
+            raise MissingDependencyError(
+                "cvxpy is not installed; install it with: pip install 'foldopt[cvxpylayers]'"
+            ) from error
+        x, d, D = cp.Variable(self.n), cp.Parameter(self.n), cp.Parameter((self.n - 1, self.n))
+        size = 1.0 if scaling == "paper" else self.weight
+        objective = cp.sum_squares(x - d) / (2 * size) + self.weight / size * cp.norm1(D @ x)
+        return cp.Problem(cp.Minimize(objective)), [D, d], [x]
 
     def _sides(self, w: Tensor) -> Tensor:
         """Return -1, 0 or 1 where w is at its lower bound, free, at its upper bound."""

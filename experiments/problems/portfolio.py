@@ -7,7 +7,8 @@ are those of the Lagrangian -c'x + nu (sum x - 1) + lam_0 (x'Vx / gamma - 1) - l
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from torch import Tensor
 from foldopt.errors import InfeasibleError, InputError, MissingDependencyError
 from foldopt.solvers.gurobi import GurobiQCQP
 from foldopt.solvers.interior_point import solve_qcqp
-from foldopt.updates.sqp import SQPData
+from foldopt.updates.sqp import SQP, SQPData, SQPState
 
 if TYPE_CHECKING:
     import cvxpy
@@ -57,6 +58,8 @@ class PortfolioProblem:
     portfolio satisfies the risk limit.
     """
 
+    forwards: ClassVar[tuple[str, ...]] = ("exact", "gurobi")
+
     def __init__(self, V: Tensor, gamma: float) -> None:
         if V.dim() != 2 or V.shape[0] != V.shape[1]:
             raise InputError(f"V has shape {tuple(V.shape)}, expected a square (n, n) covariance.")
@@ -73,6 +76,23 @@ class PortfolioProblem:
                 "gamma above it."
             )
         self._gurobi: GurobiQCQP | None = None
+
+    @property
+    def optimizers(self) -> dict[str, Callable[[], SQP]]:
+        """Update steps that can be folded, by name."""
+        return {"sqp": lambda: SQP(self)}
+
+    def unrolled(self, optimizer: str) -> tuple[Callable[..., SQPState], SQP]:
+        """Return a cold start and the step to unroll from there."""
+        return lambda c, *_: self.sqp_start(c), self.optimizers[optimizer]()
+
+    def solve(self, forward: str, c: Tensor, *_: Tensor) -> SQPState:
+        """Return the state at the solution that the solver `forward` finds."""
+        return getattr(self, forward)(c).state
+
+    def decisions(self, state: SQPState, *_: Tensor) -> Tensor:
+        """Return the portfolios (B, n) of a state."""
+        return state[0]
 
     def params(self, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the parameters (c, V, gamma) of every layer of this problem, on the device of c and in float64."""

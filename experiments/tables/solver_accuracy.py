@@ -150,7 +150,7 @@ def _inputs(overrides: list[str], settings: Settings) -> tuple[Task, dict[str, t
     parts = components.build(runs.compose(overrides))
     samples = parts.task.splits["train"]
     with torch.no_grad():
-        predictions = parts.task.parameters(parts.model(samples["inputs"]))
+        predictions = parts.task.parameters(parts.model(samples["inputs"]), samples)
     count = settings.batches * settings.batch_size
     return parts.task, {"targets": samples["returns"][:count], "predictions": predictions[:count]}
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
+
+from experiments.backends import Parameters
 
 Samples = dict[str, Tensor]
 
@@ -16,19 +18,24 @@ class Task(Protocol):
     problem: the optimization problem whose parameters are predicted, handed to the backend.
     n_inputs, n_outputs: sizes of the model. splits: "train", "val" and "test", each a dict of tensors with the samples
     along the first dimension; "inputs" is what the model gets.
+    shared: whether the model returns one set of parameters for all samples, such as a learned operator, instead of
+    (B, n_outputs). objective: the column of metrics.csv that the decision loss is an estimate of.
+    A task without `prediction_losses` predicts nothing that could be compared with data.
     """
 
     problem: Any
     n_inputs: int
     n_outputs: int
+    shared: ClassVar[bool]
+    objective: ClassVar[str]
     splits: dict[str, Samples]
 
     def to(self, device: torch.device) -> None:
         """Move the splits to the device."""
         ...
 
-    def parameters(self, outputs: Tensor) -> Tensor:
-        """Return the problem's parameters that the model's outputs (B, n_outputs) stand for."""
+    def parameters(self, outputs: Tensor, samples: Samples) -> Parameters:
+        """Return the problem's parameters that the model's outputs stand for, with what the samples add to them."""
         ...
 
     def decision_losses(self, decisions: Tensor, samples: Samples) -> Tensor:
@@ -40,5 +47,5 @@ class Task(Protocol):
         ...
 
     def metrics(self, outputs: Tensor, samples: Samples) -> dict[str, float]:
-        """Return columns of metrics.csv, "regret" among them, for the outputs of a whole split, by the exact solver."""
+        """Return columns of metrics.csv, `objective` among them, for the outputs of a split, by the exact solver."""
         ...

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,9 @@ class PortfolioTask:
     standardize: the model predicts (c - mean) / deviation, with the mean and standard deviation over all training
     returns (one number each, so that the scale of the loss changes but not the relative importance of assets).
     """
+
+    shared: ClassVar[bool] = False
+    objective: ClassVar[str] = "regret"
 
     def __init__(
         self,
@@ -44,7 +49,7 @@ class PortfolioTask:
         """Move the splits to the device."""
         self.splits = {name: {k: v.to(device) for k, v in s.items()} for name, s in self.splits.items()}
 
-    def parameters(self, outputs: Tensor) -> Tensor:
+    def parameters(self, outputs: Tensor, samples: Samples) -> Tensor:
         """Return the predicted returns (B, n), float64."""
         return self.shift + self.scale * outputs.double()
 
@@ -58,7 +63,7 @@ class PortfolioTask:
 
     def metrics(self, outputs: Tensor, samples: Samples) -> dict[str, float]:
         """Return regret, regret_percent (of the sum of |optimal values|) and mse (of the returns)."""
-        c = self.parameters(outputs)
+        c = self.parameters(outputs, samples)
         regret = self.decision_losses(self.problem.exact(c).x, samples)
         return {
             "regret": float(regret.mean()),

@@ -29,7 +29,11 @@ def reference(request):
     parts = built("backend=fold")
     samples = parts.task.splits["train"]
     with torch.no_grad():
-        c = samples["returns"] if request.param == "targets" else parts.task.parameters(parts.model(samples["inputs"]))
+        c = (
+            samples["returns"]
+            if request.param == "targets"
+            else parts.task.parameters(parts.model(samples["inputs"]), samples)
+        )
     s = parts.task.problem.exact(c)
     margin = torch.where(s.x > 0, s.x, s.lam[:, 1:] / c.std(1, keepdim=True)).amin(1)
     c = c[(margin > 3e-3) & (s.lam[:, 0] > 0.03 * c.std(1)) & ((s.x > 0).sum(1) > 2)]
@@ -136,6 +140,7 @@ class NonconvexProblem:
 
 class NonconvexTask:
     n_inputs, n_outputs = 2, 3
+    shared, objective = False, "regret"
 
     def __init__(self, seed):
         self.problem, self.splits = NonconvexProblem(), {}

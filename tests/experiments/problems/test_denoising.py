@@ -24,7 +24,9 @@ def signals(batch, n=100, low=10, high=100, noise=10):
 
 
 def layer_of(**options):
-    return foldopt.fold(lambda D, d, weight: DenoisingProblem(float(weight)).exact(D, d).w, DenoisingStep(), **options)
+    return foldopt.fold(
+        lambda D, d, weight: DenoisingProblem(float(weight), D.shape[1]).exact(D, d).w, DenoisingStep(), **options
+    )
 
 
 def denoised(layer, D, d, weight):
@@ -36,7 +38,7 @@ def denoised(layer, D, d, weight):
 def test_the_optimality_conditions_hold_to_machine_precision(low, high, noise, weight, learned):
     """x = d + D'w and w in -weight times the subdifferential of |Dx|: 200 signals of each scale."""
     D, d = operator(learned), signals(200, low=low, high=high, noise=noise)
-    found = DenoisingProblem(weight).exact(D, d)
+    found = DenoisingProblem(weight, D.shape[1]).exact(D, d)
     assert found.ok.all()
     assert float(found.residual.max()) < 1e-13
     size = float((d @ D.mT).abs().max())
@@ -54,11 +56,13 @@ def test_a_general_solver_agrees():
     eye = torch.eye(m, dtype=F64)
     dual = (D @ D.mT).expand(B, m, m), d @ D.mT, d.new_zeros(B, 0, m), d.new_zeros(B, 0)
     box = torch.cat([eye, -eye]).expand(B, 2 * m, m), d.new_full((B, 2 * m), weight)
-    torch.testing.assert_close(DenoisingProblem(weight).exact(D, d).w, solve_qp(*dual, *box).x, rtol=0, atol=1e-8)
+    torch.testing.assert_close(
+        DenoisingProblem(weight, D.shape[1]).exact(D, d).w, solve_qp(*dual, *box).x, rtol=0, atol=1e-8
+    )
 
 
 def test_warm_starts_end_at_the_same_solution_sooner():
-    problem, d = DenoisingProblem(20.0), signals(64)
+    problem, d = DenoisingProblem(20.0, 100), signals(64)
     before = problem.exact(operator(0.05), d)
     moved = operator(0.05) + 1e-3 * torch.randn(99, 100, generator=torch.Generator().manual_seed(1), dtype=F64)
     cold, warm = problem.exact(moved, d), problem.exact(moved, d, warm=before.w)
@@ -73,7 +77,7 @@ def test_warm_starts_end_at_the_same_solution_sooner():
 @pytest.mark.parametrize("learned", [0.0, 0.3])
 def test_fdpg_agrees_whatever_the_norm_of_d(learned):
     """Learned operators have |D|^2 above 4, where the paper's step of 1/4 diverges."""
-    problem, D, d = DenoisingProblem(1.0), operator(learned), signals(32, low=-3, high=3, noise=1)
+    problem, D, d = DenoisingProblem(1.0, 100), operator(learned), signals(32, low=-3, high=3, noise=1)
     found, exact = problem.fdpg(D, d, tol=1e-10), problem.exact(D, d)
     assert found.ok.all()
     torch.testing.assert_close(found.x, exact.x, rtol=0, atol=1e-6)
@@ -99,7 +103,7 @@ def test_block_systems_of_every_size(share):
 def test_the_closed_form_of_the_adjoint_is_that_of_the_step():
     D, d, weight = operator(n=12), signals(20, n=12, low=-3, high=3, noise=1), torch.tensor(0.6, dtype=F64)
     step = DenoisingStep()
-    w = DenoisingProblem(0.6).exact(D, d).w
+    w = DenoisingProblem(0.6, 12).exact(D, d).w
     phi = torch.func.vmap(torch.func.jacrev(lambda w, d: step(w[None], D, d[None], weight)[0]))(w, d)
     g = torch.randn(20, 11, generator=torch.Generator().manual_seed(0), dtype=F64)
     for transposed in (False, True):
@@ -150,9 +154,11 @@ def test_second_order_and_forward_mode():
 def test_qpth_on_the_quadratic_program_of_the_paper():
     """Eq. (33) with a ridge on t, which qpth needs; qpth averages what the batch shares."""
     qpth = pytest.importorskip("qpth.qp")
-    problem, D, d = DenoisingProblem(1.0), operator().requires_grad_(), signals(4, low=-3, high=3, noise=1)
+    problem, D, d = DenoisingProblem(1.0, 100), operator().requires_grad_(), signals(4, low=-3, high=3, noise=1)
     empty = torch.zeros(0, dtype=F64)
-    x = qpth.QPFunction(verbose=-1, maxIter=40)(*problem.qp(D, d, 1e-6)[:4], empty, empty)[:, :100]
+    x = qpth.QPFunction(verbose=-1, maxIter=40)(
+        *problem.qp(D, d, torch.tensor(1.0, dtype=F64), 1e-6)[:4], empty, empty
+    )[:, :100]
     folded = denoised(layer_of(), D, d, torch.tensor(1.0, dtype=F64))
     torch.testing.assert_close(x, folded, rtol=0, atol=1e-3)
     theirs, mine = (torch.autograd.grad(y.square().sum(), D)[0] for y in (x, folded))
@@ -162,11 +168,11 @@ def test_qpth_on_the_quadratic_program_of_the_paper():
 @pytest.mark.parametrize("weight", [0, -1.0, float("nan"), float("inf")])
 def test_a_weight_that_is_none_is_refused(weight):
     with pytest.raises(InputError, match="weight="):
-        DenoisingProblem(weight)
+        DenoisingProblem(weight, 100)
 
 
 def test_bad_signals_and_operators_are_named():
-    problem, D, d = DenoisingProblem(1.0), operator(), signals(3)
+    problem, D, d = DenoisingProblem(1.0, 100), operator(), signals(3)
     with pytest.raises(InputError, match=r"D has shape \(99, 100\) and d \(3, 99\)"):
         problem.exact(D, d[:, :99])
     d[1, 5] = torch.nan

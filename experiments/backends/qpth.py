@@ -1,0 +1,66 @@
+"""qpth: the problem as a quadratic program, solved and differentiated by its interior point (Amos and Kolter, 2017)."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from experiments.backends import Parameters, lacks
+from foldopt.errors import InputError, MissingDependencyError
+from foldopt.linear_solve import LinearSolver
+from foldopt.updates.admm import batched_qp
+
+DTYPES = {"float64": torch.float64, "float32": torch.float32}
+
+
+class QpthBackend:
+    """qpth on the task's problem in the form of its method `qp`.
+
+    dtype: "float64" or "float32", in which qpth computes. eps, max_iter: its tolerance and cap of iterations.
+    ridge: on the diagonal of variables without curvature, above 0, as qpth needs a positive definite Q.
+
+    What the batch shares is given to qpth once per sample, for it averages the gradient of what it is given once.
+    Samples whose solution is not finite are counted; of the others qpth does not tell whether it solved them.
+    """
+
+    trains_on: ClassVar[str] = "decision"
+
+    def __init__(
+        self, task: Any, linear_solver: LinearSolver, dtype: str, eps: float, max_iter: int, ridge: float
+    ) -> None:
+        try:
+            from qpth.qp import QPFunction
+        except ImportError as error:
+            raise MissingDependencyError(
+                "qpth is not installed; install it with: pip install 'foldopt[qpth]'"
+            ) from error
+        if dtype not in DTYPES:
+            raise InputError(f"backend.dtype={dtype!r} is unknown; choose one of {sorted(DTYPES)}.")
+        if not ridge > 0:
+            raise InputError(f"backend.ridge={ridge}: qpth needs a positive definite Q, take a number above 0.")
+        self.problem, self.ridge, self.dtype = task.problem, ridge, DTYPES[dtype]
+        self._layer = QPFunction(verbose=-1, eps=eps, maxIter=max_iter)
+        self._failures = 0
+
+    @staticmethod
+    def unsuitable(task: Any) -> str | None:
+        """Return why the task's problem is no quadratic program, None if it is."""
+        return lacks(task, "qp", "its problem is no quadratic program (qp)")
+
+    def __call__(self, parameters: Parameters) -> Tensor:
+        """Return the decisions for the task's parameters."""
+        params = self.problem.params(parameters)
+        parts = batched_qp(*(t.to(self.dtype) for t in self.problem.qp(*params, self.ridge)))
+        Q, p, G, h, A, b = (part.contiguous() for part in parts)
+        none = p.new_zeros(0)
+        found = self._layer(Q, p, G, h, *((A, b) if b.shape[1] else (none, none)))
+        sound = found.detach().isfinite().all(1)
+        self._failures += int((~sound).sum())
+        return self.problem.qp_decisions(found).to(torch.float64)
+
+    def take_failures(self) -> int:
+        """Return how many samples failed since the last call."""
+        failures, self._failures = self._failures, 0
+        return failures
