@@ -5,7 +5,7 @@ PY := .venv/bin/python
 PROFILE ?= default
 UV_VERSION := 0.13.9
 
-.PHONY: help test lint format reproduce figures figure-4c portfolio-settings solver-table peers clean lock
+.PHONY: help test lint format reproduce figures figure-4b figure-4c portfolio-settings solver-table peers clean lock
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,6 +36,9 @@ reproduce: .venv/.installed ## run every study, then figures and tables (PROFILE
 
 figures: .venv/.installed ## figures and tables of all studies from the run folders
 	$(PY) -m scripts.figures --profile $(PROFILE)
+
+figure-4b: .venv/.installed ## Figure 4(b) and its table from the run folders
+	$(PY) -m scripts.figures --study figure_4b --profile $(PROFILE)
 
 figure-4c: .venv/.installed ## Figure 4(c) and its table from the run folders
 	$(PY) -m scripts.figures --study figure_4c --profile $(PROFILE)

@@ -9,13 +9,14 @@ from rich.console import Console
 from experiments import studies
 from experiments.artifacts import Artifacts, output_root
 from experiments.executor import execute
-from experiments.figures import figure_4c
+from experiments.figures import figure_4b, figure_4c
 from experiments.studies import Study, StudyRun
-from experiments.tables import final_regret, solver_accuracy
+from experiments.tables import denoising, final_regret, solver_accuracy
 from foldopt.errors import FoldoptError
 
 Maker = Callable[[Study, Sequence[StudyRun], Artifacts, str, str], None]
 FIGURES: Mapping[str, Sequence[Maker]] = {
+    "figure_4b": (figure_4b.make, denoising.make),
     "figure_4c": (figure_4c.make, final_regret.make),
     "portfolio_settings": (final_regret.make,),
 }

@@ -107,7 +107,7 @@ class Trainer:
         with self._progress(console) as progress:
             bar = progress.add_task("", total=self.cfg.train.epochs, completed=max(done, 0))
             for epoch in range(done + 1, self.cfg.train.epochs + 1):
-                rows = self._epoch(epoch, stop)
+                rows = self._counted(epoch, stop)
                 self.checkpoint.save(epoch, before + time.perf_counter() - begin, rows)
                 tracker.log(rows)
                 line = _line(epoch, self.cfg.train.epochs, rows)
@@ -126,6 +126,17 @@ class Trainer:
             console=console,
             disable=not (self.cfg.progress and console.is_terminal),
         )
+
+    def _counted(self, epoch: int, stop: StopRequest) -> list[Row]:
+        """Do one epoch; what the problem refuses after training began is a divergence."""
+        try:
+            return self._epoch(epoch, stop)
+        except InputError as error:
+            if epoch == 0:
+                raise
+            raise DivergenceError(
+                f"training diverged in epoch {epoch}: {error} Metrics and checkpoint of epoch {epoch - 1} are kept."
+            ) from error
 
     def _epoch(self, epoch: int, stop: StopRequest) -> list[Row]:
         rows = [self._train(epoch, stop)] if epoch else []
