@@ -165,10 +165,6 @@ class DenoisingProblem:
         D, d = parameters
         return D, d, torch.tensor(self.weight, dtype=d.dtype, device=d.device)
 
-    def value(self, x: Tensor, D: Tensor, d: Tensor) -> Tensor:
-        """Return 1/2 |x - d|^2 + weight |D x|_1 of each sample, (B,)."""
-        return (x - d).square().sum(1) / 2 + self.weight * (x @ D.mT).abs().sum(1)
-
     def exact(self, D: Tensor, d: Tensor, *, warm: Tensor | None = None) -> DenoisingSolution:
         """Solve to machine precision, batched, in float64: a primal-dual active set on the dual.
 
