@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from foldopt.checks import require_whole
-from foldopt.errors import InputError, MissingDependencyError
+from foldopt.errors import InputError
 from foldopt.fold import FoldedLayer, fold
 from foldopt.solvers import scipy_nlp
 from foldopt.solvers.multipliers import recover_multipliers
 from foldopt.solvers.nlp import solve_nlp
 from foldopt.solvers.qp import solve_qp
+from foldopt.solvers.qpth import solve_qpth
 from foldopt.step import State, as_tuple
 from foldopt.updates.admm import ADMM, ADMMState, batched_qp
 from foldopt.updates.dual_proximal_gradient import DualProximalGradient
@@ -44,11 +45,7 @@ def f_pgd_a(
     """
 
     def projection(y: Tensor, *params: Tensor) -> Tensor:
-        parts = _projection_qp(y, polyhedron(*params))
-        # qpth averages the gradient of what a batch shares, so it is given one of each per sample.
-        Q, p, G, h, A, b = (part.contiguous() for part in batched_qp(*parts))
-        empty = y.new_zeros(0)
-        return _qpth()(verbose=-1, eps=1e-14, maxIter=60)(Q, p, G, h, *((A, b) if b.shape[1] else (empty, empty)))
+        return solve_qpth(*_projection_qp(y, polyhedron(*params)), eps=1e-14, max_iter=60)
 
     return fold(solve, ProjectedGradient(objective, projection, stepsize), **{"dtype": torch.float64, **options})
 
@@ -80,16 +77,6 @@ def _projection_qp(y: Tensor, polyhedron: tuple[Tensor, Tensor, Tensor | None, T
     if A is None or b is None:
         A, b = y.new_zeros(0, y.shape[1]), y.new_zeros(0)
     return torch.eye(y.shape[1], dtype=y.dtype, device=y.device), -y, G, h, A, b
-
-
-def _qpth() -> Any:
-    try:
-        from qpth.qp import QPFunction
-    except ImportError as error:
-        raise MissingDependencyError(
-            "f_pgd_a projects with qpth: pip install foldopt[qpth], or use f_pgd_b, which needs nothing."
-        ) from error
-    return QPFunction
 
 
 def f_fdpg(

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from experiments.backends import Parameters, lacks
-from foldopt.errors import InputError, MissingDependencyError
+from foldopt.errors import InputError
 from foldopt.linear_solve import LinearSolver
-from foldopt.updates.admm import batched_qp
+from foldopt.solvers.qpth import qp_function, solve_qpth
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
 
@@ -21,7 +21,6 @@ class QpthBackend:
     dtype: "float64" or "float32", in which qpth computes. eps, max_iter: its tolerance and cap of iterations.
     ridge: on the diagonal of variables without curvature, above 0, as qpth needs a positive definite Q.
 
-    What the batch shares is given to qpth once per sample, for it averages the gradient of what it is given once.
     Samples whose solution is not finite are counted; of the others qpth does not tell whether it solved them.
     """
 
@@ -30,18 +29,13 @@ class QpthBackend:
     def __init__(
         self, task: Any, linear_solver: LinearSolver, dtype: str, eps: float, max_iter: int, ridge: float
     ) -> None:
-        try:
-            from qpth.qp import QPFunction
-        except ImportError as error:
-            raise MissingDependencyError(
-                "qpth is not installed; install it with: pip install 'foldopt[qpth]'"
-            ) from error
+        qp_function()  # raises here, before any work, if qpth is missing
         if dtype not in DTYPES:
             raise InputError(f"backend.dtype={dtype!r} is unknown; choose one of {sorted(DTYPES)}.")
         if not ridge > 0:
             raise InputError(f"backend.ridge={ridge}: qpth needs a positive definite Q, take a number above 0.")
         self.problem, self.ridge, self.dtype = task.problem, ridge, DTYPES[dtype]
-        self._layer = QPFunction(verbose=-1, eps=eps, maxIter=max_iter)
+        self._options = {"eps": eps, "max_iter": max_iter}
         self._failures = 0
 
     @staticmethod
@@ -52,10 +46,8 @@ class QpthBackend:
     def __call__(self, parameters: Parameters) -> Tensor:
         """Return the decisions for the task's parameters."""
         params = self.problem.params(parameters)
-        parts = batched_qp(*(t.to(self.dtype) for t in self.problem.qp(*params, self.ridge)))
-        Q, p, G, h, A, b = (part.contiguous() for part in parts)
-        none = p.new_zeros(0)
-        found = self._layer(Q, p, G, h, *((A, b) if b.shape[1] else (none, none)))
+        parts = (t.to(self.dtype) for t in self.problem.qp(*params, self.ridge))
+        found = solve_qpth(*parts, **self._options)
         sound = found.detach().isfinite().all(1)
         self._failures += int((~sound).sum())
         return self.problem.qp_decisions(found).to(torch.float64)

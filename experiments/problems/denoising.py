@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from experiments.problems.cone import cvxpy_for
 from foldopt.checks import require_whole
-from foldopt.errors import InputError, MissingDependencyError
+from foldopt.errors import InputError
 from foldopt.prox import soft_threshold
 from foldopt.updates import DualProximalGradient
 
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     import cvxpy
 
 FDPGState = tuple[Tensor, Tensor, Tensor]
-SCALINGS = ("paper", "normalized")
 MAX_PIVOTS = 60
 GUESS = 20  # steps of FDPG before the first pivot
 TOLERANCE = 1e-11
@@ -243,14 +243,7 @@ class DenoisingProblem:
 
         scaling: "paper" takes the problem as it is written; "normalized" divides the objective by the weight.
         """
-        if scaling not in SCALINGS:
-            raise InputError(f"scaling={scaling!r} is unknown; choose one of {SCALINGS}.")
-        try:
-            import cvxpy as cp
-        except ImportError as error:
-            raise MissingDependencyError(
-                "cvxpy is not installed; install it with: pip install 'foldopt[cvxpylayers]'"
-            ) from error
+        cp = cvxpy_for(scaling)
         x, d, D = cp.Variable(self.n), cp.Parameter(self.n), cp.Parameter((self.n - 1, self.n))
         size = 1.0 if scaling == "paper" else self.weight
         objective = cp.sum_squares(x - d) / (2 * size) + self.weight / size * cp.norm1(D @ x)

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from foldopt.errors import InfeasibleError, InputError, MissingDependencyError
+from experiments.problems.cone import cvxpy_for
+from foldopt.errors import InfeasibleError, InputError
 from foldopt.solvers.gurobi import GurobiQCQP
 from foldopt.solvers.interior_point import solve_qcqp
 from foldopt.updates.sqp import SQP, SQPData, SQPState
@@ -21,7 +22,6 @@ from foldopt.updates.sqp import SQP, SQPData, SQPState
 if TYPE_CHECKING:
     import cvxpy
 
-SCALINGS = ("paper", "normalized")
 MAX_PIVOTS = 30
 TOLERANCE = 1e-11
 
@@ -191,14 +191,7 @@ class PortfolioProblem:
 
         scaling: "paper" takes the risk limit as it is written, x'Vx <= gamma; "normalized" divides it by gamma.
         """
-        if scaling not in SCALINGS:
-            raise InputError(f"scaling={scaling!r} is unknown; choose one of {SCALINGS}.")
-        try:
-            import cvxpy as cp
-        except ImportError as error:
-            raise MissingDependencyError(
-                "cvxpy is not installed; install it with: pip install 'foldopt[cvxpylayers]'"
-            ) from error
+        cp = cvxpy_for(scaling)
         eigenvalues, vectors = torch.linalg.eigh(self.V)
         root = (vectors * eigenvalues.clamp(min=0).sqrt()).mT
         limit = self.gamma if scaling == "paper" else 1.0

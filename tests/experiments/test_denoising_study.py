@@ -1,6 +1,7 @@
 """Denoising through the harness: every backend learns the same operator, and mistakes are named."""
 
 import math
+import sys
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch
 from experiments import components, runs
 from experiments.components import CombinationError
 from experiments.execution import execute
-from foldopt.errors import InputError
+from foldopt.errors import InputError, MissingDependencyError
 
 CENTRED = ["task=denoising", "model=operator", "task.low=-3", "task.high=3", "task.noise=1"]
 SMALL = [*CENTRED, "task.length=30", "task.weight=0.7", "task.n_train=64", "task.n_val=16", "task.n_test=32"]
@@ -98,6 +99,12 @@ def test_backends_that_cannot_are_named():
 def test_mistakes_are_named(overrides, match):
     with pytest.raises(InputError, match=match):
         built(*overrides)
+
+
+def test_missing_qpth_is_named_before_any_work(monkeypatch):
+    monkeypatch.setitem(sys.modules, "qpth.qp", None)
+    with pytest.raises(MissingDependencyError, match=r"pip install 'foldopt\[qpth\]'"):
+        built("backend=qpth")
 
 
 def test_the_operator_is_refused_where_it_does_not_fit():

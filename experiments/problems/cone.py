@@ -1,0 +1,22 @@
+"""What the cone forms of the problems share: the choice of scaling, and cvxpy itself."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+from foldopt.errors import InputError, MissingDependencyError
+
+SCALINGS = ("paper", "normalized")
+
+
+def cvxpy_for(scaling: str) -> ModuleType:
+    """Return cvxpy. Raises InputError for an unknown scaling, MissingDependencyError without cvxpy."""
+    if scaling not in SCALINGS:
+        raise InputError(f"scaling={scaling!r} is unknown; choose one of {SCALINGS}.")
+    try:
+        import cvxpy
+    except ImportError as error:
+        raise MissingDependencyError(
+            "cvxpy is not installed; install it with: pip install 'foldopt[cvxpylayers]'"
+        ) from error
+    return cvxpy
