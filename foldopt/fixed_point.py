@@ -221,8 +221,17 @@ class _Linear(FixedPoint):
     equation: ClassVar[str]
 
     def __init__(self, of: FixedPoint, n: int) -> None:
-        super().__init__(of.solver, of.policy, self.linear_step)
+        super().__init__(of.solver, of.policy)
         self.of, self.n = of, n
+
+    @property
+    def step(self) -> StepFunction:
+        """The linear step; kept as an attribute it would be a cycle that holds the recorded graph."""
+        return self.linear_step
+
+    @step.setter
+    def step(self, _: StepFunction | None) -> None:
+        """Do nothing: it follows from the point whose derivative this is."""
 
     def split(self, params: Tensors) -> tuple[Tensors, Tensors, Tensor, Tensors]:
         """Return the right-hand side, x*, the samples to keep and c."""

@@ -224,13 +224,15 @@ class Solved(FixedPoint):
         return self._closed_form("inverse", recorded)
 
     def _closed_form(self, name: str, recorded: Recorded) -> Callable[..., Tensor] | None:
-        if not hasattr(self.layer.update, name):
+        method = getattr(self.layer.update, name, None)
+        if method is None:
             return None
         state = recorded.state[0] if self.single else recorded.state
+        params = recorded.params[: self.n_params]
 
-        def closed_form(*args: Any) -> Tensor:
+        def closed_form(*args: Any) -> Tensor:  # kept by this call, so it must not hold it: that would be a cycle
             with torch.no_grad():
-                return getattr(self.layer.update, name)(*args, state, *recorded.params[: self.n_params])
+                return method(*args, state, *params)
 
         return closed_form
 

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import gc
 import pickle
 import warnings
 
@@ -12,6 +13,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import foldopt
 from foldopt import errors
+from foldopt.fixed_point import FixedPoint
 from foldopt.linear_solve import GMRES, LFPI, SOLVERS, WarmStart
 from tests.foldopt.steps import F64, heron, iterate, problem, tanh_step
 
@@ -350,6 +352,34 @@ def test_a_closed_form_of_the_adjoint_is_certified(factor, method, products):
     assert bool(layer.last.backward.fallback[0]) == (factor != 1)
     tangent = torch.func.jvp(layer, (c.detach(),), (torch.ones(1, 2, dtype=F64),))[1]
     torch.testing.assert_close(tangent, torch.ones_like(tangent))
+
+
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("name", ["auto", "direct", "closed form"])
+def test_a_call_leaves_nothing_to_the_garbage_collector(name, order):
+    """A cycle through what a call records would hold its graph for many training steps."""
+    c = torch.rand(4, 3, generator=torch.Generator().manual_seed(0), dtype=F64).requires_grad_()
+    if name == "closed form":
+        eye = torch.eye(3, dtype=F64)
+        layer = functools.partial(foldopt.QPLayer(), eye, G=-eye, h=torch.zeros(3, dtype=F64))
+    else:
+        layer = foldopt.fold(torch.exp, lambda x, c: 0.5 * (x + c.exp()), linear_solver=name)
+
+    def step():
+        (gradient,) = torch.autograd.grad(layer(c).pow(2).sum(), c, create_graph=order > 1)
+        if order > 1:
+            torch.autograd.grad(gradient.sum(), c)
+
+    step()
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(3):
+            step()
+        left = [o for o in gc.get_objects() if issubclass(type(o), FixedPoint)]
+    finally:
+        gc.enable()
+    assert left == []
 
 
 def test_further_backward_passes_make_no_more_products():
