@@ -33,6 +33,7 @@ COLUMNS = (
     "mse",
     "top1",
     "top5",
+    "operator_norm",
     "seconds_network",
     "seconds_solve",
     "seconds_backward",

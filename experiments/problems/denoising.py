@@ -22,7 +22,7 @@ from foldopt.updates import DualProximalGradient
 if TYPE_CHECKING:
     import cvxpy
 
-FDPGState = tuple[Tensor, Tensor, Tensor]
+FDPGState = tuple[Tensor, Tensor, Tensor, Tensor]
 MAX_PIVOTS = 60
 GUESS = 20  # steps of FDPG before the first pivot
 TOLERANCE = 1e-11
@@ -45,17 +45,15 @@ class DenoisingSolution(NamedTuple):
 class DenoisingStep(DualProximalGradient):
     """One dual proximal gradient step (eq. 28) with the inverse of I - Phi in closed form.
 
-    ``DenoisingStep()(w, D, d, weight)``, D (m, n) shared by the batch, d (B, n), weight () above 0. The stepsize
-    1 / (|D|_1 |D|_inf) is at most 1 / |D|_2^2, so the iteration converges for every D; it is the paper's 1/4 for the
-    differencing operator.
+    ``DenoisingStep()(w, D, d, weight)``, D (m, n) shared by the batch, d (B, n), weight () above 0. Its stepsize is
+    that of `stepsize`, with which the iteration converges for every D.
     """
 
     def __init__(self) -> None:
         super().__init__(lambda v, t, D, d, weight: soft_threshold(v, t * weight))
 
     def _step(self, D: Tensor) -> Tensor:
-        size = D.detach().abs()
-        return 1 / (size.sum(0).amax() * size.sum(1).amax())
+        return stepsize(D)
 
     def inverse(self, g: Tensor, transposed: bool, w: Tensor, D: Tensor, d: Tensor, weight: Tensor) -> Tensor:
         """Return v = Phi^T v + g, or v = Phi v + g if `transposed`, (B, m).
@@ -73,19 +71,39 @@ class DenoisingStep(DualProximalGradient):
 
 
 class FDPG(nn.Module):
-    """One FDPG iteration (28a-d) on (w, y, 1 / t): the dual step from y, and Nesterov's momentum; for unrolling."""
+    """One FDPG iteration (28a-d), for unrolling: the dual step from y, and Nesterov's momentum.
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.step = DenoisingStep()
+    Its state is (w, y, 1 / t, s): the dual (B, m), its extrapolation, and (B, 1) each, momentum and stepsize.
+    """
+
+    @staticmethod
+    def start(D: Tensor, d: Tensor, _: Tensor) -> FDPGState:
+        """Return the cold start, with the stepsize that suits D."""
+        zero, one = d.new_zeros(len(d), len(D)), d.new_ones(len(d), 1)
+        return zero, zero, one, stepsize(D) * one
 
     def forward(self, state: FDPGState, D: Tensor, d: Tensor, weight: Tensor) -> FDPGState:
-        """Return the state after one iteration."""
-        w, y, reciprocal = state
-        new = self.step(y, D, d, weight)
+        """Return the state after one iteration; the prox of (28b) is a projection on |w| <= weight in the dual."""
+        w, y, reciprocal, s = state
+        moved = y - s * (DenoisingStep.primal(y, D, d) @ D.mT)
+        new = moved - soft_threshold(moved, weight)
         t = 1 / reciprocal
         t_new = (1 + (1 + 4 * t.square()).sqrt()) / 2
-        return new, new + ((t - 1) / t_new)[:, None] * (new - w), 1 / t_new
+        return new, new + (t - 1) / t_new * (new - w), 1 / t_new, s
+
+
+def stepsize(D: Tensor) -> Tensor:
+    """Return a stepsize of the dual, at most 1 / |D|_2^2 and close to it; ().
+
+    (28b) has 1/4, which is right for the differencing operator but not for what is learned from it. |D|_2^2 is the
+    spectral radius of M = D D', and that of M^8 is at most any norm of M^8.
+    """
+    M = D.detach() @ D.detach().mT
+    size = M.abs().sum(1).amax()
+    power = M / size
+    for _ in range(3):
+        power = power @ power
+    return 1 / (size * power.abs().sum(1).amax() ** (1 / 8))
 
 
 class DualSystem:
@@ -150,7 +168,7 @@ class DenoisingProblem:
 
     def unrolled(self, optimizer: str) -> tuple[Callable[..., FDPGState], FDPG]:
         """Return a cold start and the step to unroll from there."""
-        return lambda D, d, _: (d.new_zeros(len(d), len(D)), d.new_zeros(len(d), len(D)), d.new_ones(len(d))), FDPG()
+        return FDPG.start, FDPG()
 
     def solve(self, forward: str, D: Tensor, d: Tensor, _: Tensor) -> Tensor:
         """Return the dual (B, m) at the solution that the solver `forward` finds."""
@@ -181,7 +199,7 @@ class DenoisingProblem:
         q = d @ D.mT
         if warm is not None and warm.shape != q.shape:
             raise InputError(f"warm has shape {tuple(warm.shape)}, expected {tuple(q.shape)}.")
-        guess = self._descent(D, d, torch.zeros_like(q)) if warm is None else iter([warm.to(q, copy=True)])
+        guess = self._descent(dual.M, q, stepsize(D)) if warm is None else iter([warm.to(q, copy=True)])
         w = next(islice(guess, GUESS if warm is None else 0, None))
         side = self._sides(w)
         iterations = torch.zeros(len(d), dtype=torch.long, device=d.device)
@@ -199,25 +217,23 @@ class DenoisingProblem:
             running = running[(new != old).any(1)]
         return self._certified(D, d, dual, w, iterations)
 
-    def fdpg(
-        self, D: Tensor, d: Tensor, *, iterations: int = 10_000, tol: float = 1e-8, warm: Tensor | None = None
-    ) -> DenoisingSolution:
-        """Solve by FDPG (eq. 28) with step 1 / |D|_2^2, until every sample's residual is below `tol`."""
+    def fdpg(self, D: Tensor, d: Tensor, *, iterations: int = 10_000, tol: float = 1e-8) -> DenoisingSolution:
+        """Solve by FDPG (eq. 28) from zero, until every sample's residual is below `tol`."""
         D, d = _checked(D, d)
-        taken, w = 0, torch.zeros_like(d @ D.mT) if warm is None else warm.to(d)
-        for taken, w in enumerate(islice(self._descent(D, d, w), iterations), 1):  # noqa: B020
+        for taken, w in enumerate(islice(self._descent(D @ D.mT, d @ D.mT, stepsize(D)), iterations), 1):
             if taken % 20 == 0 and float(self._residual(D, d, w).max()) <= tol:
                 break
         residual = self._residual(D, d, w)
         counts = torch.full((len(d),), taken, device=d.device)
         return DenoisingSolution(d + w @ D, w, counts, residual, residual <= tol)
 
-    def _descent(self, D: Tensor, d: Tensor, w: Tensor) -> Iterator[Tensor]:
-        """Yield the iterates of FDPG from w; its y is w extrapolated by the momentum of (28c-d)."""
-        step = 1 / torch.linalg.matrix_norm(D, 2).square()
-        y, t = w, 1.0
+    def _descent(self, M: Tensor, q: Tensor, step: Tensor) -> Iterator[Tensor]:
+        """Yield the iterates of FDPG from zero; its y is w extrapolated by the momentum of (28c-d)."""
+        keep, move = torch.eye(len(M), dtype=M.dtype, device=M.device) - step * M, -step * q
+        w = y = torch.zeros_like(q)
+        t = 1.0
         while True:
-            new = (y - step * ((d + y @ D) @ D.mT)).clamp(-self.weight, self.weight)
+            new = torch.addmm(move, y, keep).clamp_(-self.weight, self.weight)
             t_new = (1 + (1 + 4 * t * t) ** 0.5) / 2
             w, y, t = new, new + (t - 1) / t_new * (new - w), t_new
             yield w

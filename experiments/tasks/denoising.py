@@ -63,7 +63,10 @@ class DenoisingTask:
         return (decisions - samples["signals"]).square().mean(1)
 
     def metrics(self, outputs: Tensor, samples: Samples) -> dict[str, float]:
-        """Return the mean squared error of the exactly denoised signals."""
+        """Return the mean squared error of the exactly denoised signals, and the spectral norm of the operator."""
         D, d = self.parameters(outputs, samples)
         x = torch.cat([self.problem.exact(D, part).x for part in d.split(256)])
-        return {"mse": float(self.decision_losses(x, samples).mean())}
+        return {
+            "mse": float(self.decision_losses(x, samples).mean()),
+            "operator_norm": float(torch.linalg.matrix_norm(D, 2)),
+        }

@@ -73,7 +73,7 @@ def test_a_run_lowers_the_error_of_the_classical_denoiser(tiny, console):
 
 
 def test_rows_that_sum_to_zero_stay_so():
-    model = built("model.zero_sum=true").model
+    model = built("model.structure=zero_sum").model
     with torch.no_grad():
         model.D.add_(torch.rand(model.D.shape, generator=torch.Generator().manual_seed(0)))
     assert float(model(torch.zeros(1, 30)).sum(1).abs().max()) < 1e-12
