@@ -5,7 +5,8 @@ PY := .venv/bin/python
 PROFILE ?= default
 UV_VERSION := 0.13.9
 
-.PHONY: help test lint format reproduce figures figure-4b figure-4c portfolio-settings solver-table peers clean lock
+.PHONY: help test lint format reproduce figures figure-4b figure-4c figure-6 portfolio-settings solver-table denoising-cost \
+	unrolling-cost peers clean lock
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,17 +38,26 @@ reproduce: .venv/.installed ## run every study, then figures and tables (PROFILE
 figures: .venv/.installed ## figures and tables of all studies from the run folders
 	$(PY) -m scripts.figures --profile $(PROFILE)
 
-figure-4b: .venv/.installed ## Figure 4(b) and its table from the run folders
+figure-4b: .venv/.installed ## Figure 4(b), its tables, pictures of signals and operators, from the run folders
 	$(PY) -m scripts.figures --study figure_4b --profile $(PROFILE)
 
 figure-4c: .venv/.installed ## Figure 4(c) and its table from the run folders
 	$(PY) -m scripts.figures --study figure_4c --profile $(PROFILE)
 
+figure-6: .venv/.installed ## Figure 6 from the run folders
+	$(PY) -m scripts.figures --study figure_6 --profile $(PROFILE)
+
 portfolio-settings: .venv/.installed ## table of training settings from the run folders
 	$(PY) -m scripts.figures --study portfolio_settings --profile $(PROFILE)
 
 solver-table: .venv/.installed ## accuracy and time of the portfolio solvers
-	$(PY) -m scripts.solver_table --profile $(PROFILE)
+	$(PY) -m scripts.measure solver-table --profile $(PROFILE)
+
+denoising-cost: .venv/.installed ## time, memory and accuracy of every backend on the denoiser, per lambda
+	$(PY) -m scripts.measure denoising-cost --profile $(PROFILE)
+
+unrolling-cost: .venv/.installed ## time and memory of unrolling the denoiser as its iterations grow (a figure)
+	$(PY) -m scripts.measure unrolling-cost --profile $(PROFILE)
 
 .venv/peers/.installed: .venv/.installed
 	$(PYTHON) -m venv .venv/peers

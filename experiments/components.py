@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import torch
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
@@ -73,3 +75,18 @@ def build(cfg: DictConfig) -> Components:
     backend = make(cfg.backend, "backend", task=task, linear_solver=solver)
     model = make(cfg.model, "model", n_inputs=task.n_inputs, n_outputs=task.n_outputs)
     return Components(task, model, backend)
+
+
+def trained(folder: Path) -> Components:
+    """Build the parts of a run from its folder, the model with the weights of its last checkpoint, in eval mode.
+
+    Raises InputError if the folder has no configuration or no checkpoint.
+    """
+    try:
+        parts = build(OmegaConf.load(folder / "config.yaml"))
+        content = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise InputError(f"{folder} holds no trained model ({error}); run this configuration first.") from error
+    parts.model.load_state_dict(content["model"])
+    parts.model.eval()
+    return parts

@@ -9,16 +9,22 @@ from rich.console import Console
 from experiments import studies
 from experiments.artifacts import Artifacts, output_root
 from experiments.executor import execute
-from experiments.figures import figure_4b, figure_4c
+from experiments.figures import denoised_signals, figure_4b, figure_4c, figure_6, unrolling_cost
 from experiments.studies import Study, StudyRun
-from experiments.tables import denoising, final_regret, solver_accuracy
+from experiments.tables import denoising, denoising_cost, final_regret, solver_accuracy
 from foldopt.errors import FoldoptError
 
 Maker = Callable[[Study, Sequence[StudyRun], Artifacts, str, str], None]
 FIGURES: Mapping[str, Sequence[Maker]] = {
-    "figure_4b": (figure_4b.make, denoising.make),
+    "figure_4b": (figure_4b.make, denoising.make, denoised_signals.make),
     "figure_4c": (figure_4c.make, final_regret.make),
+    "figure_6": (figure_6.make,),
     "portfolio_settings": (final_regret.make,),
+}
+# What is measured without training anything, by the study that it belongs to.
+MEASUREMENTS: Mapping[str, Mapping[str, Callable[[str, str], Artifacts]]] = {
+    "figure_4b": {"denoising-cost": denoising_cost.make, "unrolling-cost": unrolling_cost.make},
+    "figure_4c": {"solver-table": solver_accuracy.make},
 }
 
 
@@ -40,7 +46,7 @@ def make_figures(names: Sequence[str], profile: str, console: Console) -> int:
 
 
 def reproduce(names: Sequence[str], profile: str, workers: int, console: Console) -> int:
-    """Execute the named studies, then make their figures, tables and the solver table; return the exit code.
+    """Execute the named studies, then make their figures, tables and measurements; return the exit code.
 
     A study with failed runs gets no figure, the others do. 128 + signal when stopped: the same call goes on
     from there.
@@ -60,13 +66,22 @@ def reproduce(names: Sequence[str], profile: str, workers: int, console: Console
             console.print(f"No figure of {name}: {len(report.failed)} of its runs failed.", markup=False)
         else:
             _outputs(study, planned, profile, console)
-    make_solver_table(profile, console)
+    for name in names:
+        for target in MEASUREMENTS.get(name, ()):
+            measure(target, profile, console)
     return exit_code
 
 
-def make_solver_table(profile: str, console: Console) -> None:
-    """Measure the portfolio solvers unless that was done before, and write their table."""
-    _say(solver_accuracy.make(profile, make_command("solver-table", profile)), console)
+def measure(target: str, profile: str, console: Console) -> None:
+    """Make the measurement of a make target unless that was done before, and write its table or figure."""
+    makers = {target: maker for group in MEASUREMENTS.values() for target, maker in group.items()}
+    console.print(f"Measuring: {target} (profile {profile})", markup=False)
+    _say(makers[target](profile, make_command(target, profile)), console)
+
+
+def measurements() -> list[str]:
+    """Return the make targets of all measurements."""
+    return [target for group in MEASUREMENTS.values() for target in group]
 
 
 def _outputs(study: Study, planned: Sequence[StudyRun], profile: str, console: Console) -> None:

@@ -9,10 +9,10 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from experiments.aggregation import aggregate, collect, require_finished
 from experiments.artifacts import Artifacts
+from experiments.figures import style
 from experiments.studies import Study, StudyRun
 
 MODEL_TITLES = {"mlp": "ReLU MLP", "mlp_bn": "ReLU MLP with batch norm"}
@@ -59,7 +59,7 @@ def draw(study: Study, curves: pd.DataFrame, caption: str) -> Figure:
     """Return the figure of `curves` (columns degree, model, series, epoch, mean, low, high)."""
     degrees = sorted(curves["degree"].unique())
     models = [model for model in MODEL_TITLES if model in set(curves["model"])]
-    with plt.rc_context({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False}):
+    with plt.rc_context(style.STYLE):
         figure, axes = plt.subplots(
             len(models),
             len(degrees),
@@ -79,26 +79,17 @@ def draw(study: Study, curves: pd.DataFrame, caption: str) -> Figure:
         shown = [name for name in LINES if name in set(curves["series"])]
         handles = [plt.Line2D([], [], **_line_arguments(name), label=study.titles[name]) for name in shown]
         figure.legend(handles=handles, loc="outside upper center", ncols=3, frameon=False, handlelength=2.6)
-        figure.supxlabel(caption, fontsize=6.5, color="0.3")
+        figure.supxlabel(caption, **style.CAPTION)
     return figure
 
 
 def _draw_panel(panel: Axes, curves: pd.DataFrame) -> None:
-    for name, line in LINES.items():
-        curve = curves[curves["series"] == name].sort_values("epoch")
-        if curve.empty:
-            continue
-        panel.plot(curve["epoch"], curve["mean"], **_line_arguments(name))
-        panel.fill_between(
-            curve["epoch"], curve["low"], curve["high"], color=line.color, alpha=0.18, linewidth=0, zorder=1
-        )
-    panel.set_yscale("log")
-    panel.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
-    panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    panel.yaxis.set_minor_formatter(NullFormatter())
-    panel.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
-    panel.grid(visible=True, which="major", color="0.9", linewidth=0.6)
-    panel.set_axisbelow(True)
+    for name in LINES:
+        curve = curves[curves["series"] == name]
+        if not curve.empty:
+            style.curve(panel, curve, **_line_arguments(name))
+    style.plain_log(panel.yaxis, subs=(1, 3))
+    style.epochs(panel)
 
 
 def _line_arguments(name: str) -> dict:

@@ -6,20 +6,15 @@ exact solver and the folded SQP gradient at its solution. Everything but the tim
 
 from __future__ import annotations
 
-import hashlib
-import json
-import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
-from multiprocessing import get_context
+from dataclasses import dataclass
 
 import pandas as pd
 import torch
 
 from experiments import components, runs
-from experiments.artifacts import RESULTS, Artifacts, output_root
-from experiments.executor import single_threaded_environment
+from experiments.artifacts import Artifacts, output_root
+from experiments.measurements import measured_once, seconds
 from experiments.problems.portfolio import PortfolioProblem
 from experiments.tasks import Task
 from foldopt.errors import InputError
@@ -118,12 +113,9 @@ def compare(
 
 def _timed(layer: Layer, c: torch.Tensor, cotangent: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float, float]:
     leaf = c.clone().requires_grad_()
-    start = time.perf_counter()
-    x = layer(leaf)
-    middle = time.perf_counter()
-    (vjp,) = torch.autograd.grad(x, leaf, cotangent)
-    end = time.perf_counter()
-    return x.detach(), vjp, middle - start, end - middle
+    x, forward = seconds(lambda: layer(leaf))
+    (vjp,), backward = seconds(lambda: torch.autograd.grad(x, leaf, cotangent))
+    return x.detach(), vjp, forward, backward
 
 
 def measure(settings: Settings) -> pd.DataFrame:
@@ -180,7 +172,7 @@ def make(profile: str, command: str) -> Artifacts:
     if profile not in PROFILES:
         raise InputError(f"profile={profile!r} does not exist; choose one of {', '.join(PROFILES)}")
     settings = PROFILES[profile]
-    rows = _measured_once(settings)
+    rows = measured_once("portfolio/solver_accuracy", settings, measure, OVERRIDES)
     artifacts = Artifacts(output_root(profile))
     artifacts.csv("tables/solver_accuracy", summarize(rows, ["solver", "kind", "degree"]))
     artifacts.markdown(
@@ -191,20 +183,6 @@ def make(profile: str, command: str) -> Artifacts:
         f"milliseconds per instance. Errors are those against the exact solver. Made by: `{command}`",
     )
     return artifacts
-
-
-def _measured_once(settings: Settings) -> pd.DataFrame:
-    key = hashlib.sha256(json.dumps([asdict(settings), OVERRIDES]).encode()).hexdigest()[:12]
-    path = RESULTS / "runs" / "portfolio" / f"solver_accuracy-{key}" / "measurements.csv"
-    if not path.is_file():
-        with (
-            single_threaded_environment(),
-            ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process,
-        ):
-            rows = process.submit(measure, settings).result()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        rows.to_csv(path, index=False)
-    return pd.read_csv(path)
 
 
 def _markdown_row(row: dict) -> list[str]:

@@ -64,9 +64,13 @@ class DenoisingTask:
 
     def metrics(self, outputs: Tensor, samples: Samples) -> dict[str, float]:
         """Return the mean squared error of the exactly denoised signals, and the spectral norm of the operator."""
+        return {
+            "mse": float(self.errors(outputs, samples).mean()),
+            "operator_norm": float(torch.linalg.matrix_norm(outputs.double(), 2)),
+        }
+
+    def errors(self, outputs: Tensor, samples: Samples) -> Tensor:
+        """Return the mean squared error of each exactly denoised signal, (B,)."""
         D, d = self.parameters(outputs, samples)
         x = torch.cat([self.problem.exact(D, part).x for part in d.split(256)])
-        return {
-            "mse": float(self.decision_losses(x, samples).mean()),
-            "operator_norm": float(torch.linalg.matrix_norm(D, 2)),
-        }
+        return self.decision_losses(x, samples)

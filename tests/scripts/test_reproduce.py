@@ -25,11 +25,8 @@ def made(monkeypatch, tmp_path) -> list[str]:
     made = []
     makers = (lambda study, planned, artifacts, command, run_command: made.append(command),)
     monkeypatch.setattr(reproduction, "FIGURES", {"figure_4c": makers, "portfolio_settings": makers})
-    monkeypatch.setattr(
-        reproduction.solver_accuracy,
-        "make",
-        lambda profile, command: made.append(command) or Artifacts(tmp_path),
-    )
+    measured = {"figure_4c": {"solver-table": lambda profile, command: made.append(command) or Artifacts(tmp_path)}}
+    monkeypatch.setattr(reproduction, "MEASUREMENTS", measured)
     return made
 
 
@@ -73,13 +70,13 @@ def test_every_study_has_outputs_and_every_make_target_exists():
     for target in (
         "reproduce",
         "figures",
-        "solver-table",
+        *reproduction.measurements(),
         *(name.replace("_", "-") for name in studies.names()),
     ):
         assert f"\n{target}: " in makefile
 
 
-@pytest.mark.parametrize("script", ["reproduce", "figures", "solver_table"])
+@pytest.mark.parametrize("script", ["reproduce", "figures", "measure"])
 def test_scripts_explain_themselves(script):
     environment = {**os.environ, "COLUMNS": "110"}
     command = [sys.executable, "-m", f"scripts.{script}", "--help"]

@@ -5,9 +5,10 @@ import torch
 
 import foldopt
 from data.denoising import generate
-from experiments.problems.denoising import DenoisingProblem, DenoisingStep, DualSystem, differencing
+from experiments.problems.denoising import DenoisingProblem, DenoisingStep, DualSystem, differencing, stepsize
 from foldopt.errors import InputError
 from foldopt.solvers.qp import solve_qp
+from foldopt.solvers.qpth import solve_qpth
 
 F64 = torch.float64
 SCALES = [(10, 100, 10, 20.0), (10, 100, 10, 1.0), (10, 100, 1, 1.0), (-3, 3, 1, 2.0), (-3, 3, 1, 0.05)]
@@ -51,14 +52,10 @@ def test_the_optimality_conditions_hold_to_machine_precision(low, high, noise, w
 
 
 def test_a_general_solver_agrees():
-    D, d, weight = operator(n=20), signals(200, n=20, low=-3, high=3, noise=1), 0.7
-    B, m = len(d), len(D)
-    eye = torch.eye(m, dtype=F64)
-    dual = (D @ D.mT).expand(B, m, m), d @ D.mT, d.new_zeros(B, 0, m), d.new_zeros(B, 0)
-    box = torch.cat([eye, -eye]).expand(B, 2 * m, m), d.new_full((B, 2 * m), weight)
-    torch.testing.assert_close(
-        DenoisingProblem(weight, D.shape[1]).exact(D, d).w, solve_qp(*dual, *box).x, rtol=0, atol=1e-8
-    )
+    D, d, weight = operator(n=20), signals(200, n=20, low=-3, high=3, noise=1), torch.tensor(0.7, dtype=F64)
+    Q, p, G, h = box_dual(D, d, weight)
+    found = solve_qp(Q, p, p.new_zeros(200, 0, 19), p.new_zeros(200, 0), G, h)
+    torch.testing.assert_close(DenoisingProblem(0.7, 20).exact(D, d).w, found.x, rtol=0, atol=1e-8)
 
 
 def test_warm_starts_end_at_the_same_solution_sooner():
@@ -112,6 +109,13 @@ def test_the_closed_form_of_the_adjoint_is_that_of_the_step():
         torch.testing.assert_close(step.inverse(g, transposed, w, D, d, weight), expected, rtol=1e-9, atol=1e-9)
 
 
+def box_dual(D, d, weight):
+    """The dual as a quadratic program (Q, p, G, h) of every signal: |w| <= weight."""
+    B, m = len(d), len(D)
+    eye = torch.eye(m, dtype=F64)
+    return (D @ D.mT).expand(B, m, m), d @ D.mT, torch.cat([eye, -eye]).expand(B, 2 * m, m), weight.expand(B, 2 * m)
+
+
 @pytest.mark.parametrize("linear_solver", ["auto", "gmres", "direct"])
 @pytest.mark.parametrize(("low", "high", "noise", "weight"), [(10, 100, 10, 20.0), (-3, 3, 1, 0.7)])
 def test_gradients_against_differences_and_the_dual_as_a_qp(low, high, noise, weight, linear_solver):
@@ -125,21 +129,79 @@ def test_gradients_against_differences_and_the_dual_as_a_qp(low, high, noise, we
     mine = torch.autograd.grad((denoised(layer, *params) * g).sum(), params)
     assert layer.last.backward.ok.all()
 
-    m, eye = n - 1, torch.eye(n - 1, dtype=F64)
-    dual = (D @ D.mT).expand(B, m, m), d @ D.mT, d.new_zeros(B, 0, m), d.new_zeros(B, 0)
-    w = solve_qp(*dual, torch.cat([eye, -eye]).expand(B, 2 * m, m), weight.expand(B, 2 * m)).x
+    Q, p, G, h = box_dual(*params)
+    w = solve_qp(Q, p, p.new_zeros(B, 0, n - 1), p.new_zeros(B, 0), G, h).x
     for a, b in zip(mine, torch.autograd.grad(((d + w @ D) * g).sum(), params), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6 * float(b.abs().max()))
 
-    gen = torch.Generator().manual_seed(2)
+    for i in range(3):
+        assert_differences(layer, params, i, g)
+
+
+def assert_differences(layer, params, i, g):
+    """Compare the vjp of parameter i with 4th-order central differences along a direction, to 1e-6.
+
+    Over the signals whose active set does not change between the ends, most of them.
+    """
+    size = params[i].detach().abs().mean() if i else 5 / params[1].detach().abs().max()
+    direction = size * torch.randn(params[i].shape, generator=torch.Generator().manual_seed(2), dtype=F64)
+
+    def difference(h):
+        ends = {}
+        for t in (-2, -1, 1, 2):
+            moved = [p + t * h * direction if i == j else p for j, p in enumerate(params)]
+            ends[t] = denoised(layer, *moved)
+        return (8 * (ends[1] - ends[-1]) - (ends[2] - ends[-2])) / (12 * h)
+
     with torch.no_grad():
-        for i, p in enumerate(params):
-            step = 1e-6 * torch.randn(p.shape, generator=gen, dtype=F64) * (p.abs().mean() if i else 1)
-            ends = [
-                (denoised(layer, *[q + s * step if i == j else q for j, q in enumerate(params)]) * g).sum()
-                for s in (1, -1)
-            ]
-            assert float((mine[i] * step).sum()) == pytest.approx(float(ends[0] - ends[1]) / 2, rel=1e-5)
+        wide, narrow = difference(2e-5), difference(1e-5)
+    smooth = (wide - narrow).norm(dim=1) < 1e-6 * narrow.norm(dim=1).clamp(min=1e-6 * float(narrow.norm()))
+    assert smooth.double().mean() > 0.8
+    weighted = g * smooth[:, None]
+    (mine,) = torch.autograd.grad((denoised(layer, *params) * weighted).sum(), params[i])
+    assert float((mine * direction).sum()) == pytest.approx(float((weighted * narrow).sum()), rel=1e-6)
+
+
+@pytest.mark.parametrize(("low", "high", "noise", "weight"), SCALES)
+def test_gradients_of_signals_of_the_study_against_differences_and_qpth(low, high, noise, weight):
+    """Length 100, every scale. qpth solves the dual: unlike (33) it is strictly convex and needs no ridge."""
+    pytest.importorskip("qpth")
+    params = operator(0.02), signals(32, low=low, high=high, noise=noise), torch.tensor(weight, dtype=F64)
+    D, d, weight = (p.requires_grad_() for p in params)
+    layer = layer_of()
+    g = torch.randn(d.shape, generator=torch.Generator().manual_seed(1), dtype=F64)
+    for i in range(3):
+        assert_differences(layer, params, i, g)
+
+    Q, p, G, h = box_dual(D, d, weight)
+    scale = weight.detach()  # in units of the weight, where qpth's tolerance means something
+    none = p.new_zeros(len(d), 0, len(D)), p.new_zeros(len(d), 0)
+    theirs = scale * solve_qpth(Q, p / scale, G, h / scale, *none, eps=1e-14, max_iter=60)
+    ours = layer(D, d, weight)
+    # nondegenerate: what is free is not at its bound, what is at its bound has a slope
+    x = DenoisingStep.primal(ours, D, d).detach()
+    slack = torch.where(ours.abs() < weight * (1 - 1e-9), 1 - ours.abs() / weight, (x @ D.mT).abs() / noise)
+    clear = (slack.amin(1) > 1e-2).nonzero()[:, 0].tolist()
+    assert len(clear) >= 8
+
+    def gradients(w):
+        """Of D and d together, of the weight signal by signal, as those of different signals cancel."""
+        terms = ((d + w @ D) * g).sum(1)
+        shared = torch.autograd.grad(terms[clear].sum(), (D, d), retain_graph=True)
+        return *shared, torch.stack([torch.autograd.grad(terms[k], weight, retain_graph=True)[0] for k in clear])
+
+    for mine, qpths in zip(gradients(ours), gradients(theirs), strict=True):
+        assert float((mine - qpths).norm() / qpths.norm()) < 1e-6
+
+
+@pytest.mark.parametrize("learned", [0.0, 0.02, 0.5, 5.0])
+def test_the_stepsize_is_safe_and_close_to_the_largest_safe_one(learned):
+    D = operator(learned)
+    largest = 1 / float(torch.linalg.matrix_norm(D, 2)) ** 2
+    assert 0.7 * largest < float(stepsize(D)) <= largest
+    assert float(stepsize(1e-3 * D)) == pytest.approx(1e6 * float(stepsize(D)))
+    if not learned:
+        assert float(stepsize(D)) == pytest.approx(0.25, rel=0.2), "that of the paper"
 
 
 def test_second_order_and_forward_mode():

@@ -1,0 +1,88 @@
+"""Measurements of time and memory: made once, in a process of their own, and kept beside the run folders."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pandas as pd
+import torch
+
+from experiments.artifacts import RESULTS
+from experiments.executor import single_threaded_environment
+from experiments.runs import write_atomically
+from foldopt.errors import FoldoptError
+
+T = TypeVar("T")
+STATUS = Path("/proc/self/status")
+CLEAR = Path("/proc/self/clear_refs")
+
+
+def measured_once(name: str, settings: Any, measure: Callable[[Any], pd.DataFrame], *also: Any) -> pd.DataFrame:
+    """Return ``measure(settings)``, read from results/runs/<name>-<hash> if it was made before.
+
+    settings: a dataclass; its values and `also`, what else the numbers depend on, make the hash. `measure` runs in a
+    process of one thread of its own.
+    """
+    key = hashlib.sha256(json.dumps([asdict(settings), *also]).encode()).hexdigest()[:12]
+    path = RESULTS / "runs" / f"{name}-{key}" / "measurements.csv"
+    if not path.is_file():
+        rows = in_own_process(measure, settings)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, rows.to_csv(index=False))
+    return pd.read_csv(path)
+
+
+def in_own_process(function: Callable[..., T], *arguments: Any) -> T:
+    """Return ``function(*arguments)``, computed in a new process of one thread."""
+    with single_threaded_environment(), ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+        return process.submit(function, *arguments).result()
+
+
+def seconds(call: Callable[[], T]) -> tuple[T, float]:
+    """Return what `call` returns and how long it took, until the GPU, if there is one, is done."""
+    _synchronize()
+    begin = time.perf_counter()
+    result = call()
+    _synchronize()
+    return result, time.perf_counter() - begin
+
+
+def peak_memory(call: Callable[[], Any]) -> int:
+    """Return by how many bytes `call` raises the memory in use at its highest point.
+
+    On a GPU the memory of its tensors, else the resident memory of this process. Raises FoldoptError without a GPU
+    where the system is not Linux.
+    """
+    if torch.cuda.is_available():
+        _synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        _synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    if not CLEAR.exists():
+        raise FoldoptError("peak memory is read from /proc/self, which only Linux has; measure on Linux or on a GPU.")
+    ctypes.CDLL(None).malloc_trim(0)
+    CLEAR.write_text("5")
+    before = _resident("VmRSS")
+    call()
+    return max(_resident("VmHWM") - before, 0)
+
+
+def _resident(name: str) -> int:
+    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(name))
+    return 1024 * int(line.split()[1])
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

@@ -1,0 +1,25 @@
+"""Measure what needs no training (accuracy, time, memory of layers) and write its table or figure."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from rich.console import Console
+
+from experiments import studies
+from experiments.reproduction import measure, measurements
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse the command line and measure; return the exit code."""
+    parser = argparse.ArgumentParser(prog="scripts/measure.py", description=__doc__)
+    parser.add_argument("target", choices=measurements(), help="what to measure; its make target has the same name")
+    parser.add_argument("--profile", default="default", choices=studies.PROFILES, help="size of the measurement")
+    options = parser.parse_args(arguments)
+    measure(options.target, options.profile, Console())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
