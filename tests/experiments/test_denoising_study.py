@@ -9,6 +9,8 @@ import torch
 from experiments import components, runs
 from experiments.components import CombinationError
 from experiments.execution import execute
+from experiments.models.operator import STRUCTURES
+from experiments.problems.denoising import differencing
 from foldopt.errors import InputError, MissingDependencyError
 
 CENTRED = ["task=denoising", "model=operator", "task.low=-3", "task.high=3", "task.noise=1"]
@@ -72,11 +74,40 @@ def test_a_run_lowers_the_error_of_the_classical_denoiser(tiny, console):
     assert "test mse" in console.file.getvalue()
 
 
-def test_rows_that_sum_to_zero_stay_so():
-    model = built("model.structure=zero_sum").model
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_structures_start_as_the_differencing_operator_and_keep_their_shape(structure):
+    model = built(f"model.structure={structure}", "model.half_width=2").model
+    x = torch.zeros(1, 30)
+    torch.testing.assert_close(model(x), differencing(30), rtol=0, atol=1e-15)
+    gen = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        model.D.add_(torch.rand(model.D.shape, generator=torch.Generator().manual_seed(0)))
-    assert float(model(torch.zeros(1, 30)).sum(1).abs().max()) < 1e-12
+        for parameter in model.parameters():
+            parameter.add_(torch.rand(parameter.shape, generator=gen, dtype=parameter.dtype))
+        D = model(x)
+    assert (float(D.sum(1).abs().max()) < 1e-12) == (structure != "free")
+    if structure == "filter":
+        count = sum(p.numel() for p in model.parameters())
+        assert count == 29 + 5
+        rows = D / model.log_weights.detach().exp()[:, None]
+        torch.testing.assert_close(rows[10, 8:14], rows[20, 18:24])
+        assert torch.equal(D[10].nonzero()[:, 0], torch.arange(8, 14)), "five taps on differences reach six entries"
+
+
+def test_the_norm_of_the_operator_is_recorded(tiny, console):
+    cfg = tiny(*CENTRED, "task.weight=0.5", "train.lr=0.05", "train.epochs=2")
+    assert execute(cfg, console) == 0
+    frame = runs.load_metrics(runs.folder(cfg))
+    norms = frame.loc[frame["split"] == "test", "operator_norm"].tolist()
+    assert norms[0] == pytest.approx(2, rel=1e-3), "the differencing operator"
+    trained = components.trained(runs.folder(cfg))
+    D = trained.model(trained.task.splits["test"]["inputs"]).detach()
+    assert norms[-1] == pytest.approx(float(torch.linalg.matrix_norm(D, 2)))
+    assert norms[-1] > norms[0] + 0.1
+
+
+def test_a_folder_without_a_model_is_named(tmp_path):
+    with pytest.raises(InputError, match="holds no trained model"):
+        components.trained(tmp_path)
 
 
 def test_backends_that_cannot_are_named():
@@ -93,6 +124,8 @@ def test_backends_that_cannot_are_named():
         (["backend=qpth", "backend.dtype=half"], "backend.dtype='half' is unknown"),
         (["backend=qpth", "backend.ridge=0"], "backend.ridge=0: qpth needs a positive definite Q"),
         (["backend.forward=gurobi"], r"choose one of \['exact', 'fdpg'\]"),
+        (["model.structure=banded"], r"choose one of \('free', 'zero_sum', 'filter'\)"),
+        (["model.structure=filter", "model.half_width=-1"], "model.half_width=-1"),
         (["backend.optimizer=sqp"], r"choose auto or one of \['fdpg'\]"),
     ],
 )

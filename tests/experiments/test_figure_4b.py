@@ -1,15 +1,17 @@
 """The figure and table of the denoising study, on runs whose numbers are known."""
 
 import json
+from itertools import product
 
 import pandas as pd
 import pytest
 from omegaconf import OmegaConf
 
-from experiments import studies
-from experiments.aggregation import MissingRunsError, collect
+from experiments import measurements, runs, studies
+from experiments.aggregation import MissingRunsError, aggregate, collect
 from experiments.artifacts import Artifacts
-from experiments.figures import figure_4b
+from experiments.execution import execute
+from experiments.figures import denoised_signals, figure_4b
 from experiments.studies import StudyRun
 from experiments.tables import denoising
 
@@ -26,10 +28,10 @@ def study():
 def planned(tmp_path):
     """Two lambdas: at the smaller one learning halves the error with each epoch, at the larger one it doubles it."""
     planned = []
-    for reading in figure_4b.READINGS:
-        for suffix in figure_4b.ROWS:
+    for reading in denoising.READINGS:
+        for suffix in denoising.STRUCTURES:
             for weight in (1, 4):
-                if (reading, suffix, weight) == ("literal", "_tuned", 4):
+                if (reading, suffix, weight) == ("literal", "_filter", 4):
                     continue
                 run = StudyRun(
                     *("figure_4b", reading + suffix, f"{reading}{suffix} {weight}", {"task.weight": weight}, 0, ()),
@@ -48,46 +50,86 @@ def planned(tmp_path):
     return planned
 
 
-def test_the_table_has_classical_and_learned_errors_and_marks_what_is_better(tmp_path, study, planned):
+@pytest.fixture
+def trained(tmp_path, console):
+    """Runs of seconds that stand for the study's: three readings, two seeds, two lambdas, all structures."""
+    planned = []
+    for series, content in studies.load("figure_4b").series.items():
+        reading = series.partition("_")[0]
+        for seed, weight in product((0, 1), (0.5, 4) if reading != "optnet" else (5, 40)):
+            small = ["task.length=30", "task.n_train=64", "task.n_val=16", "task.n_test=32", "train.epochs=1"]
+            places = [f"task.weight={weight}", f"seed={seed}", f"paths.runs={tmp_path}", "tracking.mode=disabled"]
+            overrides = ("task=denoising", "model=operator", *content, *small, *places)
+            config = runs.compose(list(overrides))
+            assert execute(config, console) == 0
+            point, label = {"task.weight": weight}, f"{series} {weight} {seed}"
+            planned.append(StudyRun("figure_4b", series, label, point, seed, overrides, config, runs.folder(config)))
+    return planned
+
+
+def test_the_table_has_classical_and_learned_errors_and_marks_what_is_better(study, planned):
     table = denoising.summarize(collect(planned)).set_index(["series", "weight"])
-    assert len(table) == 11
-    assert table.loc[("optnet", 1)].tolist() == [1, 1.0, 0.25, 0.25]
-    assert table.loc[("optnet", 4)].tolist() == [1, 4.0, 16.0, 0.25]
-    denoising.make(study, planned, Artifacts(tmp_path / "results"), "make figure-4b", "make reproduce")
-    lines = (tmp_path / "results" / "tables" / "figure_4b.md").read_text().splitlines()
-    assert lines[2] == "| heights in [-3, 3], noise 1 | 1 | 1 | **0.25** | **0.25** | 0.2 |"
-    assert lines[7] == "| heights in [10, 100], noise 1 | 4 | 4 | 16 |  | 0.2 |"
-    assert "after 2 epochs" in lines[-1]
-    assert "Made by: `make figure-4b`" in lines[-1]
+    assert len(table) == 17
+    columns = ["seeds", "classical", "learned", "seconds_epoch"]
+    assert table.loc[("optnet", 1), columns].tolist() == [1, 1.0, 0.25, 0.25]
+    assert table.loc[("optnet", 4), columns].tolist() == [1, 4.0, 16.0, 0.25]
+    rows = list(denoising._rows(study, table.reset_index()))
+    assert rows[0] == ["heights in [-3, 3], noise 1", "1", "1", "**0.25**", "**0.25**", "**0.25**", "0.2"]
+    assert rows[-1] == ["heights in [10, 100], noise 1", "4", "4", "16", "16", "", "0.2"]
 
 
-def test_the_figure_is_the_same_on_a_second_call_and_shows_every_curve(tmp_path, study, planned):
-    for expected in (3, 0):
+def test_every_output_of_the_study_from_trained_models(tmp_path, monkeypatch, study, trained):
+    monkeypatch.setattr(measurements, "RESULTS", tmp_path / "results")
+    for first in (True, False):
         artifacts = Artifacts(tmp_path / "results")
-        figure_4b.make(study, planned, artifacts, "make figure-4b", "make reproduce")
-        assert len(artifacts.written) == expected
+        for maker in (figure_4b, denoising, denoised_signals):
+            maker.make(study, trained, artifacts, "make figure-4b", "make reproduce")
+        assert len(artifacts.written) == (11 if first else 0)
     curves = pd.read_csv(tmp_path / "results" / "figures" / "figure_4b.csv")
-    assert len(curves) == 11 * 3
-    figure = figure_4b.draw(study, curves, "caption")
-    assert [len(panel.get_lines()) for panel in figure.axes] == [3, 3, 3, 3, 3, 2], "the curves and the best classical"
-    dashed = figure.axes[0].get_lines()[-1]
-    assert set(dashed.get_ydata()) == {1.0}
+    assert len(curves) == 9 * 2 * 2
+    classical = denoising.best_classical(trained)
+    assert classical.groupby("reading").size().tolist() == [2, 2, 2]
+    for row in classical.to_dict("records"):
+        same = [run for run in trained if (run.series, run.seed) == (row["reading"], row["seed"])]
+        starts = [runs.load_metrics(run.folder).query("epoch == 0 and split == 'test'")["mse"].item() for run in same]
+        assert row["mse"] <= min(starts) * (1 + 1e-12), "no worse than any lambda of the study"
+
+    best = denoising.margins(trained, classical)
+    assert len(best) == 9
+    for row in best.to_dict("records"):
+        runs_of = [run for run in trained if run.series == row["reading"] + row["structure"]]
+        finals = {
+            (run.seed, run.point["task.weight"]): runs.load_summary(run.folder)["final"]["test"]["mse"]
+            for run in runs_of
+        }
+        weights = [float(weight) for weight in row["weights"].split()]
+        assert row["learned"] == pytest.approx((finals[0, weights[0]] + finals[1, weights[1]]) / 2)
+        assert row["difference"] == pytest.approx(row["learned"] - row["classical"])
+        assert row["ci95"] > 0
+    lines = (tmp_path / "results" / "tables" / "figure_4b_best.md").read_text().splitlines()
+    assert lines[-1].endswith("over all test signals of 2 seed(s). Made by: `make figure-4b`")
+
+
+def test_the_figure_shows_every_curve_and_the_best_classical(study, planned):
+    frame = collect(planned)
+    curves = aggregate(frame[frame["split"] == "test"], ["series", "weight", "epoch"], "mse")
+    classical = pd.Series(0.75, index=denoising.READINGS)
+    figure = figure_4b.draw(study, curves, classical, "caption")
+    assert [len(panel.get_lines()) for panel in figure.axes] == [3] * 8 + [2]
+    assert set(figure.axes[0].get_lines()[-1].get_ydata()) == {0.75}
 
 
 def test_missing_runs_are_named(tmp_path, study, planned):
     (planned[0].folder / "summary.json").unlink()
-    for maker in (figure_4b.make, denoising.make):
+    for maker in (figure_4b.make, denoising.make, denoised_signals.make):
         with pytest.raises(MissingRunsError, match="centred 1"):
             maker(study, planned, Artifacts(tmp_path / "results"), "make figure-4b", "make reproduce")
 
 
-def test_every_reading_runs_with_both_settings_and_four_weights(study):
+def test_every_reading_runs_with_every_structure_and_four_weights(study):
     expanded = studies.expand(study)
-    for reading in figure_4b.READINGS:
-        weights = [
-            sorted(r.point["task.weight"] for r in expanded if r.series == reading + suffix)
-            for suffix in figure_4b.ROWS
-        ]
-        assert weights[0] == weights[1]
-        assert len(weights[0]) == 4
+    for reading, suffix in product(denoising.READINGS, denoising.STRUCTURES):
+        found = [run.point["task.weight"] for run in expanded if (run.series, run.seed) == (reading + suffix, 0)]
+        assert len(found) == 4
+        assert found == [run.point["task.weight"] for run in expanded if (run.series, run.seed) == (reading, 0)]
     assert all(r.config.task.n_train == 9000 and r.config.train.batch_size == 32 for r in expanded)
