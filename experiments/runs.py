@@ -41,6 +41,11 @@ COLUMNS = (
     "samples",
     "zero_gradient_fraction",
     "solver_failures",
+    "adjoint_products",
+    "prediction_scale",
+    "spectral_radius",
+    "global_fraction",
+    "solver_timeouts",
 )
 
 

@@ -150,7 +150,7 @@ class Trainer:
         self.model.train()
         watch = Stopwatch(self.device)
         begin = time.perf_counter()
-        totals = {"loss": 0.0, "zero": 0, "failures": 0, "samples": 0}
+        totals = {"loss": 0.0, "zero": 0, "failures": 0, "products": 0, "samples": 0}
         for batch in self._batches(epoch):
             if stop.signal is not None:
                 raise Interrupted
@@ -159,10 +159,12 @@ class Trainer:
             totals["loss"] += loss * size
             totals["zero"] += zero
             totals["failures"] += self.backend.take_failures()
+            totals["products"] += getattr(self.backend, "products", 0)
             totals["samples"] += size
         self.schedule.step()
         if totals["failures"]:
             log.warning("epoch %d: the solver failed on %d of %d samples", epoch, totals["failures"], totals["samples"])
+        seconds = time.perf_counter() - begin
         return {
             "epoch": epoch,
             "split": "train",
@@ -170,11 +172,21 @@ class Trainer:
             "seconds_network": watch.seconds["network"],
             "seconds_solve": watch.seconds.get("solve", 0.0),
             "seconds_backward": watch.seconds.get("backward", 0.0),
-            "seconds_epoch": time.perf_counter() - begin,
+            "seconds_epoch": seconds,
             "samples": totals["samples"],
             "zero_gradient_fraction": totals["zero"] / totals["samples"],
             "solver_failures": totals["failures"],
+            "adjoint_products": totals["products"] / totals["samples"],
+            **self._diagnosed(batch),
         }
+
+    @torch.no_grad()
+    def _diagnosed(self, batch: Samples) -> Row:
+        """Return what the task has to say of the last batch of an epoch, if it does."""
+        if not hasattr(self.task, "diagnose"):
+            return {}
+        self.model.eval()
+        return self.task.diagnose(self.model(batch["inputs"]), batch)
 
     def _batches(self, epoch: int) -> Iterator[Samples]:
         samples = self.task.splits["train"]
@@ -200,6 +212,13 @@ class Trainer:
         if self.on_prediction(epoch):
             loss = self.task.prediction_losses(leaf, batch).mean()
             (gradient,) = torch.autograd.grad(loss, leaf)
+        elif self.backend.trains_on == "surrogate":
+            watch.lap("network")
+            losses = self.backend.losses(self.task.parameters(leaf, batch), self.task.truth(batch))
+            loss = self.cfg.train.loss_scale * losses.mean()
+            watch.lap("solve")
+            (gradient,) = torch.autograd.grad(loss, leaf)
+            watch.lap("backward")
         else:
             decisions = self.backend(self.task.parameters(leaf, batch))
             watch.lap("solve")

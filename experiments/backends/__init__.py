@@ -15,7 +15,8 @@ Parameters = Tensor | tuple[Tensor, ...]
 class Backend(Protocol):
     """What the trainer asks of a backend. Its class is made with (task, linear_solver) and the keys of its YAML.
 
-    trains_on: "decision" (the loss of the decisions it returns) or "prediction" (the prediction error).
+    trains_on: "decision" (the loss of the decisions it returns), "prediction" (the prediction error) or "surrogate"
+    (a loss of its own, `losses(parameters, truth)`, of the predicted and the true parameters).
     """
 
     trains_on: ClassVar[str]
@@ -41,6 +42,7 @@ class LayerBackend:
 
     def __init__(self, problem: Any, layer: FixedPointLayer) -> None:
         self.problem, self.layer = problem, layer
+        self.products = 0
 
     def __call__(self, parameters: Parameters) -> Tensor:
         """Return the decisions for the predicted parameters."""
@@ -48,8 +50,13 @@ class LayerBackend:
         return self.problem.decisions(self.layer(*params), *params)
 
     def take_failures(self) -> int:
-        """Return how many samples of the last call failed, forward or backward."""
+        """Return how many samples of the last call failed, forward or backward.
+
+        `products` then tells how many products with Phi the adjoint equations of that call took in all.
+        """
         last, self.layer.last = self.layer.last, None
+        backward = None if last is None else last.backward
+        self.products = 0 if backward is None else int(backward.iterations.sum())
         if last is None:
             return 0
         ok = last.ok if last.backward is None else last.ok & last.backward.ok
@@ -68,5 +75,9 @@ def optimizer_of(problem: Any, name: str) -> str:
 
 
 def lacks(task: Any, feature: str, why: str) -> str | None:
-    """Return `why` if the task's problem has no attribute called `feature`."""
-    return None if hasattr(task.problem, feature) else why
+    """Return why the task's problem has no attribute called `feature`, None if it has.
+
+    That is what the problem says itself in `lacking`, else `why`.
+    """
+    problem = task.problem
+    return None if hasattr(problem, feature) else getattr(problem, "lacking", {}).get(feature, why)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,20 +25,24 @@ class FoldBackend(LayerBackend):
     def __init__(
         self, task: Any, linear_solver: LinearSolver, optimizer: str, forward: str, tol: float | None, on_failure: str
     ) -> None:
-        problem = task.problem
-        update = problem.optimizers[optimizer_of(problem, optimizer)]()
-        if forward not in problem.forwards:
-            raise InputError(
-                f"backend.forward={forward!r} is not there for this task; choose one of {list(problem.forwards)}."
-            )
-
-        def solve(*params: Any) -> Any:
-            return problem.solve(forward, *params)
-
+        solve, update = solver_and_step(task.problem, optimizer, forward)
         options = {"tol": tol or TOLERANCES[forward], "on_failure": on_failure, "linear_solver": linear_solver}
-        super().__init__(problem, fold(solve, update, dtype=torch.float64, **options))
+        super().__init__(task.problem, fold(solve, update, dtype=torch.float64, **options))
 
     @staticmethod
     def unsuitable(task: Any) -> str | None:
         """Return why the task's problem cannot be folded, None if it can."""
         return lacks(task, "optimizers", "its problem has no update step (optimizers)")
+
+
+def solver_and_step(problem: Any, optimizer: str, forward: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Return the problem's solver called `forward` and its update step called `optimizer`.
+
+    Raises InputError for names that it does not have.
+    """
+    update = problem.optimizers[optimizer_of(problem, optimizer)]()
+    if forward not in problem.forwards:
+        raise InputError(
+            f"backend.forward={forward!r} is not there for this task; choose one of {list(problem.forwards)}."
+        )
+    return lambda *params: problem.solve(forward, *params), update

@@ -6,7 +6,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from experiments.backends import Parameters
 from foldopt.linear_solve import LinearSolver
+from foldopt.step import as_tuple
 
 
 class TwoStageBackend:
@@ -22,9 +24,9 @@ class TwoStageBackend:
         """Return why the task cannot be learned in two stages, None if it can."""
         return None if hasattr(task, "prediction_losses") else "it predicts nothing that could be compared with data"
 
-    def __call__(self, parameters: Tensor) -> Tensor:
+    def __call__(self, parameters: Parameters) -> Tensor:
         """Return the optimal decisions for the predicted parameters (no gradient)."""
-        return self.problem.exact(parameters).x
+        return self.problem.decide(*as_tuple(parameters))
 
     def take_failures(self) -> int:
         """Return 0: nothing is solved in training."""

@@ -98,6 +98,10 @@ class PortfolioProblem:
         """Return the parameters (c, V, gamma) of every layer of this problem, on the device of c and in float64."""
         return c, self.V.to(c.device), torch.tensor(self.gamma, dtype=torch.float64, device=c.device)
 
+    def decide(self, c: Tensor) -> Tensor:
+        """Return optimal portfolios (B, n)."""
+        return self.exact(c).x
+
     def value(self, x: Tensor, c: Tensor) -> Tensor:
         """Return the expected return c'x of each sample, (B,)."""
         return (x * c).sum(1)

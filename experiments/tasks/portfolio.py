@@ -53,6 +53,10 @@ class PortfolioTask:
         """Return the predicted returns (B, n), float64."""
         return self.shift + self.scale * outputs.double()
 
+    def truth(self, samples: Samples) -> Tensor:
+        """Return the true returns (B, n)."""
+        return samples["returns"]
+
     def decision_losses(self, decisions: Tensor, samples: Samples) -> Tensor:
         """Return the regret of the portfolios, (B,)."""
         return samples["optimal"] - self.problem.value(decisions, samples["returns"])

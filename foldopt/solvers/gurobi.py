@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -96,13 +96,7 @@ class GurobiQCQP:
         )
 
     def _build(self, gp: Any) -> tuple[Any, ...]:
-        try:
-            environment = gp.Env(params={"OutputFlag": 0})
-            model = gp.Model(env=environment)
-        except gp.GurobiError as error:
-            raise _explained(error, self) from error
-        for name, value in self.parameters.items():
-            model.setParam(name, value)
+        model = _model(gp, self)
         x = model.addMVar(self.n, lb=-gp.GRB.INFINITY)
         A, b, G, h = (t.double().numpy() for t in (*self.equalities, *self.inequalities))
         equal = model.addConstr(A @ x == b) if len(b) else None
@@ -115,6 +109,91 @@ class GurobiQCQP:
         return model, x, equal, below, quadratic
 
 
+class GlobalSolution(NamedTuple):
+    """What a global solver found, float64: x (B, n), its value and a bound that no point is below, (B,) each.
+
+    timed_out: (B,) bool, stopped at the time limit, with x the best point until then.
+    """
+
+    x: Tensor
+    value: Tensor
+    bound: Tensor
+    timed_out: Tensor
+
+
+class GurobiNonconvexQP:
+    """Minimize 0.5 x'Hx + q'x subject to Ax = b, 0 <= x <= 1 to global optimality with Gurobi, for a batch of q.
+
+    Args:
+        H: (n, n) symmetric, any signs. A: (p, n). b: (p,). tensors on the CPU. time_limit: seconds per instance.
+        parameters: Gurobi parameters, on top of a relative gap of 1e-6, one thread and no output.
+    """
+
+    def __init__(
+        self, H: Tensor, A: Tensor, b: Tensor, time_limit: float, *, parameters: dict[str, Any] | None = None
+    ) -> None:
+        self.n = len(H)
+        self.H, self.A, self.b = H, A, b
+        own = {"NonConvex": 2, "MIPGap": 1e-6, "MIPGapAbs": 1e-9, "TimeLimit": time_limit}
+        self.parameters = {**{k: v for k, v in PARAMETERS.items() if k != "QCPDual"}, **own, **(parameters or {})}
+        self._model: tuple[Any, ...] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_model": None}
+
+    def __call__(self, q: Tensor) -> GlobalSolution:
+        """Return the solutions for q (B, n), on its device.
+
+        Raises InfeasibleError or SolverError with the batch indices, the latter also where the time limit came before
+        any point was found; MissingDependencyError where gurobipy is not installed.
+        """
+        if q.dim() != 2 or q.shape[1] != self.n:
+            raise InputError(f"q has shape {tuple(q.shape)}, expected (B, {self.n}).")
+        gp = _gurobipy()
+        model, x, quadratic = self._model = self._model or self._build(gp)
+        rows, failed = [], {}
+        for index, linear in enumerate(q.detach().double().cpu().numpy()):
+            model.setObjective(quadratic + linear @ x)
+            model.reset()
+            try:
+                model.optimize()
+            except gp.GurobiError as error:
+                raise _explained(error, self) from error
+            if model.SolCount == 0 or model.Status not in (gp.GRB.OPTIMAL, gp.GRB.SUBOPTIMAL, gp.GRB.TIME_LIMIT):
+                failed.setdefault(model.Status, []).append(index)
+                continue
+            rows.append((x.X.tolist(), model.ObjVal, model.ObjBound, model.Status == gp.GRB.TIME_LIMIT))
+        if failed:
+            raise _failure(failed, gp)
+        found, values, bounds, late = zip(*rows, strict=True) if rows else ((), (), (), ())
+        like = {"dtype": torch.float64, "device": q.device}
+        return GlobalSolution(
+            torch.tensor(found, **like).reshape(len(q), self.n),
+            torch.tensor(values, **like),
+            torch.tensor(bounds, **like),
+            torch.tensor(late, dtype=torch.bool, device=q.device),
+        )
+
+    def _build(self, gp: Any) -> tuple[Any, ...]:
+        model = _model(gp, self)
+        x = model.addMVar(self.n, lb=0.0, ub=1.0)
+        A, b, H = (t.double().numpy() for t in (self.A, self.b, self.H))
+        if len(b):
+            model.addConstr(A @ x == b)
+        model.update()
+        return model, x, x @ (0.5 * H) @ x
+
+
+def _model(gp: Any, problem: GurobiQCQP | GurobiNonconvexQP) -> Any:
+    try:
+        model = gp.Model(env=gp.Env(params={"OutputFlag": 0}))
+    except gp.GurobiError as error:
+        raise _explained(error, problem) from error
+    for name, value in problem.parameters.items():
+        model.setParam(name, value)
+    return model
+
+
 def _gurobipy() -> Any:
     try:
         import gurobipy
@@ -125,7 +204,7 @@ def _gurobipy() -> Any:
     return gurobipy
 
 
-def _explained(error: Exception, problem: GurobiQCQP) -> SolverError:
+def _explained(error: Exception, problem: GurobiQCQP | GurobiNonconvexQP) -> SolverError:
     if getattr(error, "errno", None) == SIZE_LIMIT:
         return SolverError(
             f"the Gurobi licence does not cover a model of {problem.n} variables (the pip licence: 2000, or 200 with "

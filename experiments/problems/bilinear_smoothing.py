@@ -1,0 +1,297 @@
+"""Smoothed bilinear programs: max c'x + x'Qy + d'y - h(x) - h(y) over two capped simplices, h strongly convex.
+
+Given y, the best x is a closed form up to one number, the multiplier of its sum: x = block(c + Qy); likewise y. A
+solution is a fixed point of the two, found by maximizing over the blocks in turn and polished by Newton's method.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from foldopt.projections import capped_simplex
+from foldopt.updates import ProjectedGradient
+
+SWEEPS = (3, 12)  # over the blocks: from all starts, then from those kept
+KEPT = 2
+MAX_NEWTON = 40
+BETWEEN = 8  # sweeps in the place of a Newton step that does not help
+TOLERANCE = 1e-11
+
+
+class Smoothing(Protocol):
+    """A strongly convex h, summed over coordinates."""
+
+    def penalty(self, x: Tensor) -> Tensor:
+        """Return h of every row of x (B, n), (B,)."""
+        ...
+
+    def block(self, s: Tensor, total: int) -> Tensor:
+        """Return argmax s'x - h(x) over 0 <= x <= 1, sum x = total, for every row of s (B, n); differentiable."""
+        ...
+
+    def slopes(self, x: Tensor) -> Tensor:
+        """Return w (B, n) for which the derivative of `block` at its value x is diag(w) - ww' / sum w."""
+        ...
+
+
+class Quadratic:
+    """h(x) = weight/2 |x|^2, whose `block` is the projection of s / weight."""
+
+    def __init__(self, weight: float) -> None:
+        self.weight = weight
+
+    def penalty(self, x: Tensor) -> Tensor:
+        """Return weight/2 |x|^2, (B,)."""
+        return self.weight / 2 * x.square().sum(1)
+
+    def block(self, s: Tensor, total: int) -> Tensor:
+        """Return the projection of s / weight on the capped simplex."""
+        return capped_simplex(s / self.weight, total)
+
+    def slopes(self, x: Tensor) -> Tensor:
+        """Return 1 / weight where x is between its bounds, 0 at them."""
+        return ((x > 0) & (x < 1)).to(x) / self.weight
+
+
+class Entropy:
+    """h(x) = weight (x log x + (1 - x) log(1 - x)), whose `block` is the logistic function of (s - theta) / weight."""
+
+    def __init__(self, weight: float) -> None:
+        self.weight = weight
+
+    def penalty(self, x: Tensor) -> Tensor:
+        """Return the negative entropy times the weight, (B,)."""
+        return self.weight * (torch.xlogy(x, x) + torch.xlogy(1 - x, 1 - x)).sum(1)
+
+    def block(self, s: Tensor, total: int) -> Tensor:
+        """Return the logistic function at (s - theta) / weight, theta such that the sum is total (below n).
+
+        Its first derivative is exact; theta is found without gradients and corrected to first order.
+        """
+        with torch.no_grad():
+            theta = self._threshold(s, total)
+            x = ((s - theta) / self.weight).sigmoid()
+            rate = self.slopes(x).sum(1, keepdim=True).clamp(min=torch.finfo(s.dtype).tiny)
+        if torch.is_grad_enabled():
+            theta = theta + (((s - theta) / self.weight).sigmoid().sum(1, keepdim=True) - total) / rate
+        return ((s - theta) / self.weight).sigmoid()
+
+    def slopes(self, x: Tensor) -> Tensor:
+        """Return x (1 - x) / weight."""
+        return x * (1 - x) / self.weight
+
+    def _threshold(self, s: Tensor, total: int) -> Tensor:
+        """Return theta (B, 1) by Newton's method, bisecting where that leaves the bracket of the root."""
+        ends = s.topk(total + 1, dim=1).values
+        n = s.shape[1]
+        spread = self.weight * torch.tensor(float(n * max(total, n - total))).log()
+        low, high = ends[:, -1:] - spread, ends[:, :1] + spread
+        theta = ends[:, -2:].mean(1, keepdim=True)
+        for _ in range(60):
+            x = ((s - theta) / self.weight).sigmoid()
+            excess = x.sum(1, keepdim=True) - total
+            if float(excess.abs().max()) < 1e-14 * n:
+                break
+            low, high = torch.where(excess > 0, theta, low), torch.where(excess < 0, theta, high)
+            new = theta + excess / self.slopes(x).sum(1, keepdim=True)
+            theta = torch.where((new > low) & (new < high), new, (low + high) / 2)
+        return theta
+
+
+class GradientStep(ProjectedGradient):
+    """One step of projected gradient ascent on a smoothed program, its adjoint in closed form.
+
+    ``GradientStep(Q, totals, smoothing, stepsize)(z, c, d)`` on z = (x, y), (B, 2n), with the quadratic smoothing. I -
+    Phi = I - P (I - alpha H) with P the derivative of the projection and H the Hessian of minus the objective; on the
+    range of P it is alpha P H P, and `coupled` inverts that.
+    """
+
+    def __init__(self, Q: Tensor, totals: tuple[int, int], smoothing: Quadratic, stepsize: float) -> None:
+        self.Q, self.totals, self.smoothing = Q, totals, smoothing
+        super().__init__(self._loss, lambda z, *_: project(z, totals), stepsize)
+
+    def inverse(self, g: Tensor, transposed: bool, z: Tensor, c: Tensor, d: Tensor) -> Tensor:
+        """Return v = Phi^T v + g, or v = Phi v + g if `transposed`, (B, 2n)."""
+        weights = self.smoothing.slopes(self(z, c, d))
+        if transposed:
+            g, rest = self._moved(g), g
+            return rest + coupled(self.Q, weights, g) / self.stepsize
+        u = coupled(self.Q, weights, g)
+        return g + self._moved(u) / self.stepsize
+
+    def _moved(self, u: Tensor) -> Tensor:
+        """Return (I - alpha H) u."""
+        return u - self.stepsize * (self.smoothing.weight * u - crossed(self.Q, u))
+
+    def _loss(self, z: Tensor, c: Tensor, d: Tensor) -> Tensor:
+        return -objective(self.Q, z, c, d) + self.smoothing.penalty(z)
+
+
+class BlockStep(nn.Module):
+    """Both blocks maximized at once: (x, y) -> (block(c + Qy), block(d + Q'x)), on z = (x, y) of shape (B, 2n).
+
+    Its fixed points are the stationary points of the smoothed program, whatever h; with the quadratic one it is a step
+    of projected gradient with stepsize 1 / weight.
+    """
+
+    def __init__(self, Q: Tensor, totals: tuple[int, int], smoothing: Smoothing) -> None:
+        super().__init__()
+        self.Q, self.totals, self.smoothing = Q, totals, smoothing
+
+    def forward(self, z: Tensor, c: Tensor, d: Tensor) -> Tensor:
+        """Return the state after one step."""
+        parts = (torch.cat([c, d], 1) + crossed(self.Q, z)).chunk(2, dim=1)
+        return torch.cat([self.smoothing.block(s, k) for s, k in zip(parts, self.totals, strict=True)], 1)
+
+    def inverse(self, g: Tensor, transposed: bool, z: Tensor, c: Tensor, d: Tensor) -> Tensor:
+        """Return v = Phi^T v + g, or v = Phi v + g if `transposed`, (B, 2n)."""
+        weights = self.smoothing.slopes(self(z, c, d))
+        if transposed:
+            return g + coupled(self.Q, weights, crossed(self.Q, g))
+        return g + crossed(self.Q, coupled(self.Q, weights, g))
+
+
+def project(z: Tensor, totals: tuple[int, int]) -> Tensor:
+    """Return the nearest feasible point to z = (x, y), (B, 2n)."""
+    return torch.cat([capped_simplex(part, total) for part, total in zip(z.chunk(2, 1), totals, strict=True)], 1)
+
+
+def crossed(Q: Tensor, z: Tensor) -> Tensor:
+    """Return (Qy, Q'x) for z = (x, y), (B, 2n)."""
+    x, y = z.chunk(2, dim=1)
+    Q = Q.to(z)
+    return torch.cat([y @ Q.mT, x @ Q], 1)
+
+
+def objective(Q: Tensor, z: Tensor, c: Tensor, d: Tensor) -> Tensor:
+    """Return c'x + x'Qy + d'y for z = (x, y), (B,)."""
+    x, y = z.chunk(2, dim=1)
+    return ((c + y @ Q.to(y).mT) * x).sum(1) + (d * y).sum(1)
+
+
+def coupled(Q: Tensor, w: Tensor, g: Tensor) -> Tensor:
+    """Return u = J (g + (Q u_y, Q'u_x)), (B, 2n), J the derivative of both blocks, of slopes w (B, 2n).
+
+    u moves the solution as g moves (c, d). One system of the size of a block is solved per sample.
+    """
+    (wx, wy), (gx, gy) = w.chunk(2, 1), g.chunk(2, 1)
+    Q = Q.to(g)
+    eye = torch.eye(len(Q), dtype=g.dtype, device=g.device)
+    M = eye - _derivative(wx, Q @ _derivative(wy, Q.mT))
+    ux = torch.linalg.solve(M, _applied(wx, gx + _applied(wy, gy) @ Q.mT)[:, :, None])[:, :, 0]
+    return torch.cat([ux, _applied(wy, gy + ux @ Q)], 1)
+
+
+class SmoothedSolution(NamedTuple):
+    """What `maximize` found, float64.
+
+    x, y: (B, n). value: (B,), penalties included. residual: (B,), how far one sweep over the blocks moves x.
+    iterations: (B,) int, Newton steps. ok: (B,) bool, residual small. start: (B,) int, the start it was reached from.
+    """
+
+    x: Tensor
+    y: Tensor
+    value: Tensor
+    residual: Tensor
+    iterations: Tensor
+    ok: Tensor
+    start: Tensor
+
+
+def maximize(
+    Q: Tensor, c: Tensor, d: Tensor, totals: tuple[int, int], smoothing: Smoothing, starts: Tensor
+) -> SmoothedSolution:
+    """Maximize a smoothed bilinear program from several starts, batched; the best local optimum is returned.
+
+    Q: (n, n). c, d: (B, n). totals: what x and y sum to. starts: (B, K, n), points x to start from.
+    """
+    B, K, n = starts.shape
+
+    def climb(x: Tensor, c: Tensor, d: Tensor, sweeps: int) -> Tensor:
+        return _climb(Q, x, c, d, totals, smoothing, sweeps)
+
+    def repeated(t: Tensor, times: int) -> Tensor:
+        return t.repeat_interleave(times, dim=0)
+
+    few, kept = min(KEPT, K), torch.arange(K, device=Q.device).expand(B, K)
+    cs, ds = repeated(c, K), repeated(d, K)
+    x = climb(starts.reshape(B * K, n), cs, ds, SWEEPS[0])
+    if few < K:
+        reached = _value(Q, x, smoothing.block(ds + x @ Q, totals[1]), cs, ds, smoothing).view(B, K)
+        kept = reached.topk(few, dim=1).indices
+        x = x.view(B, K, n).gather(1, kept[:, :, None].expand(B, few, n)).reshape(B * few, n)
+        cs, ds = repeated(c, few), repeated(d, few)
+    x, iterations = _newton(Q, climb(x, cs, ds, SWEEPS[1]), cs, ds, totals, smoothing)
+    x, y, residual = _sweep(Q, x, cs, ds, totals, smoothing)
+    value = _value(Q, x, y, cs, ds, smoothing)
+    best = value.view(B, few).argmax(1)
+    row = torch.arange(B, device=Q.device) * few + best
+    residual = residual[row]
+    found = (x[row], y[row], value[row], residual, iterations[row], residual <= TOLERANCE)
+    return SmoothedSolution(*found, kept.gather(1, best[:, None])[:, 0])
+
+
+def _climb(
+    Q: Tensor, x: Tensor, c: Tensor, d: Tensor, totals: tuple[int, int], smoothing: Smoothing, sweeps: int
+) -> Tensor:
+    for _ in range(sweeps):
+        x = smoothing.block(c + smoothing.block(d + x @ Q, totals[1]) @ Q.mT, totals[0])
+    return x
+
+
+def _sweep(
+    Q: Tensor, x: Tensor, c: Tensor, d: Tensor, totals: tuple[int, int], smoothing: Smoothing
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the best x for the best y for x, the best y for that one, and how far x moved, (B,)."""
+    y = smoothing.block(d + x @ Q, totals[1])
+    new = smoothing.block(c + y @ Q.mT, totals[0])
+    return new, smoothing.block(d + new @ Q, totals[1]), (new - x).abs().amax(1)
+
+
+def _newton(
+    Q: Tensor, x: Tensor, c: Tensor, d: Tensor, totals: tuple[int, int], smoothing: Smoothing
+) -> tuple[Tensor, Tensor]:
+    """Polish x to a fixed point of `_sweep` by Newton's method; sweeps take over where that brings it no closer."""
+    iterations = torch.zeros(len(x), dtype=torch.long, device=x.device)
+    eye = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
+    todo = torch.arange(len(x), device=x.device)
+    for _ in range(MAX_NEWTON):
+        now, C, D = x[todo], c[todo], d[todo]
+        y = smoothing.block(D + now @ Q, totals[1])
+        moved = smoothing.block(C + y @ Q.mT, totals[0])
+        r = moved - now
+        size = r.abs().amax(1)
+        far = size > TOLERANCE / 100
+        if not far.any():
+            break
+        now, C, D, y, moved, r, size, todo = (t[far] for t in (now, C, D, y, moved, r, size, todo))
+        inner = _derivative(smoothing.slopes(y), Q.mT)
+        M = eye - _derivative(smoothing.slopes(moved), Q @ inner)
+        step, info = torch.linalg.solve_ex(M, r[:, :, None])
+        trial = now + torch.where(info[:, None] == 0, step[:, :, 0], r)
+        ahead = smoothing.block(C + smoothing.block(D + trial @ Q, totals[1]) @ Q.mT, totals[0])
+        closer = (ahead - trial).abs().amax(1) < size / 2
+        x[todo[closer]] = trial[closer]
+        if not closer.all():
+            x[todo[~closer]] = _climb(Q, moved[~closer], C[~closer], D[~closer], totals, smoothing, BETWEEN)
+        iterations[todo] += 1
+    return x, iterations
+
+
+def _derivative(w: Tensor, A: Tensor) -> Tensor:
+    """Return (diag(w) - ww' / sum w) A for every row of w (B, n); A (n, m) or (B, n, m)."""
+    total = w.sum(1, keepdim=True)
+    share = w / torch.where(total > 0, total, 1)
+    return w[:, :, None] * (A - (share[:, None, :] @ A))
+
+
+def _applied(w: Tensor, v: Tensor) -> Tensor:
+    return _derivative(w, v[:, :, None])[:, :, 0]
+
+
+def _value(Q: Tensor, x: Tensor, y: Tensor, c: Tensor, d: Tensor, smoothing: Smoothing) -> Tensor:
+    z = torch.cat([x, y], 1)
+    return objective(Q, z, c, d) - smoothing.penalty(z)
