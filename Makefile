@@ -5,8 +5,8 @@ PY := .venv/bin/python
 PROFILE ?= default
 UV_VERSION := 0.13.9
 
-.PHONY: help test lint format reproduce figures figure-4b figure-4c figure-6 portfolio-settings solver-table denoising-cost \
-	unrolling-cost peers clean lock
+.PHONY: help test lint format reproduce figures bilinear-kappa figure-4a figure-4b figure-4c figure-6 \
+	portfolio-settings solver-table denoising-cost unrolling-cost peers clean lock
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,6 +37,12 @@ reproduce: .venv/.installed ## run every study, then figures and tables (PROFILE
 
 figures: .venv/.installed ## figures and tables of all studies from the run folders
 	$(PY) -m scripts.figures --profile $(PROFILE)
+
+bilinear-kappa: .venv/.installed ## table that chooses the smoothing of the bilinear program, from the run folders
+	$(PY) -m scripts.figures --study bilinear_kappa --profile $(PROFILE)
+
+figure-4a: .venv/.installed ## Figure 4(a) and its table from the run folders
+	$(PY) -m scripts.figures --study figure_4a --profile $(PROFILE)
 
 figure-4b: .venv/.installed ## Figure 4(b), its tables, pictures of signals and operators, from the run folders
 	$(PY) -m scripts.figures --study figure_4b --profile $(PROFILE)

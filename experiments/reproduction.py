@@ -9,13 +9,30 @@ from rich.console import Console
 from experiments import studies
 from experiments.artifacts import Artifacts, output_root
 from experiments.executor import execute
-from experiments.figures import denoised_signals, figure_4b, figure_4c, figure_6, unrolling_cost
+from experiments.figures import (
+    bilinear_stepsize,
+    denoised_signals,
+    figure_4a,
+    figure_4b,
+    figure_4c,
+    figure_6,
+    unrolling_cost,
+)
 from experiments.studies import Study, StudyRun
-from experiments.tables import denoising, denoising_cost, final_regret, solver_accuracy
+from experiments.tables import (
+    bilinear_regret,
+    denoising,
+    denoising_cost,
+    final_regret,
+    smoothing_strength,
+    solver_accuracy,
+)
 from foldopt.errors import FoldoptError
 
 Maker = Callable[[Study, Sequence[StudyRun], Artifacts, str, str], None]
 FIGURES: Mapping[str, Sequence[Maker]] = {
+    "bilinear_kappa": (smoothing_strength.make,),
+    "figure_4a": (figure_4a.make, bilinear_regret.make, bilinear_stepsize.make),
     "figure_4b": (figure_4b.make, denoising.make, denoised_signals.make),
     "figure_4c": (figure_4c.make, final_regret.make),
     "figure_6": (figure_6.make,),

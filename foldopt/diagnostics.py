@@ -207,6 +207,7 @@ class StepsizeRow(NamedTuple):
     lfpi_solved: float
     lfpi_products: int
     gmres_products: int
+    anderson_products: int
 
 
 def stepsize_study(
@@ -215,7 +216,7 @@ def stepsize_study(
     """Compare the stepsizes of an update step (the paper's appendix D): the gradient is the same, the work is not.
 
     make: ``make(stepsize)`` returns a folded layer. Each row holds the worst residual and rho(Phi) of the batch, the
-    share of samples that LFPI solved, and the most products with Phi that LFPI and GMRES took.
+    share of samples that LFPI solved, and the most products with Phi that LFPI, GMRES and Anderson took.
     """
     rows = []
     for stepsize in stepsizes:
@@ -224,7 +225,9 @@ def stepsize_study(
         with _lenient(core):
             at = _examined(layer, core, params)
         g = _random(flatten(at.solution), torch.Generator().manual_seed(seed))
-        lfpi, gmres = (SOLVERS[name]()(state_vjp(at.recorded), g)[1] for name in ("lfpi", "gmres"))
+        lfpi, gmres, anderson = (
+            SOLVERS[name]()(state_vjp(at.recorded), g)[1] for name in ("lfpi", "gmres", "anderson")
+        )
         rows.append(
             StepsizeRow(
                 float(stepsize),
@@ -233,6 +236,7 @@ def stepsize_study(
                 float(lfpi.ok.double().mean()),
                 int(lfpi.iterations.max()),
                 int(gmres.iterations.max()),
+                int(anderson.iterations.max()),
             )
         )
     return rows
