@@ -79,7 +79,9 @@ def test_every_column_is_explained():
         assert f"`{column}`" in rows
 
 
-@pytest.mark.parametrize("table", ["figure_4c", "portfolio_settings", "solver_accuracy", "figure_4b", "peers"])
+@pytest.mark.parametrize(
+    "table", ["figure_4c", "portfolio_settings", "solver_accuracy", "figure_4a", "bilinear_kappa", "figure_4b", "peers"]
+)
 def test_tables_are_the_committed_ones(table):
     """As committed: results/ in the working tree may hold those of the machine it was reproduced on."""
     show = ["git", "-C", str(ROOT), "show", f"HEAD:results/tables/{table}.md"]

@@ -67,8 +67,7 @@ def draw(table: pd.DataFrame, command: str) -> Figure:
             panel.grid(visible=True, which="major", color="0.9", linewidth=0.6)
         figure.supxlabel(
             f"Smoothed bilinear program, n = {N}, κ = {KAPPA}, {BATCH} instances, relative tolerance 1e-10. LFPI is "
-            f"shown where it solves every instance in 1000;\na direct solve needs no products and no stepsize. Made by: "
-            f"{command}",
+            f"shown where it solves every\ninstance in 1000 products; a direct solve needs none. Made by: {command}",
             fontsize=6.5,
             color="0.3",
         )
