@@ -77,7 +77,8 @@ def draw_operators(trained: dict[str, Components], caption: str) -> Figure:
     """Return the picture of the operator before and after training: the matrices, and their middle rows below."""
     operators = {suffix: _operator(parts) for suffix, parts in trained.items()}
     start = differencing(next(iter(operators.values())).shape[1])
-    shown = {"before training": start} | {f"after: {STRUCTURES[suffix]}": D for suffix, D in operators.items()}
+    shown = {"before\ntraining": start}
+    shown |= {f"learned:\n{STRUCTURES[suffix]}": D for suffix, D in operators.items()}
     with plt.rc_context(style.STYLE):
         figure, axes = plt.subplots(
             2, len(shown), figsize=(7.4, 3.6), height_ratios=(1.6, 1), sharey="row", layout="constrained"
@@ -85,7 +86,7 @@ def draw_operators(trained: dict[str, Components], caption: str) -> Figure:
         for (title, D), (matrix, middle) in zip(shown.items(), axes.T, strict=True):
             size = float(D.abs().amax())
             image = matrix.imshow(D / size, cmap="RdBu", vmin=-1, vmax=1, interpolation="nearest")
-            matrix.set_title(f"{title}\nlargest entry {size:.2f}", fontsize=7)
+            matrix.set_title(f"{title}\nlargest entry {size:.2f}", fontsize=6.5)
             matrix.set(xticks=[], yticks=[])
             _draw_row(middle, D)
         axes[0, 0].set_ylabel("Row")
