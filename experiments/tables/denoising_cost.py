@@ -213,8 +213,9 @@ def _range(values: pd.Series, form: str = ".3g") -> str:
 
 def _ratio_rows(table: pd.DataFrame) -> Iterator[list[str]]:
     titles = studies.load(STUDY).titles
-    for (reading, weight), part in table.groupby(["reading", "weight"], sort=False):
-        rows = part.set_index("backend")
-        total = 1e3 * (rows["seconds_forward"] + rows["seconds_backward"])
-        ratios = (f"{rows.loc[name, 'ratio']:.0f}" for name in ("qpth", "qpth_float32", "cvxpylayers"))
-        yield [titles[reading], f"{weight:g}", f"{total[REFERENCE]:.1f}", f"{total['qpth']:.0f}", *ratios]
+    for reading in READINGS:
+        for weight, part in table[table["reading"] == reading].groupby("weight"):
+            rows = part.set_index("backend")
+            total = 1e3 * (rows["seconds_forward"] + rows["seconds_backward"])
+            ratios = (f"{rows.loc[name, 'ratio']:.0f}" for name in ("qpth", "qpth_float32", "cvxpylayers"))
+            yield [titles[reading], f"{weight:g}", f"{total[REFERENCE]:.1f}", f"{total['qpth']:.0f}", *ratios]
