@@ -5,7 +5,7 @@ PY := .venv/bin/python
 PROFILE ?= default
 UV_VERSION := 0.13.9
 
-.PHONY: help test lint format reproduce figures bilinear-kappa figure-4a figure-4b figure-4c figure-6 \
+.PHONY: help test lint format reproduce figures bilinear-kappa bilinear-certificates figure-4a figure-4b figure-4c figure-6 \
 	portfolio-settings solver-table denoising-cost unrolling-cost peers clean lock
 
 help: ## list the targets
@@ -40,6 +40,9 @@ figures: .venv/.installed ## figures and tables of all studies from the run fold
 
 bilinear-kappa: .venv/.installed ## table that chooses the smoothing of the bilinear program, from the run folders
 	$(PY) -m scripts.figures --study bilinear_kappa --profile $(PROFILE)
+
+bilinear-certificates: .venv/.installed ## the smoothed bilinear solver against Gurobi's proven bounds (a table)
+	$(PY) -m scripts.measure bilinear-certificates --profile $(PROFILE)
 
 figure-4a: .venv/.installed ## Figure 4(a) and its table from the run folders
 	$(PY) -m scripts.figures --study figure_4a --profile $(PROFILE)

@@ -20,6 +20,7 @@ from experiments.figures import (
 )
 from experiments.studies import Study, StudyRun
 from experiments.tables import (
+    bilinear_certificates,
     bilinear_regret,
     denoising,
     denoising_cost,
@@ -40,6 +41,7 @@ FIGURES: Mapping[str, Sequence[Maker]] = {
 }
 # What is measured without training anything, by the study that it belongs to.
 MEASUREMENTS: Mapping[str, Mapping[str, Callable[[str, str], Artifacts]]] = {
+    "figure_4a": {"bilinear-certificates": bilinear_certificates.make},
     "figure_4b": {"denoising-cost": denoising_cost.make, "unrolling-cost": unrolling_cost.make},
     "figure_4c": {"solver-table": solver_accuracy.make},
 }

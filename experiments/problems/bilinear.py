@@ -102,7 +102,7 @@ class BilinearProblem:
         self.starts = self.spread(min(starts, self.n))
         self.centre = torch.tensor(self.totals, dtype=torch.float64).repeat_interleave(self.n) / self.n
         self.timeouts = 0
-        self._gurobi: GurobiNonconvexQP | None = None
+        self._gurobi: tuple[float, GurobiNonconvexQP] | None = None  # for this weight of the penalty
 
     @property
     def optimizers(self) -> dict[str, Callable[[], nn.Module]]:

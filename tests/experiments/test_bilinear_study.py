@@ -14,7 +14,7 @@ from experiments.components import CombinationError
 from experiments.execution import execute
 from experiments.figures import bilinear_stepsize, figure_4a
 from experiments.studies import StudyRun
-from experiments.tables import bilinear_regret, smoothing_strength
+from experiments.tables import bilinear_certificates, bilinear_regret, smoothing_strength
 from foldopt.errors import InputError
 
 SMALL = ["task=bilinear", "task.n_variables=8", "task.n_train=40", "task.n_val=8", "task.n_test=8"]
@@ -242,3 +242,21 @@ def test_the_stepsize_changes_the_work_and_lfpi_diverges_where_the_radius_is_abo
     assert table["lfpi_products"][0] > 3 * table["lfpi_products"][1]
     assert (table["gmres_products"] <= 40).all()
     assert len(bilinear_stepsize.draw(table, "make figure-4a").axes) == 2
+
+
+def test_certificates_judge_by_the_bound_and_by_the_better_value():
+    columns = ["n", "kappa", "ours", "gurobi", "bound", "timed_out", "seconds_ours", "seconds_gurobi"]
+    values = [(2.0, 2.0, 2.0), (2.0, 1.5, 3.0), (2.0, 2.5, 2.5), (2.0, 2.0, 2.0001)]
+    rows = pd.DataFrame([(6, 0.5, *v, False, 0.001, 0.1) for v in values], columns=columns)
+    (found,) = bilinear_certificates.summarize(rows).to_dict("records")
+    assert found["proven"] == 0.5
+    assert found["gurobi_better"] == 0.25
+    assert found["ours_better"] == 0.25
+
+
+def test_certificates_of_instances_of_the_study():
+    pytest.importorskip("gurobipy")
+    settings = bilinear_certificates.Settings(((6, 0.5), (20, 2.0)), instances=3, time_limit=20.0)
+    table = bilinear_certificates.summarize(bilinear_certificates.measure(settings))
+    assert (table["proven"] == 1).all()
+    assert (table["timed_out"] == 0).all()
