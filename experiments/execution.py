@@ -115,13 +115,15 @@ def resolve_device(name: str) -> torch.device:
 def _final(path: Path) -> dict[str, Any]:
     """Return the last metrics of each split, and the test metrics at the epoch of the best validation.
 
-    That is the one of the smallest regret, or of the smallest squared error for a task that has no regret.
+    That is the one of the smallest regret, or of the smallest squared error for a task that has no regret, or else of
+    the largest top-5 accuracy.
     """
     frame = runs.load_metrics(path)
     last = {split: part.iloc[-1].dropna().to_dict() for split, part in frame.groupby("split")}
     val = frame[(frame["split"] == "val") & (frame["epoch"] > 0)]
-    value = "regret" if val["regret"].notna().any() else "mse"
-    best = frame[(frame["split"] == "test") & (frame["epoch"] == val.loc[val[value].idxmin(), "epoch"])].iloc[0]
+    value = next(name for name in ("regret", "mse", "top5") if val[name].notna().any())
+    best = val[value].idxmax() if value == "top5" else val[value].idxmin()
+    best = frame[(frame["split"] == "test") & (frame["epoch"] == val.loc[best, "epoch"])].iloc[0]
     return {**last, "test_at_best_val": best.dropna().to_dict()}
 
 

@@ -46,6 +46,9 @@ COLUMNS = (
     "spectral_radius",
     "global_fraction",
     "solver_timeouts",
+    "gradient_error",
+    "gradient_error_max",
+    "bound_fraction",
 )
 
 

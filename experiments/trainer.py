@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from experiments.backends import Backend
 from experiments.checkpoint import Checkpoint, Row
-from experiments.components import Components
+from experiments.components import Components, make
 from experiments.interruption import StopRequest
 from experiments.tasks import Samples, Task
 from experiments.tracking import Tracker
@@ -75,7 +76,7 @@ class Trainer:
         self.task.to(device)
         train = cfg.train
         self._check(train)
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=train.lr)
+        self.optimizer = make(cfg.optimizer, "optimizer", params=self.model.parameters(), lr=train.lr)
         self.schedule = (
             torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, train.epochs)
             if train.schedule == "cosine"
@@ -150,13 +151,15 @@ class Trainer:
         self.model.train()
         watch = Stopwatch(self.device)
         begin = time.perf_counter()
-        totals = {"loss": 0.0, "zero": 0, "failures": 0, "products": 0, "samples": 0}
+        totals = {"zero": 0, "failures": 0, "products": 0, "samples": 0}
+        sums, largest_error = Counter(), 0.0
         for batch in self._batches(epoch):
             if stop.signal is not None:
                 raise Interrupted
-            loss, zero = self._step(epoch, batch, watch)
+            values, zero = self._step(epoch, batch, watch)
             size = len(batch["inputs"])
-            totals["loss"] += loss * size
+            sums.update({name: value * size for name, value in values.items()})
+            largest_error = max(largest_error, values.get("gradient_error", 0.0))
             totals["zero"] += zero
             totals["failures"] += self.backend.take_failures()
             totals["products"] += getattr(self.backend, "products", 0)
@@ -165,10 +168,12 @@ class Trainer:
         if totals["failures"]:
             log.warning("epoch %d: the solver failed on %d of %d samples", epoch, totals["failures"], totals["samples"])
         seconds = time.perf_counter() - begin
+        means = {name: value / totals["samples"] for name, value in sums.items()}
         return {
             "epoch": epoch,
             "split": "train",
-            "loss": totals["loss"] / totals["samples"],
+            **means,
+            **({"gradient_error_max": largest_error} if "gradient_error" in means else {}),
             "seconds_network": watch.seconds["network"],
             "seconds_solve": watch.seconds.get("solve", 0.0),
             "seconds_backward": watch.seconds.get("backward", 0.0),
@@ -186,7 +191,11 @@ class Trainer:
         if not hasattr(self.task, "diagnose"):
             return {}
         self.model.eval()
-        return self.task.diagnose(self.model(batch["inputs"]), batch)
+        return self.task.diagnose(self.model(self._prepared(batch["inputs"])), batch)
+
+    def _prepared(self, inputs: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Return inputs as the task has the model get them; generator: of random changes for training."""
+        return self.task.prepare(inputs, generator) if hasattr(self.task, "prepare") else inputs
 
     def _batches(self, epoch: int) -> Iterator[Samples]:
         samples = self.task.splits["train"]
@@ -197,10 +206,13 @@ class Trainer:
             if len(chosen) == 1 < min(n, size):
                 continue  # a last sample alone has no batch statistics
             index = chosen.to(self.device)
-            yield {name: values[index] for name, values in samples.items()}
+            batch = {name: values[index] for name, values in samples.items()}
+            yield batch | {"inputs": self._prepared(batch["inputs"], generator)}
 
-    def _step(self, epoch: int, batch: Samples, watch: Stopwatch) -> tuple[float, int]:
-        """Take one optimizer step; return the loss and how many samples had a zero gradient.
+    def _step(self, epoch: int, batch: Samples, watch: Stopwatch) -> tuple[dict[str, float], int]:
+        """Take one optimizer step; return the loss with what the task measures in training, and the zero gradients.
+
+        They count the samples of which the loss has no gradient.
 
         The graph is cut at the predicted parameters, so that the time of the layer and of the network are told apart.
         """
@@ -234,7 +246,19 @@ class Trainer:
         sizes = gradient.detach().reshape(rows, -1).norm(dim=1)
         zero = int((sizes <= ZERO_GRADIENT * sizes.amax()).sum()) * len(batch["inputs"]) // rows
         watch.lap("network")
-        return float(loss.detach()), zero
+        return {"loss": float(loss.detach()), **self._measured(epoch, outputs.detach(), batch, gradient)}, zero
+
+    @torch.no_grad()
+    def _measured(self, epoch: int, outputs: Tensor, batch: Samples, gradient: Tensor) -> dict[str, float]:
+        """Return the metrics that the task follows in training, and how far the gradient is from the exact one."""
+        running = getattr(self.task, "running", ())
+        found = self.task.metrics(outputs, batch) if running else {}
+        values = {name: found[name] for name in running}
+        if hasattr(self.task, "exact_gradient") and not self.on_prediction(epoch):
+            exact = self.cfg.train.loss_scale * self.task.exact_gradient(outputs, batch)
+            size = exact.norm()
+            values["gradient_error"] = float((gradient - exact).norm() / torch.where(size > 0, size, 1))
+        return values
 
     def _decision_loss(self, decisions: Tensor, batch: Samples) -> Tensor:
         """Return the mean loss over the samples that the backend solved (it returns NaN in the others)."""
@@ -254,15 +278,15 @@ class Trainer:
     def _evaluate(self, epoch: int, split: str) -> Row:
         self.model.eval()
         samples = self.task.splits[split]
-        parts = samples["inputs"].split(1000)[: 1 if self.task.shared else None]
-        outputs = torch.cat([self.model(part) for part in parts])
+        parts = samples["inputs"].split(250)[: 1 if self.task.shared else None]
+        outputs = torch.cat([self.model(self._prepared(part)) for part in parts])
         self._refuse_nan(outputs, "predictions", epoch)
         metrics = self.task.metrics(outputs, samples)
         if self.backend.trains_on == "prediction":
             loss = float(self.task.prediction_losses(outputs, samples).mean())
         else:
             loss = self.cfg.train.loss_scale * metrics[self.task.objective]
-        return {"epoch": epoch, "split": split, "loss": loss, "samples": len(samples["inputs"]), **metrics}
+        return {"epoch": epoch, "split": split, **metrics, "loss": loss, "samples": len(samples["inputs"])}
 
 
 def _brief(rows: list[Row]) -> str:
@@ -270,12 +294,13 @@ def _brief(rows: list[Row]) -> str:
     val = next(row for row in rows if row["split"] == "val")
     if "regret_percent" in val:
         return f"val regret {val['regret_percent']:.2f}%"
-    return " ".join(f"val {name} {val[name]:.4g}" for name in ("regret", "mse") if name in val)
+    return " ".join(f"val {name} {val[name]:.4g}" for name in ("regret", "mse", "top1", "top5") if name in val)
 
 
 def _line(epoch: int, epochs: int, rows: list[Row]) -> str:
     row: dict[str, Any] = {f"{r['split']} {k}": v for r in rows for k, v in r.items()}
     shown = [("train loss", ".4g"), ("val regret_percent", ".3f"), ("test regret_percent", ".3f"), ("test mse", ".3g")]
+    shown += [("train top5", ".1f"), ("test top1", ".1f"), ("test top5", ".1f")]
     values = [f"{name.replace('_percent', ' %')} {row[name]:{form}}" for name, form in shown if name in row]
     seconds = f"{row['train seconds_epoch']:.1f} s" if "train seconds_epoch" in row else "before training"
     return f"epoch {epoch}/{epochs}: {', '.join(values)} ({seconds})"

@@ -12,7 +12,7 @@ from foldopt import fold
 from foldopt.errors import InputError
 from foldopt.linear_solve import LinearSolver
 
-TOLERANCES = {"exact": 1e-6, "gurobi": 1e-3, "fdpg": 1e-5}
+TOLERANCES = {"exact": 1e-6, "gurobi": 1e-3, "fdpg": 1e-5, "cvxpy": 1e-3}
 
 
 class FoldBackend(LayerBackend):
@@ -40,9 +40,12 @@ def solver_and_step(problem: Any, optimizer: str, forward: str) -> tuple[Callabl
 
     Raises InputError for names that it does not have.
     """
-    update = problem.optimizers[optimizer_of(problem, optimizer)]()
+    name = optimizer_of(problem, optimizer)
+    update = problem.optimizers[name]()
     if forward not in problem.forwards:
         raise InputError(
             f"backend.forward={forward!r} is not there for this task; choose one of {list(problem.forwards)}."
         )
-    return lambda *params: problem.solve(forward, *params), update
+    if not hasattr(problem, "state"):
+        return lambda *params: problem.solve(forward, *params), update
+    return lambda *params: problem.state(name, problem.solve(forward, *params), *params), update
