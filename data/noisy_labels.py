@@ -19,7 +19,7 @@ GROUPINGS = ("superclasses", "blocks")
 
 @dataclass(frozen=True)
 class NoisyLabels:
-    """Images, uint8 (N, 3, 32, 32), and labels, (N,), by split; the labels of "train" are noisy, of others true."""
+    """Images, uint8 (N, 3, 32, 32), and labels, (N,), by split; those of "train" are noisy, the others true."""
 
     images: dict[str, Tensor]
     labels: dict[str, Tensor]

@@ -23,7 +23,7 @@ OUTLINES = ("disc", "triangle", "square", "star", "flower")
 
 
 def generate(seed: int, n_train: int, n_test: int) -> Images:
-    """Draw images of classes with equal probabilities; class // 5 is the superclass. The same arguments, the same images.
+    """Draw images of equally probable classes, of which class // 5 is the superclass; same arguments, same images.
 
     Raises InputError for sizes that are no whole numbers above 0.
     """

@@ -1,7 +1,8 @@
 """From configuration to objects: tasks, models, backends and linear solvers, wherever their code lives.
 
-Each YAML of conf/task, conf/model, conf/backend, conf/linear_solver and conf/optimizer names its class as ``_target_``; all other keys
-but ``name`` are arguments of it. A class outside this package needs no more than that and a place in the search path.
+Each YAML of conf/task, conf/model, conf/backend, conf/linear_solver and conf/optimizer names its class as
+``_target_``; all other keys but ``name`` are arguments of it. A class outside this package needs no more than that and
+a place in the search path.
 """
 
 from __future__ import annotations

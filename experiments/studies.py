@@ -2,28 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 
+from data import cifar100
 from experiments import runs
 from foldopt.errors import InputError
 
 PROFILES = ("smoke", "default", "paper")
 STUDY_FOLDER = Path(__file__).resolve().parent.parent / "conf" / "study"
+# What a profile may need: whether it is at hand, and how that is said.
+NEEDS: Mapping[str, tuple[Callable[[], bool], str]] = {
+    "cuda": (torch.cuda.is_available, "a CUDA GPU"),
+    "cifar100": (cifar100.available, "CIFAR-100 in data/cache"),
+}
 
 
 @dataclass(frozen=True)
 class Profile:
-    """One size of a study: the number of seeds, overrides, and which series run on which part of the grid."""
+    """One size of a study: the number of seeds, overrides, and which series run on which part of the grid.
+
+    needs: what must be at hand for this size to be chosen without being asked for, see `NEEDS`.
+    """
 
     seeds: int
     overrides: tuple[str, ...]
     series: Mapping[str, Mapping[str, tuple[Any, ...]]]
+    needs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -57,6 +68,20 @@ class StudyRun:
     overrides: tuple[str, ...]
     config: DictConfig = field(repr=False, compare=False)
     folder: Path = field(compare=False)
+
+
+def profile_at_hand(study: Study) -> tuple[str, str | None]:
+    """Return the profile of `study` for this machine and its data, and why; no reason where there is no choice.
+
+    That is "paper" where all that it needs is here, else "default".
+    """
+    needs = study.profiles["paper"].needs if "paper" in study.profiles else ()
+    if not needs:
+        return "default", None
+    missing = [said for found, said in map(NEEDS.get, needs) if not found()]
+    if missing:
+        return "default", f"profile default, as there is no {' and no '.join(missing)}"
+    return "paper", f"profile paper, as there is {' and '.join(NEEDS[need][1] for need in needs)}"
 
 
 def axis(key: str) -> str:
@@ -94,7 +119,10 @@ def parse(raw: Mapping[str, Any], source: str) -> Study:
                 series: {key: tuple(values) for key, values in part.items()}
                 for series, part in content["series"].items()
             },
+            needs=tuple(content.get("needs", ())),
         )
+        if unknown := set(profiles[profile_name].needs) - set(NEEDS):
+            raise InputError(f"{source}: profiles.{profile_name}.needs={sorted(unknown)}; choose from {sorted(NEEDS)}")
     return Study(
         name=raw["name"],
         title=raw["title"],

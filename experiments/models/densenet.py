@@ -30,7 +30,7 @@ class DenseNet(nn.Module):
         depth: int,
         growth: int,
         amp: bool,
-        compile: bool,  # noqa: A002
+        compile: bool,
         perturbation: float,
     ) -> None:
         super().__init__()

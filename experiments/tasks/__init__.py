@@ -22,8 +22,8 @@ class Task(Protocol):
     (B, n_outputs). objective: the column of metrics.csv that the decision loss is an estimate of.
     A task without `prediction_losses` predicts nothing that could be compared with data.
 
-    What a task may have beside these: `truth(samples)`, the true parameters, for SPO+; `prepare(inputs, generator)`, the
-    inputs as the model gets them, with random changes for training if there is a generator; `diagnose(outputs,
+    What a task may have beside these: `truth(samples)`, the true parameters, for SPO+; `prepare(inputs, generator)`,
+    the inputs as the model gets them, with random changes for training if there is a generator; `diagnose(outputs,
     samples)`, columns measured on one training batch an epoch; `running`, the metrics to follow over the training
     batches; `exact_gradient(outputs, samples)`, to compare the backend's with.
     """

@@ -1,4 +1,4 @@
-"""Top-5 classification of images with noisy labels (paper sections 6 and E.3): features c, indicators x*(c), -log x*_y."""
+"""Top-5 classification of images with noisy labels (paper sections 6 and E.3): features c, log x*(c), -log x*_y."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class MultilabelTask:
         return -decisions.gather(1, samples["labels"][:, None])[:, 0]
 
     def prediction_losses(self, outputs: Tensor, samples: Samples) -> Tensor:
-        """Return the cross entropy of the softmax of c, (B,): the decision loss plus log k where no x is at its bound."""
+        """Return the cross entropy of softmax(c), (B,): where no x is at its bound, the decision loss plus log k."""
         return F.cross_entropy(self.parameters(outputs, samples), samples["labels"], reduction="none")
 
     def exact_gradient(self, outputs: Tensor, samples: Samples) -> Tensor:
