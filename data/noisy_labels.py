@@ -75,7 +75,7 @@ def _split(drawn: Images, seed: int, sizes: tuple[int, int, int], noise: float, 
 
 
 def resample(labels: Tensor, group: Tensor, noise: float, gen: torch.Generator) -> Tensor:
-    """Return `labels`, (N,), each drawn anew within its group with probability `noise`; group: (100,), of each class."""
+    """Return `labels`, (N,), with probability `noise` drawn anew within their group; group: (100,), of each class."""
     members = group.argsort(stable=True).view(-1, GROUP)
     chosen = members[group[labels], torch.randint(GROUP, labels.shape, generator=gen)]
     return torch.where(torch.rand(labels.shape, generator=gen) < noise, chosen, labels)

@@ -156,7 +156,8 @@ def spectral_radius(recorded: Recorded, iterations: int = 400) -> Tensor:
 class BackwardTrace:
     """Errors of an unrolled solver, relative to the exact ones, after each of its K steps (the paper's Figure 3).
 
-    forward: (K,), ||x_k - x*|| / ||x*||. backward: (K,), of the gradient after k steps of the backward pass, k = 1..K.
+    forward: (K,), ||x_k - x*|| / ||x*||. backward: (K,), of the gradient of k unrolled steps (Definition 2), k = 1..K.
+    Norms are L1, as in the paper, and taken over the whole batch.
     """
 
     forward: Tensor
@@ -170,31 +171,45 @@ class BackwardTrace:
 
 
 def backward_trace(
-    layer: nn.Module, *params: Tensor, iterations: int, start: Tensor | Tensors | None = None, seed: int = 0
+    layer: nn.Module,
+    *params: Tensor,
+    iterations: int,
+    start: Tensor | Tensors | None = None,
+    cotangent: Tensor | Tensors | None = None,
+    seed: int = 0,
 ) -> BackwardTrace:
-    """Run `iterations` steps from `start` and back again, and compare each with the solution and the exact gradient.
+    """Unroll 1, 2, ..., `iterations` steps from `start` and compare each with the solution and the exact gradient.
 
     layer: a folded layer, as for `check`. start: a state to start from; None starts at the solution, which is
-    fixed-point unfolding (section 4): the forward error stays where it is while the backward pass converges.
+    fixed-point unfolding (section 4): the forward error stays where it is while the backward pass converges. From
+    elsewhere the work grows as the square of `iterations`.
+    cotangent: the gradient of the loss at the state; None draws one at random by `seed`.
     """
     require_whole("iterations", iterations, 1)
     core = _core(layer)
     with _lenient(core):
         solution, recorded, step, tensors, _ = _examined(layer, core, params)
-    g = unflatten(_random(flatten(solution), torch.Generator().manual_seed(seed)), solution)
+    if cotangent is None:
+        g = unflatten(_random(flatten(solution), torch.Generator().manual_seed(seed)), solution)
+    else:
+        g = tuple(part.detach().to(s) for part, s in zip(as_tuple(cotangent), solution, strict=True))
     v, _ = fixed_point_vjp(recorded, g, Direct())
     exact = _joined(vjp_of(recorded, recorded.params, v))
     x = solution if start is None else tuple(p.to(s) for p, s in zip(as_tuple(start), solution, strict=True))
-    steps, forward = [], []
+    steps, forward, backward = [], [], []
+    total, v = torch.zeros_like(exact), g
     for _ in range(iterations):
         steps.append(record(step, x, tensors))
         x = tuple(part.detach() for part in steps[-1].outputs)
-        forward.append(_distance(flatten(x), flatten(solution)))
-    total, v, backward = torch.zeros_like(exact), g, []
-    for taken in reversed(steps):
-        total = total + _joined(vjp_of(taken, taken.params, v))
-        v = unflatten(state_vjp(taken)(flatten(v)), solution)
-        backward.append(_distance(total, exact))
+        forward.append(_distance(flatten(x), flatten(solution), norm=1))
+        # At the solution all steps are alike, so that one more of them is one more term of the same sum.
+        again = [steps[-1]] if start is None else steps[::-1]
+        if start is not None:
+            total, v = torch.zeros_like(exact), g
+        for taken in again:
+            total = total + _joined(vjp_of(taken, taken.params, v))
+            v = unflatten(state_vjp(taken)(flatten(v)), solution)
+        backward.append(_distance(total, exact, norm=1))
     return BackwardTrace(torch.stack(forward), torch.stack(backward))
 
 
@@ -373,6 +388,6 @@ def _joined(tensors: Sequence[Tensor | None]) -> Tensor:
     return torch.cat([t.detach().flatten() for t in tensors if t is not None])
 
 
-def _distance(a: Tensor, b: Tensor) -> Tensor:
-    size = torch.linalg.vector_norm(b)
-    return torch.linalg.vector_norm(a - b) / torch.where(size > 0, size, 1)
+def _distance(a: Tensor, b: Tensor, norm: float = 2) -> Tensor:
+    size = torch.linalg.vector_norm(b, norm)
+    return torch.linalg.vector_norm(a - b, norm) / torch.where(size > 0, size, 1)
