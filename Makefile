@@ -5,8 +5,8 @@ PY := .venv/bin/python
 PROFILE ?= default
 UV_VERSION := 0.13.9
 
-.PHONY: help test lint format reproduce figures bilinear-kappa bilinear-certificates figure-4a figure-4b figure-4c figure-6 \
-	portfolio-settings solver-table denoising-cost unrolling-cost peers clean lock
+.PHONY: help test lint format reproduce figures bilinear-kappa bilinear-certificates figure-3 figure-4a figure-4b figure-4c figure-6 \
+	figure-7 topk-layers layer-share portfolio-settings solver-table denoising-cost unrolling-cost peers clean lock
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,7 +33,7 @@ format: .venv/.installed ## fix style
 	$(PY) -m ruff format .
 
 reproduce: .venv/.installed ## run every study, then figures and tables (PROFILE=smoke|default|paper, WORKERS=n)
-	$(PY) -m scripts.reproduce --profile $(PROFILE) $(if $(WORKERS),--workers $(WORKERS))
+	$(PY) -m scripts.reproduce $(if $(filter-out file,$(origin PROFILE)),--profile $(PROFILE)) $(if $(WORKERS),--workers $(WORKERS))
 
 figures: .venv/.installed ## figures and tables of all studies from the run folders
 	$(PY) -m scripts.figures --profile $(PROFILE)
@@ -55,6 +55,18 @@ figure-4c: .venv/.installed ## Figure 4(c) and its table from the run folders
 
 figure-6: .venv/.installed ## Figure 6 from the run folders
 	$(PY) -m scripts.figures --study figure_6 --profile $(PROFILE)
+
+figure-7: .venv/.installed ## Figure 7, its table and the errors of its gradients, from the run folders
+	$(PY) -m scripts.figures --study figure_7 --profile $(PROFILE)
+
+figure-3: .venv/.installed ## Figure 3 and its table: convergence of unrolled projected gradient, forward and back
+	$(PY) -m scripts.measure figure-3 --profile $(PROFILE)
+
+topk-layers: .venv/.installed ## accuracy and time of every layer of the multilabel study (a table)
+	$(PY) -m scripts.measure topk-layers --profile $(PROFILE)
+
+layer-share: .venv/.installed ## the layer's share of a training step of DenseNet 40-40 (a table)
+	$(PY) -m scripts.measure layer-share --profile $(PROFILE)
 
 portfolio-settings: .venv/.installed ## table of training settings from the run folders
 	$(PY) -m scripts.figures --study portfolio_settings --profile $(PROFILE)

@@ -12,10 +12,13 @@ from experiments.executor import execute
 from experiments.figures import (
     bilinear_stepsize,
     denoised_signals,
+    figure_3,
     figure_4a,
     figure_4b,
     figure_4c,
     figure_6,
+    figure_7,
+    stand_in_images,
     unrolling_cost,
 )
 from experiments.studies import Study, StudyRun
@@ -25,8 +28,11 @@ from experiments.tables import (
     denoising,
     denoising_cost,
     final_regret,
+    layer_share,
+    multilabel_accuracy,
     smoothing_strength,
     solver_accuracy,
+    topk_layers,
 )
 from foldopt.errors import FoldoptError
 
@@ -37,6 +43,7 @@ FIGURES: Mapping[str, Sequence[Maker]] = {
     "figure_4b": (figure_4b.make, denoising.make, denoised_signals.make),
     "figure_4c": (figure_4c.make, final_regret.make),
     "figure_6": (figure_6.make,),
+    "figure_7": (figure_7.make, multilabel_accuracy.make, stand_in_images.make),
     "portfolio_settings": (final_regret.make,),
 }
 # What is measured without training anything, by the study that it belongs to.
@@ -44,6 +51,7 @@ MEASUREMENTS: Mapping[str, Mapping[str, Callable[[str, str], Artifacts]]] = {
     "figure_4a": {"bilinear-certificates": bilinear_certificates.make},
     "figure_4b": {"denoising-cost": denoising_cost.make, "unrolling-cost": unrolling_cost.make},
     "figure_4c": {"solver-table": solver_accuracy.make},
+    "figure_7": {"figure-3": figure_3.make, "topk-layers": topk_layers.make, "layer-share": layer_share.make},
 }
 
 
@@ -64,17 +72,20 @@ def make_figures(names: Sequence[str], profile: str, console: Console) -> int:
     return 0
 
 
-def reproduce(names: Sequence[str], profile: str, workers: int, console: Console) -> int:
+def reproduce(names: Sequence[str], profile: str | None, workers: int, console: Console) -> int:
     """Execute the named studies, then make their figures, tables and measurements; return the exit code.
 
-    A study with failed runs gets no figure, the others do. 128 + signal when stopped: the same call goes on
-    from there.
+    profile: None chooses by what is at hand, for each study, see `studies.profile_at_hand`. A study with failed runs
+    gets no figure, the others do. 128 + signal when stopped: the same call goes on from there.
     """
     exit_code = 0
+    chosen: dict[str, str] = {}
     for name in names:
         study = studies.load(name)
-        planned = studies.expand(study, profile)
-        console.print(f"{study.title} ({name}, profile {profile}): {len(planned)} runs", markup=False, soft_wrap=True)
+        chosen[name], why = (profile, None) if profile else studies.profile_at_hand(study)
+        planned = studies.expand(study, chosen[name])
+        said = why or f"profile {chosen[name]}"
+        console.print(f"{study.title} ({name}, {said}): {len(planned)} runs", markup=False, soft_wrap=True)
         report = execute(planned, workers=workers, console=console)
         for line in report.lines():
             console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -84,10 +95,10 @@ def reproduce(names: Sequence[str], profile: str, workers: int, console: Console
             exit_code = report.exit_code
             console.print(f"No figure of {name}: {len(report.failed)} of its runs failed.", markup=False)
         else:
-            _outputs(study, planned, profile, console)
+            _outputs(study, planned, chosen[name], console)
     for name in names:
         for target in MEASUREMENTS.get(name, ()):
-            measure(target, profile, console)
+            measure(target, chosen[name], console)
     return exit_code
 
 

@@ -59,7 +59,7 @@ class IteratedLayer(FixedPointLayer):
         return state[0] if single else state
 
     def _left(self, start: Tensors, state: Tensors) -> Tensor:
-        """Return which samples the steps carried away from the solution, (B,) bool: they diverge, and rounding grows."""
+        """Return which samples the steps carried away from the solution, (B,): where they diverge, rounding grows."""
         x, end = flatten(start).detach(), flatten(state).detach()
         moved = torch.linalg.vector_norm(end - x, dim=1) / (1 + torch.linalg.vector_norm(x, dim=1))
         left = ~(moved <= self.tolerance(x.dtype)) & self.last.ok

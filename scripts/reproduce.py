@@ -16,7 +16,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Parse the command line and reproduce; return the exit code."""
     parser = argparse.ArgumentParser(prog="scripts/reproduce.py", description=__doc__)
     parser.add_argument("--study", action="append", choices=studies.names(), help="default: all")
-    parser.add_argument("--profile", default="default", choices=studies.PROFILES, help="size of the studies")
+    parser.add_argument("--profile", choices=studies.PROFILES, help="size; default: by the hardware and data at hand")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes of one thread each")
     options = parser.parse_args(arguments)
     return reproduce(options.study or studies.names(), options.profile, options.workers, Console())

@@ -150,7 +150,7 @@ def solve_topk(c: Tensor, k: int) -> TopKSolution:
 
     With the m largest entries at their bound, theta_m = logsumexp of the others - log(k - m), and m is the smallest for
     which the largest of the others is at most theta_m. It is found without gradients; what follows is differentiable to
-    any order. Where an entry of c equals theta its derivative is the one-sided one from below.
+    any order. Where an entry of c equals theta its derivative is a one-sided one.
 
     c: (B, n), any floating dtype, which the answer has too. k: below n.
     """

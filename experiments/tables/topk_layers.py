@@ -135,7 +135,8 @@ def make(profile: str, command: str) -> Artifacts:
         ("τ", "Layer", "Forward (ms)", "Backward (ms)", "Error of x*", "Error of the gradient", "Without a gradient"),
         _rows(table),
         f"One batch of {settings.batch_size} features as of a trained network, float64, one thread, medians of "
-        f"{settings.repeats} (qpth, ADMM and cvxpylayers: 1) with the layers taking turns. Where no forward is named it is cvxpy's, by Clarabel. Samples "
+        f"{settings.repeats} (qpth, ADMM and cvxpylayers: 1) with the layers taking turns. Where no forward is named "
+        "it is cvxpy's, by Clarabel. Samples "
         f"with an indicator at its bound: {said}. Largest error of x*, relative error of the gradient of the study's "
         f"loss, against exact; samples without a certified gradient count with one of zero, – is for a layer that "
         f"refused to answer. Made by: `{command}`",

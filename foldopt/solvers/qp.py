@@ -11,6 +11,7 @@ from foldopt.errors import InputError
 from foldopt.solvers.interior_point import largest, solve_qcqp
 
 TOLERANCE = 1e-9
+PIVOTS = 10  # to settle what the interior point leaves undecided
 
 
 class QPSolution(NamedTuple):
@@ -121,6 +122,31 @@ def _candidate(
     return x, nu, lam, ok, factor
 
 
+def _pivoted(data: tuple[Tensor, ...], guess: Tensor) -> tuple[list[Tensor], Tensor]:
+    """Return [x, nu, lam, whether that is the solution, whether K is singular] and the active set, from a guess of it.
+
+    An interior point leaves nearly degenerate constraints undecided. The point that a set determines tells which of
+    them to drop (multiplier not positive) and which to add (violated); what does not settle keeps the guess.
+    """
+    *best, factor = _candidate(*data, guess)
+    best.append(factor.singular)
+    active, todo = guess.clone(), (~best[3]).nonzero()[:, 0]
+    trial, x, lam = guess[todo], best[0][todo], best[2][todo]
+    for _ in range(PIVOTS):
+        if not len(todo):
+            break
+        part = tuple(t[todo] for t in data)
+        slack = part[5] - torch.einsum("bmn,bn->bm", part[4], x)
+        trial = torch.where(trial, lam > 0, slack < 0)
+        *point, factor = _candidate(*part, trial)
+        solved = point[3]
+        for whole, new in zip(best, [*point, factor.singular], strict=True):
+            whole[todo[solved]] = new[solved]
+        active[todo[solved]] = trial[solved]
+        todo, trial, x, lam = (t[~solved] for t in (todo, trial, point[0], point[2]))
+    return best, active
+
+
 class _KKT(torch.autograd.Function):
     """Forward: active-set guess, else interior point and polish. Backward: one solve with the same KKT matrix."""
 
@@ -134,12 +160,12 @@ class _KKT(torch.autograd.Function):
             point = solve_qcqp(*data)
             nu_ip, lam_ip = point.equality_dual.to(q), point.inequality_dual.to(q)
             found = lam_ip > data[5] - torch.einsum("bmn,bn->bm", data[4], point.x.to(q))
-            polished = _candidate(*data, found)
+            polished, found = _pivoted(data, found)
             exact, good = polished[3][:, None], (polished[3] | point.ok)[:, None]
             x, nu, lam, active, ok, singular = (t.clone() for t in (x, nu, lam, active, ok, singular))
             for whole, better, rough in zip((x, nu, lam), polished[:3], (point.x.to(q), nu_ip, lam_ip), strict=True):
                 whole[hard] = torch.where(good, torch.where(exact, better, rough), torch.nan)
-            active[hard], ok[hard], singular[hard] = found, good[:, 0], polished[4].singular
+            active[hard], ok[hard], singular[hard] = found, good[:, 0], polished[4]
         else:
             active = active.clone()
         return x, nu, lam, active, ok, singular

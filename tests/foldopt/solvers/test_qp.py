@@ -3,6 +3,7 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 
 from foldopt.errors import InputError
+from foldopt.projections import simplex
 from foldopt.solvers.qp import solve_qp
 
 F64 = torch.float64
@@ -98,3 +99,17 @@ def test_shapes_that_do_not_fit_are_named():
     H, q, A, b, G, h = random_qp()
     with pytest.raises(InputError, match=r"A has shape \(8, 6\), expected \(8, 1, 6\)"):
         solve_qp(H, q, A[:, 0], b, G, h)
+
+
+def test_nearly_degenerate_constraints_are_decided():
+    """Entries of 1e-7 beside multipliers of 1e-5: an interior point leaves errors of 1e-5 there."""
+    gen = torch.Generator().manual_seed(0)
+    x = 10.0 ** torch.empty(200, 30, dtype=F64).uniform_(-8, 0, generator=gen)
+    z = torch.where(torch.rand(200, 30, generator=gen) < 0.2, -1e-4 * x, x)
+    eye = torch.eye(30, dtype=F64)
+    A, b = torch.ones(1, 30, dtype=F64), z.clamp(min=0).sum(1, keepdim=True) + 1e-9
+    found = solve_qp(
+        eye.expand(200, 30, 30), -z, A.expand(200, 1, 30), b, -eye.expand(200, 30, 30), torch.zeros_like(z)
+    )
+    assert found.ok.all()
+    torch.testing.assert_close(found.x, simplex(z, b[:, 0]), rtol=0, atol=5e-9)
