@@ -62,8 +62,8 @@ def caption(planned: Sequence[StudyRun], command: str) -> str:
     config, seeds = planned[0].config, len({run.seed for run in planned})
     return (
         f"{SOURCES[config.task.data]}: {config.task.n_train} training and {config.task.n_test} test images, label "
-        f"noise {config.task.noise:g}; DenseNet {config.model.depth}-{config.model.growth}, SGD {config.train.lr:g}, batch "
-        f"size {config.train.batch_size};\n{style.seeds_note(seeds)}. Made by: {command}"
+        f"noise {config.task.noise:g}; DenseNet {config.model.depth}-{config.model.growth}, SGD {config.train.lr:g}, "
+        f"batch size {config.train.batch_size};\n{style.seeds_note(seeds)}. Made by: {command}"
     )
 
 

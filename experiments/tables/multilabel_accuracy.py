@@ -41,8 +41,8 @@ def make(study: Study, planned: Sequence[StudyRun], artifacts: Artifacts, comman
         ),
         _rows(study, table, batch),
         f"After {epochs} epochs, mean ± standard deviation over the seeds. Distance to exact: largest over seeds and "
-        "epochs of the difference of the test accuracy to the exact run of the same seed; that of the perturbed start is "
-        "the noise floor. Gradient error: relative, per training step, against the exact vjp at the exact solution. "
+        "epochs of the difference of the test accuracy to the exact run of the same seed; that of the perturbed start "
+        "is the noise floor. Gradient error: relative, per training step, against the exact vjp at the exact solution. "
         f"Milliseconds per batch of {batch}, one thread. {caption(planned, f'`{command}`')}".replace("\n", " "),
     )
 

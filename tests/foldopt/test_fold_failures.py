@@ -114,3 +114,38 @@ def test_unrolling_holds_a_sample_whose_step_fails_at_its_last_finite_state():
     torch.testing.assert_close(c.grad[0], torch.tensor([0.25], dtype=F64))
     with pytest.raises(errors.FixedPointError, match="worst at index 1"):
         foldopt.unroll(lambda c: c.abs(), step, iterations=12)(c)
+
+
+def unfolded(iterations, **options):
+    """Of x = a x + c, with a per sample; its fixed point is c / (1 - a)."""
+    return foldopt.unfold(lambda c, a: c / (1 - a), lambda x, c, a: a * x + c, iterations=iterations, **options)
+
+
+def test_unfolding_certifies_its_backward_pass_by_its_last_term():
+    c = torch.tensor([[1.0], [1.0]], dtype=F64, requires_grad=True)
+    a = torch.tensor([[0.5], [1.1]], dtype=F64)
+    layer = unfolded(30)
+    x = layer(c, a)
+    assert layer.last.ok.all(), "rounding has not grown enough to be seen in x"
+    with pytest.raises(
+        errors.LinearSolveError, match=r"30 steps still adds 1.6e\+01 .* at 1 of 2 samples, worst at .* 1"
+    ):
+        x.sum().backward()
+    with pytest.warns(RuntimeWarning, match="backward pass of unfolding diverges"):
+        unfolded(30, on_failure="warn")(c, a).sum().backward()
+    layer = unfolded(30, on_failure="zero")
+    torch.autograd.grad(layer(c, a).sum(), c)
+    assert layer.last.backward.ok.tolist() == [True, False]
+    torch.testing.assert_close(layer.last.backward.residual, a[:, 0] ** 29)
+    torch.autograd.grad(unfolded(1)(c, a).sum(), c)
+
+
+def test_unfolding_that_leaves_the_solution_is_found_out():
+    c = torch.tensor([[1.0], [1.0]], dtype=F64, requires_grad=True)
+    a = torch.tensor([[0.5], [3.3]], dtype=F64)
+    with pytest.raises(errors.FixedPointError, match="60 update steps from the solver's solution end .* index 1"):
+        unfolded(60)(c, a)
+    layer = unfolded(60, on_failure="zero")
+    (gradient,) = torch.autograd.grad(layer(c, a).sum(), c)
+    assert layer.last.ok.tolist() == [True, False]
+    torch.testing.assert_close(gradient, torch.tensor([[2.0], [0.0]], dtype=F64))
