@@ -143,7 +143,7 @@ def test_unfolding_certifies_its_backward_pass_by_its_last_term():
 def test_unfolding_that_leaves_the_solution_is_found_out():
     c = torch.tensor([[1.0], [1.0]], dtype=F64, requires_grad=True)
     a = torch.tensor([[0.5], [3.3]], dtype=F64)
-    with pytest.raises(errors.FixedPointError, match="60 update steps from the solver's solution end .* index 1"):
+    with pytest.raises(errors.FixedPointError, match=r"60 update steps from the solver's solution end .* index 1"):
         unfolded(60)(c, a)
     layer = unfolded(60, on_failure="zero")
     (gradient,) = torch.autograd.grad(layer(c, a).sum(), c)
