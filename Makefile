@@ -5,7 +5,7 @@ PY := .venv/bin/python
 PROFILE ?= default
 UV_VERSION := 0.13.9
 
-.PHONY: help test lint format reproduce figures bilinear-kappa bilinear-certificates figure-3 figure-4a figure-4b figure-4c figure-6 \
+.PHONY: help test lint format reproduce figures report verify bilinear-kappa bilinear-certificates figure-3 figure-4a figure-4b figure-4c figure-6 \
 	figure-7 topk-layers layer-share portfolio-settings solver-table denoising-cost unrolling-cost peers clean lock
 
 help: ## list the targets
@@ -37,6 +37,12 @@ reproduce: .venv/.installed ## run every study, then figures and tables (PROFILE
 
 figures: .venv/.installed ## figures and tables of all studies from the run folders
 	$(PY) -m scripts.figures --profile $(PROFILE)
+
+report: .venv/.installed ## the paper's claims with verdicts, from the tables and figures: REPORT.md, report.html
+	$(PY) -m scripts.report --profile $(PROFILE)
+
+verify: .venv/.installed ## check that figures and tables in results/ are those of the run folders
+	$(PY) -m scripts.verify --profile $(PROFILE)
 
 bilinear-kappa: .venv/.installed ## table that chooses the smoothing of the bilinear program, from the run folders
 	$(PY) -m scripts.figures --study bilinear_kappa --profile $(PROFILE)

@@ -1,4 +1,4 @@
-"""Run every study (or those named), then make figures and tables. Resumable: call it again after any stop."""
+"""Run every study (or those named), then make figures, tables and the report. Resumable: call it again after a stop."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 
 from rich.console import Console
 
-from experiments import studies
+from experiments import report, studies
 from experiments.reproduction import reproduce
 
 
@@ -19,7 +19,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--profile", choices=studies.PROFILES, help="size; default: by the hardware and data at hand")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes of one thread each")
     options = parser.parse_args(arguments)
-    return reproduce(options.study or studies.names(), options.profile, options.workers, Console())
+    code = reproduce(options.study or studies.names(), options.profile, options.workers, Console())
+    if code < 128:  # not stopped
+        print("\n".join(report.make(options.profile or "default").lines()))
+    return code
 
 
 if __name__ == "__main__":

@@ -40,14 +40,14 @@ def make(study: Study, planned: Sequence[StudyRun], artifacts: Artifacts, comman
     )
     name = f"figure_7{suffix(planned)}"
     artifacts.csv(f"figures/{name}", curves)
-    figure = draw(study, curves, noise_floor(frame), caption(planned, command))
+    figure = draw(study, curves, noise_floor(frame), title(planned), caption(planned, command))
     artifacts.figure(name, figure)
     plt.close(figure)
     errors = aggregate(frame.dropna(subset=["gradient_error"]), ["series", "temperature", "epoch"], "gradient_error")
     errors = errors[errors["series"].isin(LINES)]
     name = f"multilabel_gradients{suffix(planned)}"
     artifacts.csv(f"figures/{name}", errors)
-    figure = draw_errors(study, errors, caption(planned, command))
+    figure = draw_errors(study, errors, title(planned), caption(planned, command))
     artifacts.figure(name, figure)
     plt.close(figure)
 
@@ -57,11 +57,17 @@ def suffix(planned: Sequence[StudyRun]) -> str:
     return "_stand_in" if planned[0].config.task.data == "stand_in" else ""
 
 
+def title(planned: Sequence[StudyRun]) -> str:
+    """Return what the images are."""
+    source = SOURCES[planned[0].config.task.data]
+    return source[0].upper() + source[1:]
+
+
 def caption(planned: Sequence[StudyRun], command: str) -> str:
     """Return what was trained on what, and the command."""
     config, seeds = planned[0].config, len({run.seed for run in planned})
     return (
-        f"{SOURCES[config.task.data]}: {config.task.n_train} training and {config.task.n_test} test images, label "
+        f"{title(planned)}: {config.task.n_train} training and {config.task.n_test} test images, label "
         f"noise {config.task.noise:g}; DenseNet {config.model.depth}-{config.model.growth}, SGD {config.train.lr:g}, "
         f"batch size {config.train.batch_size};\n{style.seeds_note(seeds)}. Made by: {command}"
     )
@@ -87,13 +93,13 @@ def noise_floor(frame: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(parts)
 
 
-def draw(study: Study, curves: pd.DataFrame, floor: pd.DataFrame, caption: str) -> Figure:
+def draw(study: Study, curves: pd.DataFrame, floor: pd.DataFrame, title: str, caption: str) -> Figure:
     """Return the figure of `curves` (columns of KEYS, accuracy, mean, low, high): a row per temperature."""
     temperatures = sorted(curves["temperature"].unique(), reverse=True)
     columns = [(split, name) for split in SPLITS for name in ACCURACIES]
     with plt.rc_context(style.STYLE):
         figure, axes = plt.subplots(
-            len(temperatures), 4, figsize=(7.6, 4.4), sharex=True, squeeze=False, layout="constrained"
+            len(temperatures), 4, figsize=(7.6, 4.6), sharex=True, squeeze=False, layout="constrained"
         )
         for temperature, row in zip(temperatures, axes, strict=True):
             for (split, name), panel in zip(columns, row, strict=True):
@@ -104,7 +110,8 @@ def draw(study: Study, curves: pd.DataFrame, floor: pd.DataFrame, caption: str) 
         for panel in axes[-1]:
             panel.set_xlabel("Epoch")
         handles, labels = axes[0, 0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False, fontsize=7)
+        place = {"loc": "outside upper center", "ncols": 3, "frameon": False, "fontsize": 7}
+        figure.legend(handles, labels, title=title, title_fontsize=9, **place)
         figure.supxlabel(caption, **style.CAPTION)
     return figure
 
@@ -127,12 +134,12 @@ def _draw_panel(panel: Axes, study: Study, curves: pd.DataFrame, floor: pd.DataF
     style.epochs(panel)
 
 
-def draw_errors(study: Study, errors: pd.DataFrame, caption: str) -> Figure:
+def draw_errors(study: Study, errors: pd.DataFrame, title: str, caption: str) -> Figure:
     """Return the figure of `errors` (series, temperature, epoch, mean, low, high), a panel per temperature."""
     temperatures = sorted(errors["temperature"].unique(), reverse=True)
     with plt.rc_context(style.STYLE):
         figure, axes = plt.subplots(
-            1, len(temperatures), figsize=(6.4, 2.9), sharey=True, squeeze=False, layout="constrained"
+            1, len(temperatures), figsize=(6.4, 3.1), sharey=True, squeeze=False, layout="constrained"
         )
         for temperature, panel in zip(temperatures, axes[0], strict=True):
             for series, line in LINES.items():
@@ -143,5 +150,6 @@ def draw_errors(study: Study, errors: pd.DataFrame, caption: str) -> Figure:
             style.epochs(panel)
         axes[0, 0].set_ylabel("Relative error of the gradient\nagainst exact, mean over steps")
         axes[0, -1].legend(fontsize=7, frameon=False, loc="best")
+        figure.suptitle(title, fontsize=9)
         figure.supxlabel(caption, **style.CAPTION)
     return figure
