@@ -80,8 +80,8 @@ def profile_at_hand(study: Study) -> tuple[str, str | None]:
         return "default", None
     missing = [said for found, said in map(NEEDS.get, needs) if not found()]
     if missing:
-        return "default", f"profile default, as there is no {' and no '.join(missing)}"
-    return "paper", f"profile paper, as there is {' and '.join(NEEDS[need][1] for need in needs)}"
+        return "default", f"profile default, without {' and '.join(missing)}"
+    return "paper", f"profile paper, with {' and '.join(NEEDS[need][1] for need in needs)}"
 
 
 def axis(key: str) -> str:

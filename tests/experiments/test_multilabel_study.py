@@ -188,7 +188,8 @@ def test_the_profile_follows_hardware_and_data(monkeypatch, cuda, cifar):
     monkeypatch.setattr(studies, "NEEDS", needs)
     profile, why = studies.profile_at_hand(studies.load("figure_7"))
     assert profile == ("paper" if cuda and cifar else "default")
-    assert ("no a CUDA GPU" in why) == (not cuda)
+    assert why.startswith(f"profile {profile}, {'with ' if cuda and cifar else 'without '}")
+    assert ("a CUDA GPU" in why) == (cuda == cifar or not cuda)
     assert studies.profile_at_hand(studies.load("figure_4a")) == ("default", None)
 
 
