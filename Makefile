@@ -6,7 +6,7 @@ PROFILE ?= default
 UV_VERSION := 0.13.9
 
 .PHONY: help test lint format reproduce figures report verify bilinear-kappa bilinear-certificates figure-3 figure-4a figure-4b figure-4c figure-6 \
-	figure-7 topk-layers layer-share portfolio-settings solver-table denoising-cost unrolling-cost peers clean lock
+	figure-7 topk-layers layer-share portfolio-settings solver-table linear-solvers denoising-cost unrolling-cost peers clean lock
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -82,6 +82,9 @@ solver-table: .venv/.installed ## accuracy and time of the portfolio solvers
 
 denoising-cost: .venv/.installed ## time, memory and accuracy of every backend on the denoiser, per lambda
 	$(PY) -m scripts.measure denoising-cost --profile $(PROFILE)
+
+linear-solvers: .venv/.installed ## solvers of the adjoint equation on the layers of all studies (a table)
+	$(PY) -m scripts.measure linear-solvers --profile $(PROFILE)
 
 unrolling-cost: .venv/.installed ## time and memory of unrolling the denoiser as its iterations grow (a figure)
 	$(PY) -m scripts.measure unrolling-cost --profile $(PROFILE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -27,6 +28,10 @@ FIGURES: Mapping[str, str] = {
     "figure_7_stand_in": "Figure 7, on stand-in images and not CIFAR-100: top-5 classification with noisy labels",
     "multilabel_gradients": "Errors of the gradients in training",
     "multilabel_gradients_stand_in": "Errors of the gradients in training, on stand-in images and not CIFAR-100",
+}
+TABLES: Mapping[str, str] = {
+    "linear_solvers": "Solvers of the adjoint equation on the layers of all four studies",
+    "topk_layers": "Layers of the multilabel study",
 }
 CLASSES = dict(zip(VERDICTS, ("confirmed", "conditional", "refuted", "untested"), strict=True))
 STYLE = """
@@ -63,8 +68,12 @@ def write(results: Results) -> str:
         "\n".join(_claims(findings)),
         "## Figures",
         *_figures(results.root),
+        "## Beyond the paper",
+        *_tables(results.root),
         "## Errata of the paper",
         _errata(),
+        "## Made with",
+        "\n".join(_provenance(results.root)),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -82,6 +91,25 @@ def _figures(root: Path) -> Iterator[str]:
     for name, title in FIGURES.items():
         if (root / "figures" / f"{name}.png").is_file():
             yield f"### {title}\n\n![{title}](figures/{name}.png)"
+
+
+def _tables(root: Path) -> Iterator[str]:
+    for name, title in TABLES.items():
+        path = root / "tables" / f"{name}.md"
+        if path.is_file():
+            yield f"### {title}\n\n{path.read_text().strip()}"
+
+
+def _provenance(root: Path) -> Iterator[str]:
+    """List what each study's runs were made with; the file named has all of it."""
+    for path in sorted((root / "provenance").glob("*.json")):
+        content = json.loads(path.read_text())
+        torch = " and ".join(content["versions"]["torch"])
+        devices = " and ".join(content["devices"])
+        yield (
+            f"- `{path.stem}`: {content['runs']} runs, {content['seeds']} seeds, {content['hours']:g} h in all on "
+            f"{devices}, torch {torch}; `provenance/{path.name}` has commits, versions and configurations."
+        )
 
 
 def _errata() -> str:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 
 from rich.console import Console
 
-from experiments import studies
+from experiments import runs, studies
 from experiments.artifacts import Artifacts, output_root
 from experiments.executor import execute
 from experiments.figures import (
@@ -29,6 +30,7 @@ from experiments.tables import (
     denoising_cost,
     final_regret,
     layer_share,
+    linear_solvers,
     multilabel_accuracy,
     smoothing_strength,
     solver_accuracy,
@@ -50,7 +52,7 @@ FIGURES: Mapping[str, Sequence[Maker]] = {
 MEASUREMENTS: Mapping[str, Mapping[str, Callable[[str, str], Artifacts]]] = {
     "figure_4a": {"bilinear-certificates": bilinear_certificates.make},
     "figure_4b": {"denoising-cost": denoising_cost.make, "unrolling-cost": unrolling_cost.make},
-    "figure_4c": {"solver-table": solver_accuracy.make},
+    "figure_4c": {"solver-table": solver_accuracy.make, "linear-solvers": linear_solvers.make},
     "figure_7": {"figure-3": figure_3.make, "topk-layers": topk_layers.make, "layer-share": layer_share.make},
 }
 
@@ -119,7 +121,29 @@ def _outputs(study: Study, planned: Sequence[StudyRun], profile: str, console: C
     command = make_command(study.name.replace("_", "-"), profile)
     for maker in FIGURES[study.name]:
         maker(study, planned, artifacts, command, make_command("reproduce", profile))
+    artifacts.write(f"provenance/{study.name}.json", provenance(planned).encode())
     _say(artifacts, console)
+
+
+def provenance(planned: Sequence[StudyRun]) -> str:
+    """Return what the finished runs of a study were made with, as JSON: each value that occurs, once."""
+    summaries = [runs.load_summary(run.folder) for run in planned]
+    versions = {name for summary in summaries for name in summary["versions"]}
+    content = {
+        "runs": len(summaries),
+        "seeds": len({run.seed for run in planned}),
+        "hours": round(sum(summary["seconds_wall"] for summary in summaries) / 3600, 2),
+        "configurations": sorted(summary["identity"][:12] for summary in summaries),
+        "commits": sorted({summary["git"]["commit"] for summary in summaries if summary["git"]}),
+        "devices": sorted({summary["device"] for summary in summaries}),
+        "threads": sorted({summary["threads"] for summary in summaries}),
+        "python": sorted({summary["python"] for summary in summaries}),
+        "versions": {
+            name: sorted({summary["versions"].get(name) or "not installed" for summary in summaries})
+            for name in sorted(versions)
+        },
+    }
+    return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
 
 
 def _say(artifacts: Artifacts, console: Console) -> None:

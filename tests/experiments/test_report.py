@@ -1,5 +1,6 @@
 """The paper's claims: verdicts that follow from the numbers, and the report that shows them."""
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -8,8 +9,9 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from experiments import report, verification
+from experiments import report, reproduction, studies, verification
 from experiments.claims import CLAIMS, CONDITIONAL, CONFIRMED, REFUTED, UNTESTED, VERDICTS, Results
+from experiments.tables import linear_solvers
 
 COMMITTED = Path(__file__).resolve().parents[2] / "results"
 NEVER_RUN = "Time limits of 10 s and 120 s"
@@ -154,3 +156,25 @@ def test_verification_finds_a_changed_number(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(verification.runs, "status", lambda folder: "missing")
     assert verification.verify(["figure_6"], "smoke", Console()) == 1
     assert "not checked, 0 of" in capsys.readouterr().out
+
+
+def test_every_linear_solver_is_measured_on_a_layer_of_every_study(monkeypatch):
+    monkeypatch.setattr(linear_solvers, "SOLVERS", ("direct", "lfpi", "auto"))
+    rows = linear_solvers.measure(linear_solvers.PROFILES["smoke"]).set_index(["layer", "solver"])
+    assert (rows.xs("auto", level="solver")["error"] < 1e-8).all()
+    assert (rows.xs("auto", level="solver")["solved"] == 1).all()
+    assert rows.loc[("multilabel_saturated", "lfpi"), "solved"] == 0
+    assert rows.loc[("multilabel", "lfpi"), "solved"] == 1
+
+
+def test_provenance_names_every_value_once(monkeypatch):
+    summary = {
+        **{"seconds_wall": 1800, "identity": "abcdef" * 4, "git": {"commit": "1234"}, "device": "cpu (x86_64)"},
+        **{"threads": 1, "python": "3.11", "versions": {"torch": "2.15", "qpth": None}},
+    }
+    monkeypatch.setattr(reproduction.runs, "load_summary", lambda folder: summary)
+    planned = studies.expand(studies.load("figure_6"), "smoke")
+    content = json.loads(reproduction.provenance(planned))
+    assert (content["runs"], content["seeds"], content["hours"]) == (8, 2, 4.0)
+    assert content["commits"] == ["1234"]
+    assert content["versions"] == {"qpth": ["not installed"], "torch": ["2.15"]}
