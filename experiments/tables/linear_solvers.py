@@ -113,8 +113,8 @@ def make(profile: str, command: str) -> Artifacts:
         ("Layer", "Solver", "Products with Φ", "Solved", "Backward (ms)", "Error of the gradient"),
         _rows(table),
         f"One batch of {settings.batch_size}, float64, one thread, medians of {settings.repeats} with the solvers "
-        "taking turns; products per sample, mean over the batch. Errors are relative, against a direct solve; samples "
-        f"that are not solved have no gradient. `auto` takes closed forms where the step has them. Made by: `{command}`",
+        "taking turns; products per sample, mean over the batch. Errors are relative, against a direct solve; what is "
+        f"not solved has no gradient. `auto` takes closed forms where the step has them. Made by: `{command}`",
     )
     return artifacts
 
