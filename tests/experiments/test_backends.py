@@ -107,7 +107,7 @@ def test_failures_of_cvxpylayers_are_counted_and_leave_the_rest():
     import diffcp
 
     c = parts.task.splits["train"]["returns"][:4]
-    solve, calls = parts.backend._solve, []
+    solve, calls = parts.backend._layer._solve, []
 
     def failing(rows):
         calls.append(len(rows))
@@ -115,7 +115,7 @@ def test_failures_of_cvxpylayers_are_counted_and_leave_the_rest():
             raise diffcp.SolverError("deliberate")
         return solve(rows)
 
-    parts.backend._solve = failing
+    parts.backend._layer._solve = failing
     x, gradient, failures = decisions_and_gradient(parts, c, torch.randn_like(c))
     assert calls == [4, 1, 1, 1, 1]
     assert failures == 1

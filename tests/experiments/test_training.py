@@ -178,7 +178,7 @@ def test_a_run_that_is_being_executed_is_left_alone(tiny, console):
         (["+task.colour=red"], "task=portfolio: got an unexpected keyword argument 'colour'; its keys are: degree"),
         (["backend.forward=mosek"], "backend.forward='mosek' is not there for this task; choose one of"),
         (["backend.optimizer=pgd_a"], "backend.optimizer='pgd_a' is not there for this task; choose auto or one of"),
-        (["backend=cvxpylayers", "backend.solver=ECOS"], "backend.solver='ECOS' is unknown"),
+        (["backend=cvxpylayers", "backend.solver=ECOS"], "solver='ECOS' is unknown"),
         (["backend=cvxpylayers", "backend.scaling=big"], "scaling='big' is unknown"),
         (["model.layers=0"], "layers=0"),
         (["train.epochs=many"], "train.epochs=many: expected a whole number of at least 1"),
