@@ -6,7 +6,9 @@ import contextlib
 import fcntl
 import json
 import logging
+import os
 import platform
+import socket
 import subprocess
 import time
 import traceback
@@ -14,7 +16,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -22,7 +24,7 @@ from rich.console import Console
 
 from experiments import runs
 from experiments.components import Components, build
-from experiments.interruption import StopRequest
+from experiments.interruption import BUSY, StopRequest
 from experiments.tracking import Tracker
 from experiments.trainer import Interrupted, Trainer
 from foldopt.checks import require_whole
@@ -30,14 +32,20 @@ from foldopt.errors import FoldoptError, InputError
 
 log = logging.getLogger("foldopt.run")
 SHOWN = ("regret", "regret_percent", "mse", "top1", "top5")
+LOCK_POLL_SECONDS = 2.0
 PACKAGES = ("foldopt", "torch", "cvxpylayers", "diffcp", "scs", "clarabel", "gurobipy", "qpth", "hydra-core", "wandb")
 
 
-def execute(cfg: DictConfig, console: Console | None = None) -> int:
+class BusyError(InputError):
+    """Another process executes this run."""
+
+
+def execute(cfg: DictConfig, console: Console | None = None, wait: bool = False) -> int:
     """Bring one run to its end and return the exit code of ``python run.py``.
 
-    0: finished, now or before. 1: failed, with the reason on the console, the traceback in error.txt. 130 or 143:
-    stopped by SIGINT or SIGTERM at a point from which the same call goes on.
+    0: finished, now or before. 1: failed, with the reason on the console, the traceback in error.txt. 130, 143 or 138:
+    stopped by SIGINT, SIGTERM or SIGUSR1 at a point from which the same call goes on. 75: another process executes the
+    run, unless `wait`: then until that process has ended.
     """
     console = console or Console()
     path = runs.folder(cfg)
@@ -57,8 +65,16 @@ def execute(cfg: DictConfig, console: Console | None = None) -> int:
     path.mkdir(parents=True, exist_ok=True)
     with StopRequest(insist=True) as stop, _log_to(path / "log.txt"):
         try:
-            with _locked(path):
+            with _locked(path, stop if wait else None):
+                if runs.status(path) == "finished":
+                    _say(console, f"Nothing to do: this run is finished, see {_short(path)}")
+                    return 0
                 return _run(cfg, parts, path, device, console, stop)
+        except Interrupted:
+            return stop.exit_code
+        except BusyError as error:
+            _say(console, f"error: {error}")
+            return BUSY
         except FoldoptError as error:
             _say(console, f"error: {error}")
             return 1
@@ -137,6 +153,7 @@ def _write_summary(
         "identity": runs.identity(cfg),
         "started": begun.isoformat(timespec="seconds"),
         "ended": datetime.now(UTC).isoformat(timespec="seconds"),
+        "host": socket.gethostname(),
         "device": f"{device} ({name})",
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
@@ -168,15 +185,38 @@ def _git() -> dict[str, Any] | None:
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with (path / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InputError(
-                f"another process is executing this run ({_short(path)}); wait for it or stop it."
-            ) from error
+def _locked(path: Path, patience: StopRequest | None) -> Iterator[None]:
+    """Hold the run's lock, waiting for it until `patience` is asked to stop; None: raise BusyError at once."""
+    with (path / "lock").open("a+") as file:
+        if not _try_lock(file, path):
+            if patience is None:
+                raise BusyError(f"another process is executing this run: {_holder(path)}; wait for it or stop it.")
+            log.info("waiting for the process that executes this run: %s", _holder(path))
+            while not _try_lock(file, path):
+                if patience.signal is not None:
+                    raise Interrupted
+                time.sleep(LOCK_POLL_SECONDS)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
         yield
+
+
+def _try_lock(file: IO[str], path: Path) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        raise InputError(
+            f"paths.runs: the file system of {path} does not lock files ({error}), so that two processes could execute "
+            "one run; have it mounted with locks (Lustre: -o flock), or take another folder."
+        ) from error
+    return True
+
+
+def _holder(path: Path) -> str:
+    return f"{(path / 'lock').read_text() or 'it does not say which'} ({_short(path)})"
 
 
 @contextlib.contextmanager

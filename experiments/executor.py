@@ -17,7 +17,7 @@ from pathlib import Path
 from rich.console import Console
 
 from experiments import runs
-from experiments.interruption import STOP_CODES, StopRequest
+from experiments.interruption import BUSY, STOP_CODES, StopRequest
 from experiments.progress import Display, TimeEstimate
 from experiments.studies import StudyRun
 from foldopt.errors import InputError
@@ -29,25 +29,29 @@ THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"
 
 @dataclass
 class Report:
-    """What became of the planned runs; `failed` pairs each run with where its traceback is."""
+    """What became of the planned runs; `failed` pairs each run with where its traceback is.
+
+    `elsewhere`: another process executes them, on a cluster for example.
+    """
 
     skipped: list[StudyRun] = field(default_factory=list)
     finished: list[StudyRun] = field(default_factory=list)
     failed: list[tuple[StudyRun, str]] = field(default_factory=list)
+    elsewhere: list[StudyRun] = field(default_factory=list)
     unfinished: list[StudyRun] = field(default_factory=list)
     stopped_by: int | None = None
     seconds: float = 0.0
 
     @property
     def exit_code(self) -> int:
-        """0 all finished, 1 some failed, 128 + signal (130 for Ctrl-C) when stopped."""
+        """0 all finished, 1 some failed, 128 + signal (130 for Ctrl-C) when stopped, 75 some executed elsewhere."""
         if self.stopped_by is not None:
             return 128 + self.stopped_by
-        return 1 if self.failed else 0
+        return 1 if self.failed else BUSY if self.elsewhere else 0
 
     def lines(self) -> list[str]:
         """Return the summary, one sentence a line."""
-        if not (self.finished or self.failed or self.unfinished):
+        if not (self.finished or self.failed or self.elsewhere or self.unfinished):
             return [f"Nothing to do: all {len(self.skipped)} runs are finished."]
         text = [
             f"{len(self.finished)} runs finished in {self.seconds:.0f} s, "
@@ -55,17 +59,21 @@ class Report:
             f"{len(self.unfinished)} are still to do."
         ]
         text += [f"FAILED {run.label}: {reason}" for run, reason in self.failed]
+        text += [f"ELSEWHERE {run.label}: another process executes it" for run in self.elsewhere]
         if self.stopped_by is not None:
             name = signal.Signals(self.stopped_by).name
             text.append(f"Stopped by {name}; the same command goes on from where each run was.")
         return text
 
 
-def run_overrides(overrides: list[str]) -> int:
-    """Execute one run in this process exactly as `python run.py <overrides>` does; return its exit code."""
+def run_overrides(overrides: list[str], wait: bool = False) -> int:
+    """Execute one run in this process exactly as `python run.py <overrides>` does; return its exit code.
+
+    wait: for another process that executes the run, see experiments.execution.execute.
+    """
     from experiments.execution import execute as execute_run
 
-    return execute_run(runs.compose(overrides))
+    return execute_run(runs.compose(overrides), wait=wait)
 
 
 def _serve(pipe: connection.Connection, run_one: RunOne) -> None:
@@ -77,11 +85,12 @@ def _serve(pipe: connection.Connection, run_one: RunOne) -> None:
         while (task := pipe.recv()) is not None:
             overrides, folder = task
             with _output_to(folder / "output.txt"):
-                code, reason = _attempt(run_one, overrides, folder)
+                code, reason = attempt(run_one, overrides, folder)
             pipe.send((code, reason))
 
 
-def _attempt(run_one: RunOne, overrides: list[str], folder: Path) -> tuple[int, str]:
+def attempt(run_one: RunOne, overrides: list[str], folder: Path) -> tuple[int, str]:
+    """Return the exit code of a run and, where it failed, the reason; what it raised goes to error.txt."""
     try:
         code = run_one(overrides)
     except KeyboardInterrupt:
@@ -267,6 +276,9 @@ def _settle(worker: _Worker, stop: StopRequest, report: Report, display: Display
     if code == 0:
         report.finished.append(run)
         display.ended(run, "finished", seconds)
+    elif code == BUSY:
+        report.elsewhere.append(run)
+        display.ended(run, "executed elsewhere", seconds)
     elif stop.signal is not None and (code in STOP_CODES or not worker.alive):
         report.unfinished.append(run)
         display.ended(run, "interrupted", seconds)

@@ -1,14 +1,16 @@
-"""SIGINT and SIGTERM as a request to stop at the next resumable point."""
+"""SIGINT, SIGTERM and SIGUSR1 (Slurm's warning before a time limit) as a request to stop at a resumable point."""
 
 from __future__ import annotations
 
 import signal
 
-STOP_CODES = (130, 143)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+STOP_CODES = tuple(128 + number for number in SIGNALS)
+BUSY = 75  # exit code of a run that another process executes
 
 
 class StopRequest:
-    """Counts SIGINT and SIGTERM while active (a context manager, main thread): `signal` is the first that came.
+    """Counts SIGNALS while active (a context manager, main thread): `signal` is the first that came.
 
     insist: a second SIGINT raises KeyboardInterrupt at once.
     """
@@ -20,11 +22,11 @@ class StopRequest:
 
     @property
     def exit_code(self) -> int:
-        """128 + signal: 130 for SIGINT, 143 for SIGTERM; 0 if none came."""
+        """128 + signal: 130 for SIGINT, 143 for SIGTERM, 138 for SIGUSR1; 0 if none came."""
         return 0 if self.signal is None else 128 + self.signal
 
     def __enter__(self) -> StopRequest:
-        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
         return self
 
     def __exit__(self, *_: object) -> None:

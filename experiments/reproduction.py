@@ -93,9 +93,9 @@ def reproduce(names: Sequence[str], profile: str | None, workers: int, console: 
             console.print(line, markup=False, highlight=False, soft_wrap=True)
         if report.stopped_by is not None:
             return report.exit_code
-        if report.failed:
+        if missing := len(report.failed) + len(report.elsewhere):
             exit_code = report.exit_code
-            console.print(f"No figure of {name}: {len(report.failed)} of its runs failed.", markup=False)
+            console.print(f"No figure of {name}: {missing} of its runs are not finished.", markup=False)
         else:
             _outputs(study, planned, chosen[name], console)
     for name in names:
@@ -119,7 +119,7 @@ def measurements() -> list[str]:
 def _outputs(study: Study, planned: Sequence[StudyRun], profile: str, console: Console) -> None:
     artifacts = Artifacts(output_root(profile))
     command = make_command(study.name.replace("_", "-"), profile)
-    for maker in FIGURES[study.name]:
+    for maker in FIGURES.get(study.name, ()):
         maker(study, planned, artifacts, command, make_command("reproduce", profile))
     artifacts.write(f"provenance/{study.name}.json", provenance(planned).encode())
     _say(artifacts, console)

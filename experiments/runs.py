@@ -17,6 +17,7 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from foldopt.errors import InputError
@@ -56,6 +57,16 @@ def compose(overrides: list[str]) -> DictConfig:
     """Return the configuration of ``python run.py <overrides>``."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return hydra_compose("config", overrides)
+
+
+def compose_launcher(name: str, settings: list[str]) -> DictConfig:
+    """Return conf/hydra/launcher/<name>.yaml with `settings`, key=value each; InputError for an unknown key."""
+    overrides = [f"hydra/launcher={name}", *(f"hydra.launcher.{setting}" for setting in settings)]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        try:
+            return hydra_compose("config", overrides, return_hydra_config=True).hydra.launcher
+        except HydraException as error:
+            raise InputError(f"{' '.join(settings)}: {error.__cause__ or error}") from error
 
 
 def group_options(group: str) -> dict[str, DictConfig]:
