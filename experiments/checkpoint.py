@@ -26,8 +26,11 @@ class Checkpoint:
     def __init__(self, folder: Path, **parts: nn.Module | torch.optim.Optimizer | Any) -> None:
         self.path, self.metrics, self.parts = folder / "checkpoint.pt", folder / "metrics.csv", parts
 
-    def save(self, epoch: int, seconds: float, rows: list[Row]) -> None:
-        """Append the rows of an epoch to metrics.csv, then replace the checkpoint by the state after it."""
+    def save(self, epoch: int, seconds: float, rows: list[Row], begun: dict[str, Any] | None = None) -> None:
+        """Append the rows of an epoch to metrics.csv, then replace the checkpoint by the state after it.
+
+        begun: what was done of the epoch after that, in plain numbers.
+        """
         with self.metrics.open("a", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
             if file.tell() == 0:
@@ -38,6 +41,7 @@ class Checkpoint:
         content = {
             "epoch": epoch,
             "seconds": seconds,
+            "begun": begun,
             "rng": torch.get_rng_state(),
             "rng_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
             **{name: part.state_dict() for name, part in self.parts.items()},
@@ -49,11 +53,14 @@ class Checkpoint:
             os.fsync(file.fileno())
         temporary.replace(self.path)
 
-    def restore(self, device: torch.device) -> tuple[int, float]:
-        """Load the last checkpoint; return its epoch and the seconds spent until then, (-1, 0) if there is none."""
+    def restore(self, device: torch.device) -> tuple[int, float, dict[str, Any] | None]:
+        """Load the last checkpoint; return its epoch, the seconds spent until then, and what was begun after it.
+
+        (-1, 0, None) if there is none.
+        """
         if not self.path.is_file():
             self.metrics.unlink(missing_ok=True)
-            return -1, 0.0
+            return -1, 0.0, None
         content = torch.load(self.path, map_location="cpu", weights_only=True)
         for name, part in self.parts.items():
             part.load_state_dict(content[name])
@@ -61,7 +68,7 @@ class Checkpoint:
         if device.type == "cuda" and len(content["rng_cuda"]) == torch.cuda.device_count():
             torch.cuda.set_rng_state_all(content["rng_cuda"])
         self._drop_rows_after(content["epoch"])
-        return content["epoch"], content["seconds"]
+        return content["epoch"], content["seconds"], content.get("begun")
 
     def _drop_rows_after(self, epoch: int) -> None:
         with self.metrics.open(newline="") as file:

@@ -100,7 +100,7 @@ def _run(
         code = 0
     except Interrupted:
         code = stop.exit_code
-        _say(console, "Interrupted; the same command goes on from the last finished epoch.")
+        _say(console, "Interrupted; the same command goes on from here.")
         log.info("interrupted with exit code %d", code)
     except Exception as error:
         (path / "error.txt").write_text(traceback.format_exc())

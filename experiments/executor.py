@@ -127,15 +127,16 @@ def _output_to(path: Path) -> Iterator[None]:
 
 
 class _Worker:
-    """The parent's side of one worker process."""
+    """The parent's side of one worker process; `gpu` is the one that it sees, None: whatever there is."""
 
-    def __init__(self, run_one: RunOne) -> None:
+    def __init__(self, run_one: RunOne, gpu: str | None) -> None:
         context = get_context("spawn")
         self.pipe, remote = context.Pipe()
         self.process = context.Process(target=_serve, args=(remote, run_one), daemon=True)
         self.run: StudyRun | None = None
-        self.started = 0.0
-        with single_threaded_environment(), _sigint_blocked():
+        self.started, self.gpu = 0.0, gpu
+        visible = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
+        with single_threaded_environment(), _environment(visible), _sigint_blocked():
             self.process.start()
         remote.close()
 
@@ -161,16 +162,30 @@ class _Worker:
             self.pipe.send(None)
 
 
-@contextlib.contextmanager
-def single_threaded_environment() -> Iterator[None]:
+def single_threaded_environment() -> contextlib.AbstractContextManager[None]:
     """Let processes that are started inside use one thread each."""
-    before = {name: os.environ.get(name) for name in THREAD_VARIABLES}
-    os.environ.update(dict.fromkeys(THREAD_VARIABLES, "1"))
+    return _environment(dict.fromkeys(THREAD_VARIABLES, "1"))
+
+
+@contextlib.contextmanager
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
     try:
         yield
     finally:
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+def _gpus() -> list[str]:
+    """Return the GPUs that this process may use, each as CUDA_VISIBLE_DEVICES names it."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        return [gpu for gpu in named.split(",") if gpu]
+    import torch
+
+    return [str(index) for index in range(torch.cuda.device_count())]
 
 
 @contextlib.contextmanager
@@ -194,8 +209,8 @@ def execute(
 
     Finished runs are skipped, interrupted ones resumed by `run_one`, failed ones tried again; one that fails
     does not stop the others. `run_one(overrides) -> exit code` must be importable: it runs in spawned worker
-    processes of one thread each. SIGINT or SIGTERM ends the running runs at a resumable point, a second one
-    kills them. Raises InputError for `workers` below 1.
+    processes of one thread each and, where there are GPUs, of one GPU each. SIGINT or SIGTERM ends the running
+    runs at a resumable point, a second one kills them. Raises InputError for `workers` below 1.
     """
     if workers < 1:
         raise InputError(f"workers={workers} must be at least 1")
@@ -227,7 +242,8 @@ def _loop(
     display: Display,
     stop: StopRequest,
 ) -> None:
-    crew = [_Worker(run_one) for _ in range(workers)]
+    gpus = _gpus() or [None]
+    crew = [_Worker(run_one, gpus[number % len(gpus)]) for number in range(workers)]
     stop_sent: float | None = None
     try:
         while True:
@@ -262,7 +278,7 @@ def _hand_out(crew: list[_Worker], pending: deque[StudyRun], run_one: RunOne, di
     for position, worker in enumerate(crew):
         if worker.run is None and pending:
             if not worker.alive:
-                crew[position] = worker = _Worker(run_one)
+                crew[position] = worker = _Worker(run_one, worker.gpu)
             worker.give(pending.popleft())
             display.started(worker.run)
 

@@ -6,6 +6,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,10 @@ class DivergenceError(FoldoptError, ArithmeticError):
 
 
 class Interrupted(Exception):  # noqa: N818
-    """SIGINT or SIGTERM arrived; the last checkpoint is where the run goes on."""
+    """A stop was asked for; `begun` is what was done of the epoch until then."""
+
+    def __init__(self, begun: dict[str, Any] | None = None) -> None:
+        self.begun = begun
 
 
 class Stopwatch:
@@ -101,14 +105,20 @@ class Trainer:
 
         Raises Interrupted after a signal, DivergenceError where loss or predictions are no longer finite.
         """
-        done, before = self.checkpoint.restore(self.device)
+        done, before, begun = self.checkpoint.restore(self.device)
         if done >= 0:
-            log.info("resumed after epoch %d of %d", done, self.cfg.train.epochs)
+            more = f" and {begun['batches']} batches" if begun else ""
+            log.info("resumed after epoch %d of %d%s", done, self.cfg.train.epochs, more)
         begin = time.perf_counter()
         with self._progress(console) as progress:
             bar = progress.add_task("", total=self.cfg.train.epochs, completed=max(done, 0))
             for epoch in range(done + 1, self.cfg.train.epochs + 1):
-                rows = self._counted(epoch, stop)
+                try:
+                    rows = self._counted(epoch, stop, begun)
+                except Interrupted as stopped:
+                    self.checkpoint.save(epoch - 1, before + time.perf_counter() - begin, [], stopped.begun)
+                    raise
+                begun = None
                 self.checkpoint.save(epoch, before + time.perf_counter() - begin, rows)
                 tracker.log(rows)
                 line = _line(epoch, self.cfg.train.epochs, rows)
@@ -128,10 +138,10 @@ class Trainer:
             disable=not (self.cfg.progress and console.is_terminal),
         )
 
-    def _counted(self, epoch: int, stop: StopRequest) -> list[Row]:
+    def _counted(self, epoch: int, stop: StopRequest, begun: dict[str, Any] | None) -> list[Row]:
         """Do one epoch; what the problem refuses after training began is a divergence."""
         try:
-            return self._epoch(epoch, stop)
+            return self._epoch(epoch, stop, begun)
         except InputError as error:
             if epoch == 0:
                 raise
@@ -139,27 +149,33 @@ class Trainer:
                 f"training diverged in epoch {epoch}: {error} Metrics and checkpoint of epoch {epoch - 1} are kept."
             ) from error
 
-    def _epoch(self, epoch: int, stop: StopRequest) -> list[Row]:
-        rows = [self._train(epoch, stop)] if epoch else []
+    def _epoch(self, epoch: int, stop: StopRequest, begun: dict[str, Any] | None) -> list[Row]:
+        rows = [self._train(epoch, stop, begun)] if epoch else []
         return rows + [self._evaluate(epoch, split) for split in ("val", "test")]
 
     def on_prediction(self, epoch: int) -> bool:
         """Whether this epoch trains on the prediction loss: the backend's choice, or the warm start."""
         return self.backend.trains_on == "prediction" or epoch <= self.cfg.train.mse_epochs
 
-    def _train(self, epoch: int, stop: StopRequest) -> Row:
+    def _train(self, epoch: int, stop: StopRequest, begun: dict[str, Any] | None) -> Row:
+        """Train one epoch, from where it was stopped if it was `begun`."""
         self.model.train()
         watch = Stopwatch(self.device)
         begin = time.perf_counter()
-        totals = {"zero": 0, "failures": 0, "products": 0, "samples": 0}
-        sums, largest_error = Counter(), 0.0
-        for batch in self._batches(epoch):
+        totals = {"zero": 0, "failures": 0, "products": 0, "samples": 0, "largest_error": 0.0}
+        sums, first = Counter(), 0
+        if begun:
+            first, totals, sums = begun["batches"], begun["totals"], Counter(begun["sums"])
+            watch.seconds = begun["seconds"]
+            begin -= begun["seconds_epoch"]
+        for number, batch in enumerate(islice(self._batches(epoch), first, None), first):
             if stop.signal is not None:
-                raise Interrupted
+                spent = {"seconds": watch.seconds, "seconds_epoch": time.perf_counter() - begin}
+                raise Interrupted({"batches": number, "totals": totals, "sums": dict(sums), **spent})
             values, zero = self._step(epoch, batch, watch)
             size = len(batch["inputs"])
             sums.update({name: value * size for name, value in values.items()})
-            largest_error = max(largest_error, values.get("gradient_error", 0.0))
+            totals["largest_error"] = max(totals["largest_error"], values.get("gradient_error", 0.0))
             totals["zero"] += zero
             totals["failures"] += self.backend.take_failures()
             totals["products"] += getattr(self.backend, "products", 0)
@@ -173,7 +189,7 @@ class Trainer:
             "epoch": epoch,
             "split": "train",
             **means,
-            **({"gradient_error_max": largest_error} if "gradient_error" in means else {}),
+            **({"gradient_error_max": totals["largest_error"]} if "gradient_error" in means else {}),
             "seconds_network": watch.seconds["network"],
             "seconds_solve": watch.seconds.get("solve", 0.0),
             "seconds_backward": watch.seconds.get("backward", 0.0),

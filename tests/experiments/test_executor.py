@@ -27,7 +27,7 @@ def run_one(overrides):
     settings = dict(text.split("=", 1) for text in overrides)
     folder = Path(settings["folder"])
     with (folder / "calls.txt").open("a") as calls:
-        calls.write(f"{os.getpid()} {os.environ['OMP_NUM_THREADS']}\\n")
+        calls.write(f"{os.getpid()} {os.environ['OMP_NUM_THREADS']} {os.environ.get('CUDA_VISIBLE_DEVICES')}\\n")
     print("said by", settings["do"])
     match settings["do"]:
         case "raise":
@@ -38,6 +38,8 @@ def run_one(overrides):
             os.kill(os.getpid(), signal.SIGKILL)
         case "lie":
             return 0
+        case "elsewhere":
+            return 75
         case "wait":
             def stop(number, frame):
                 (folder / "checkpoint.pt").write_text("saved")
@@ -78,9 +80,9 @@ def test_all_finish_in_one_long_lived_worker_and_a_second_call_does_nothing(tmp_
     assert console.file.getvalue().count("finished in") == 3
     assert (tmp_path / "a" / "output.txt").read_text() == "said by work\n"
     calls = [(tmp_path / name / "calls.txt").read_text().split() for name in "abc"]
-    assert len({process for process, _ in calls}) == 1
-    assert {threads for _, threads in calls} == {"1"}
-    assert str(os.getpid()) not in {process for process, _ in calls}
+    assert len({process for process, *_ in calls}) == 1
+    assert {threads for _, threads, _ in calls} == {"1"}
+    assert str(os.getpid()) not in {process for process, *_ in calls}
 
     again = execute(plan, workers=2, run_one=run_one, console=quiet())
     assert again.exit_code == 0
@@ -101,6 +103,20 @@ def test_failures_are_reported_and_do_not_stop_the_others(tmp_path, run_one):
     assert "died with exit code -9" in reasons["c"]
     assert "returned 0 but its folder" in reasons["d"]
     assert sum(line.startswith("FAILED") for line in report.lines()) == 4
+
+
+def test_what_another_process_executes_is_left_to_it(tmp_path, run_one):
+    report = execute(planned(tmp_path, a="elsewhere", b="work"), workers=1, run_one=run_one, console=quiet())
+    assert report.exit_code == 75
+    assert [run.label for run in report.elsewhere] == ["a"]
+    assert "ELSEWHERE a: another process executes it" in report.lines()
+
+
+def test_each_worker_gets_one_of_the_gpus_in_turn(tmp_path, run_one, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-8f6d")
+    assert execute(planned(tmp_path, a="work", b="work", c="work"), workers=3, run_one=run_one).exit_code == 0
+    gpus = [(tmp_path / name / "calls.txt").read_text().split()[2] for name in "abc"]
+    assert sorted(gpus) == ["3", "3", "GPU-8f6d"]
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -12,10 +13,10 @@ import pandas as pd
 import pytest
 import torch
 
-from experiments import runs
+from experiments import execution, runs
 from experiments.checkpoint import Checkpoint
 from experiments.execution import execute, resolve_device
-from experiments.interruption import StopRequest
+from experiments.interruption import BUSY, StopRequest
 from experiments.trainer import Trainer
 from foldopt.errors import InputError
 
@@ -132,14 +133,14 @@ def test_rows_written_after_the_last_checkpoint_are_dropped(tmp_path):
     with (tmp_path / "metrics.csv").open("a") as file:
         file.write("3,test,,9\n4,te")
     model.reset_parameters()
-    assert checkpoint.restore(torch.device("cpu")) == (2, 2.0)
+    assert checkpoint.restore(torch.device("cpu")) == (2, 2.0, None)
     assert runs.load_metrics(tmp_path)["epoch"].tolist() == [0, 1, 2]
     assert all(torch.equal(value, kept[name]) for name, value in model.state_dict().items())
 
 
 def test_without_a_checkpoint_a_run_starts_over(tmp_path):
     (tmp_path / "metrics.csv").write_text("epoch,split\n0,test\n")
-    assert Checkpoint(tmp_path).restore(torch.device("cpu")) == (-1, 0.0)
+    assert Checkpoint(tmp_path).restore(torch.device("cpu")) == (-1, 0.0, None)
     assert not (tmp_path / "metrics.csv").exists()
 
 
@@ -162,9 +163,48 @@ def test_a_run_that_is_being_executed_is_left_alone(tiny, console):
     folder.mkdir(parents=True)
     with (folder / "lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        assert execute(cfg, console) == 1
+        assert execute(cfg, console) == BUSY
     assert "another process is executing this run" in console.file.getvalue()
     assert not (folder / "metrics.csv").exists()
+
+
+def test_a_run_waits_for_the_process_that_executes_it(tiny, console, monkeypatch):
+    """As on a cluster, where the job of a lost node may still run; a stop ends the waiting."""
+    monkeypatch.setattr(execution, "LOCK_POLL_SECONDS", 0.05)
+    cfg = tiny("backend=two_stage", "train.epochs=1")
+    folder = runs.folder(cfg)
+    folder.mkdir(parents=True)
+    with (folder / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        threading.Timer(0.3, os.kill, [os.getpid(), signal.SIGTERM]).start()
+        assert execute(cfg, console, wait=True) == 143
+        assert not (folder / "metrics.csv").exists()
+        threading.Timer(0.3, fcntl.flock, [file, fcntl.LOCK_UN]).start()
+        assert execute(cfg, console, wait=True) == 0
+    assert "waiting for the process that executes this run" in (folder / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_stop_in_the_middle_of_an_epoch_loses_no_batch(tiny, console, untimed, tmp_path, monkeypatch, number):
+    whole, stopped = (
+        tiny("model=mlp_bn", "train.batch_size=8", "train.epochs=3", f"paths.runs={tmp_path / name}") for name in "ab"
+    )
+    assert execute(whole, console) == 0
+    step, steps = Trainer._step, []
+
+    def signalled(self, epoch, batch, watch):
+        steps.append(epoch)
+        if len(steps) in (3, 12):
+            os.kill(os.getpid(), number)
+        return step(self, epoch, batch, watch)
+
+    monkeypatch.setattr(Trainer, "_step", signalled)
+    assert [execute(stopped, console) for _ in range(3)] == [128 + number, 128 + number, 0]
+    assert steps == sorted([1, 2, 3] * 8), "no batch is done twice"
+    text = (runs.folder(stopped) / "log.txt").read_text()
+    assert "resumed after epoch 0 of 3 and 3 batches" in text
+    assert "resumed after epoch 1 of 3 and 4 batches" in text
+    pd.testing.assert_frame_equal(untimed(runs.folder(whole)), untimed(runs.folder(stopped)), check_exact=True)
 
 
 @pytest.mark.parametrize(
