@@ -83,18 +83,20 @@ def cancel(names: Sequence[str]) -> None:
 
 
 def requeue() -> bool:
-    """Ask that this job starts again, and return whether that was needed.
+    """Ask that the job of this process starts again, and return whether that was needed.
 
-    It is not where Slurm is ending the job already, because it was cancelled, preempted or requeued.
+    It is not where Slurm is ending the job already, because it was cancelled, preempted or requeued, or has started it
+    again elsewhere, taking this node for lost.
     """
     environment = os.environ
     job = environment["SLURM_JOB_ID"]
     if "SLURM_ARRAY_TASK_ID" in environment:
         job = f"{environment['SLURM_ARRAY_JOB_ID']}_{environment['SLURM_ARRAY_TASK_ID']}"
-    running = _call("squeue", "--noheader", f"--jobs={job}", "--format=%T").strip() == "RUNNING"
-    if running:
+    known = _call("squeue", "--noheader", f"--jobs={job}", "--Format=State:20,RestartCnt:20").split()
+    needed = known == ["RUNNING", environment.get("SLURM_RESTART_COUNT", "0")]
+    if needed:
         _call("scontrol", "requeue", job)
-    return running
+    return needed
 
 
 def _call(*command: str) -> str:

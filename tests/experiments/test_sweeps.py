@@ -1,0 +1,150 @@
+"""Sweeps on a real Slurm: what the README says to type, a preempted job, a lost node, and the numbers of local runs."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+
+from experiments import runs
+from tests.experiments import local_slurm
+from tests.experiments.local_slurm import LocalSlurm
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.xdist_group("slurm")
+
+SIZES = ["task.n_val=16", "task.n_test=32", "tracking.mode=offline"]
+STUDIES = {
+    "short": {
+        "title": "Short runs",
+        "base": ["task=portfolio", "task.n_train=64", *SIZES],
+        "grid": {"task.degree": [1, 3]},
+        "series": {
+            "fold": {"title": "fold", "overrides": ["backend=fold", "train.epochs=3"]},
+            "two_stage": {"title": "two-stage", "overrides": ["backend=two_stage", "train.epochs=3"]},
+        },
+        "profiles": {"default": {"seeds": 1, "series": {"fold": {}, "two_stage": {}}}},
+    },
+    "long": {
+        "title": "A run that outlives a preemption and a node",
+        "base": ["task=denoising", "model=operator", "train.lr=0.001", "task.n_train=1000", *SIZES],
+        "grid": {"task.weight": [10]},
+        "series": {"fold": {"title": "fold", "overrides": ["backend=fold", "train.epochs=40"]}},
+        "profiles": {"default": {"seeds": 1, "series": {"fold": {}}}},
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def slurm():
+    reason = local_slurm.missing()
+    if reason:
+        pytest.skip(reason)
+    with LocalSlurm() as slurm:
+        yield slurm
+
+
+def project(path):
+    """Make a copy of the project whose run folders are its own, with two small studies more."""
+    for name in ("conf", "experiments", "foldopt", "data", "scripts"):
+        shutil.copytree(ROOT / name, path / name, ignore=shutil.ignore_patterns("__pycache__", "cache"))
+    shutil.copy(ROOT / "run.py", path)
+    for name, content in STUDIES.items():
+        (path / "conf" / "study" / f"{name}.yaml").write_text(yaml.safe_dump({"name": name, **content}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory):
+    """The run folders of both studies, executed on this machine without Slurm."""
+    path = project(tmp_path_factory.mktemp("local"))
+    command = [sys.executable, "-m", "scripts.reproduce", "--study", "short", "--study", "long", "--workers", "1"]
+    process = subprocess.Popen(command, cwd=path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    yield path, process
+    process.kill()
+    process.wait()
+
+
+def folders(path):
+    return {
+        str(summary.parent.relative_to(path)): summary.parent
+        for summary in path.glob("results/runs/*/*/summary.json")
+        if runs.status(summary.parent) == "finished"
+    }
+
+
+def epoch(path, study):
+    """Return the last epoch that is in the metrics of the only run of a study."""
+    found = list(path.glob(f"results/runs/{study}/*/metrics.csv"))
+    return runs.load_metrics(found[0].parent)["epoch"].max() if found else -1
+
+
+def test_a_sweep_survives_preemption_and_a_lost_node_and_equals_local_runs(slurm, local, tmp_path, untimed):
+    here = project(tmp_path)
+    log_of_run = lambda: "".join(p.read_text() for p in here.glob("results/runs/denoising/*/log.txt"))  # noqa: E731
+
+    def sweep(*words, code=0):
+        command = [sys.executable, "-m", "scripts.sweep", *words]
+        done = subprocess.run(command, cwd=here, env=slurm.environment, capture_output=True, text=True)
+        assert done.returncode == code, done.stdout + done.stderr
+        return done.stdout
+
+    def resumed(times):
+        slurm.wait(lambda: log_of_run().count("resumed after epoch") == times, 90, f"resumption {times}")
+
+    def job(form):
+        return slurm.call("squeue", "-h", "-r", f"--name={array}", "-o", form).strip()
+
+    # Jobs that break before their runs do are failures, and can be retried.
+    out = sweep("submit", "short", "--runs-per-job", "2", "-s", "partition=low", "-s", "setup=[exit 3]")
+    assert "submitted 2 jobs" in out
+    slurm.wait(lambda: not slurm.call("squeue", "-h"), 60, "end of the jobs that exit at once")
+    out = sweep("status", "short", code=1)
+    assert "short (default): 4 runs, 4 failed" in out
+    assert "its job ended without it, see" in out
+    assert "4 of 4 runs submitted" in sweep("retry", "short", "--failed", "--runs-per-job", "2", "-s", "partition=low")
+    assert "0 of 4 runs submitted" in sweep("submit", "short"), "they are in the queue, or finished"
+
+    assert "1 of 1 runs submitted" in sweep("submit", "long", "-s", "partition=low", "-s", "timeout_min=30")
+    array = next(here.glob("results/runs/sweeps/long-default/*/job.sh")).parent.name
+
+    # The warning before a time limit: the signal that --signal=B:USR1@120 sends.
+    slurm.wait(lambda: epoch(here, "denoising") >= 2, 90, "second epoch")
+    slurm.call("scancel", "--batch", "--signal=USR1", job("%A"))
+    resumed(1)
+
+    # Preemption: the job in the partition high takes all nodes.
+    before = epoch(here, "denoising")
+    slurm.wait(lambda: epoch(here, "denoising") > before, 90, "progress after the first resumption")
+    slurm.call("sbatch", "-p", "high", "-N", "2", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 2")
+    resumed(2)
+
+    # A node is lost and its processes hang: the run starts elsewhere, but goes on only when they are gone.
+    node = job("%N")
+    slurm.lose_node(node)
+    slurm.wait(lambda: slurm.states()[node].startswith("down"), 60, "loss of the node")
+    slurm.wait(lambda: job("%T %N") == f"RUNNING {next(n for n in local_slurm.NODES if n != node)}", 60, "other node")
+    slurm.wait(lambda: "waiting for the process that executes this run" in log_of_run(), 60, "waiting")
+    slurm.start_node(node)
+    slurm.wait(lambda: slurm.states()[node] in ("idle", "mixed"), 60, "return of the node")
+    resumed(3)
+
+    slurm.wait(lambda: not slurm.call("squeue", "-h"), 180, "end of all jobs")
+    assert "1 finished" in sweep("status", "long")
+    out = sweep("collect", "short", "long")
+    assert "the metrics of 4 of 4 runs" in out
+    assert len(pd.read_csv(here / "results/runs/sweeps/short-default/metrics.csv")) == 4 * (2 + 3 * 3)
+
+    path, process = local
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    expected, found = folders(path), folders(here)
+    assert len(expected) == 5
+    assert found.keys() == expected.keys()
+    for name, folder in expected.items():
+        pd.testing.assert_frame_equal(untimed(found[name]), untimed(folder), check_exact=True)
+    tracked = next(here.glob("results/runs/denoising/*/wandb"))
+    assert len({p.name.rpartition("-")[2] for p in tracked.glob("offline-run-*")}) == 1, "one W&B run all along"
