@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from experiments.execution import execute
+from experiments import runs, slurm
+from experiments.execution import execute, validation
 from experiments.interruption import STOP_CODES
 
-exit_codes: list[int] = []
+
+class RunFailed(Exception):  # noqa: N818
+    """A run of a sweep ended with an exit code that is not 0; the others go on."""
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
-def main(cfg: DictConfig) -> None:
-    """Execute the run; a sweep goes on after a failed one, but not after a signal."""
-    exit_codes.append(execute(cfg))
-    if exit_codes[-1] in STOP_CODES:
-        sys.exit(exit_codes[-1])
+def main(cfg: DictConfig) -> float:
+    """Execute the run; return its best validation, which a search minimizes."""
+    code = execute(cfg)
+    if code in STOP_CODES and os.environ.get("SUBMITIT_EXECUTOR") == "slurm":
+        slurm.requeue()
+    if code in STOP_CODES or (code and HydraConfig.get().mode == RunMode.RUN):
+        sys.exit(code)
+    if code:
+        raise RunFailed(f"exit code {code}, see {runs.folder(cfg)}")
+    return float(validation(runs.load_metrics(runs.folder(cfg))).min())
 
 
 if __name__ == "__main__":
     main()
-    sys.exit(max(exit_codes, default=0))

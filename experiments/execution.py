@@ -18,6 +18,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
 
+import pandas as pd
 import torch
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
@@ -128,18 +129,22 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def _final(path: Path) -> dict[str, Any]:
-    """Return the last metrics of each split, and the test metrics at the epoch of the best validation.
+def validation(frame: pd.DataFrame) -> pd.Series:
+    """Return what a run is judged by, smaller being better, for each epoch after the start.
 
-    That is the one of the smallest regret, or of the smallest squared error for a task that has no regret, or else of
-    the largest top-5 accuracy.
+    That is the regret on validation samples, or the squared error for a task that has no regret, or else minus the
+    top-5 accuracy.
     """
+    val = frame[(frame["split"] == "val") & (frame["epoch"] > 0)].set_index("epoch")
+    value = next(name for name in ("regret", "mse", "top5") if val[name].notna().any())
+    return -val[value] if value == "top5" else val[value]
+
+
+def _final(path: Path) -> dict[str, Any]:
+    """Return the last metrics of each split, and the test metrics at the epoch of the best validation."""
     frame = runs.load_metrics(path)
     last = {split: part.iloc[-1].dropna().to_dict() for split, part in frame.groupby("split")}
-    val = frame[(frame["split"] == "val") & (frame["epoch"] > 0)]
-    value = next(name for name in ("regret", "mse", "top5") if val[name].notna().any())
-    best = val[value].idxmax() if value == "top5" else val[value].idxmin()
-    best = frame[(frame["split"] == "test") & (frame["epoch"] == val.loc[best, "epoch"])].iloc[0]
+    best = frame[(frame["split"] == "test") & (frame["epoch"] == validation(frame).idxmin())].iloc[0]
     return {**last, "test_at_best_val": best.dropna().to_dict()}
 
 

@@ -19,7 +19,6 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from experiments import runs, slurm, studies
-from experiments.aggregation import collect
 from experiments.executor import THREAD_VARIABLES, attempt, run_overrides
 from experiments.interruption import STOP_CODES, StopRequest
 from experiments.studies import StudyRun
@@ -136,6 +135,8 @@ class Sweep:
 
     def collect(self) -> tuple[Path, int]:
         """Write the metrics of all finished runs, a row per run, epoch and split; return the file and their number."""
+        from experiments.aggregation import collect  # scipy, which takes long to import
+
         finished = [run for run in self.planned if runs.status(run.folder) == "finished"]
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "metrics.csv"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import os
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +22,18 @@ PARAMETERS = {
     "BarQCPConvTol": 1e-10,
 }
 SIZE_LIMIT = 10010
+NO_LICENSE = (10009, 10022, 10023, 10028)  # none found or left, no network to its server, refused by it
+LICENSE_VARIABLES = {
+    "GRB_WLSACCESSID": "WLSAccessID",
+    "GRB_WLSSECRET": "WLSSecret",
+    "GRB_LICENSEID": "LicenseID",
+    "GRB_TOKENSERVER": "TokenServer",
+}
+REMEDY = (
+    "Name a licence file in GRB_LICENSE_FILE, a web licence in GRB_WLSACCESSID, GRB_WLSSECRET and GRB_LICENSEID, or a "
+    "token server in GRB_TOKENSERVER; where it is lent to so many processes, run fewer at a time. Or do without: our "
+    "exact solvers need none (run.py: backend.forward=exact)."
+)
 
 
 class GurobiQCQP:
@@ -186,12 +200,24 @@ class GurobiNonconvexQP:
 
 def _model(gp: Any, problem: GurobiQCQP | GurobiNonconvexQP) -> Any:
     try:
-        model = gp.Model(env=gp.Env(params={"OutputFlag": 0}))
+        model = gp.Model(env=_environment(os.getpid()))
     except gp.GurobiError as error:
         raise _explained(error, problem) from error
     for name, value in problem.parameters.items():
         model.setParam(name, value)
     return model
+
+
+@functools.cache
+def _environment(process: int) -> Any:
+    """Return the environment of a process, one for all its models, as a licence may count them.
+
+    The licence is the one of gurobi.lic, where Gurobi finds it, or of LICENSE_VARIABLES.
+    """
+    named = {LICENSE_VARIABLES[name]: value for name, value in os.environ.items() if name in LICENSE_VARIABLES}
+    if "LicenseID" in named:
+        named["LicenseID"] = int(named["LicenseID"])
+    return _gurobipy().Env(params={"OutputFlag": 0, **named})
 
 
 def _gurobipy() -> Any:
@@ -205,12 +231,15 @@ def _gurobipy() -> Any:
 
 
 def _explained(error: Exception, problem: GurobiQCQP | GurobiNonconvexQP) -> SolverError:
-    if getattr(error, "errno", None) == SIZE_LIMIT:
+    code = getattr(error, "errno", None)
+    if code == SIZE_LIMIT:
         return SolverError(
             f"the Gurobi licence does not cover a model of {problem.n} variables (the pip licence: 2000, or 200 with "
-            "quadratic terms); install a full licence or use another solver."
+            f"quadratic terms). {REMEDY}"
         )
-    return SolverError(f"Gurobi cannot solve: {error} (code {getattr(error, 'errno', 'unknown')}).")
+    if code in NO_LICENSE:
+        return SolverError(f"Gurobi gave no licence: {error} (code {code}). {REMEDY}")
+    return SolverError(f"Gurobi cannot solve: {error} (code {code}).")
 
 
 def _failure(failed: dict[int, list[int]], gp: Any) -> SolverError:

@@ -86,7 +86,12 @@ class LocalSlurm:
         (self.root / "slurm.conf").write_text(CONFIGURATION.format(root=self.root, ports=_free_ports(3)))
         files = {"socket": "socket", "key-file": "key", "log-file": "log", "pid-file": "pid", "seed-file": "seed"}
         self._daemon(
-            *("munged", "munged", "--foreground", *(f"--{key}={self.root}/munge/{file}" for key, file in files.items())),
+            *(
+                "munged",
+                "munged",
+                "--foreground",
+                *(f"--{key}={self.root}/munge/{file}" for key, file in files.items()),
+            ),
             identity=("--reuid=munge", "--regid=munge", "--clear-groups"),
         )
         self.wait(lambda: (self.root / "munge" / "socket").exists(), 10, "munged")

@@ -1,5 +1,6 @@
 """Sweeps on a real Slurm: what the README says to type, a preempted job, a lost node, and the numbers of local runs."""
 
+import io
 import shutil
 import subprocess
 import sys
@@ -8,8 +9,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import yaml
+from rich.console import Console
 
-from experiments import runs
+from experiments import runs, studies
+from experiments.execution import execute
 from tests.experiments import local_slurm
 from tests.experiments.local_slurm import LocalSlurm
 
@@ -49,6 +52,7 @@ def slurm():
 
 def project(path):
     """Make a copy of the project whose run folders are its own, with two small studies more."""
+    path.mkdir()
     for name in ("conf", "experiments", "foldopt", "data", "scripts"):
         shutil.copytree(ROOT / name, path / name, ignore=shutil.ignore_patterns("__pycache__", "cache"))
     shutil.copy(ROOT / "run.py", path)
@@ -57,23 +61,13 @@ def project(path):
     return path
 
 
-@pytest.fixture(scope="module")
-def local(tmp_path_factory):
-    """The run folders of both studies, executed on this machine without Slurm."""
-    path = project(tmp_path_factory.mktemp("local"))
-    command = [sys.executable, "-m", "scripts.reproduce", "--study", "short", "--study", "long", "--workers", "1"]
-    process = subprocess.Popen(command, cwd=path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    yield path, process
-    process.kill()
-    process.wait()
-
-
-def folders(path):
-    return {
-        str(summary.parent.relative_to(path)): summary.parent
-        for summary in path.glob("results/runs/*/*/summary.json")
-        if runs.status(summary.parent) == "finished"
-    }
+def planned(folder):
+    """Return the runs of both studies, to be executed into `folder`."""
+    raw = [
+        {"name": name, **content, "base": [*content["base"], f"paths.runs={folder}"]}
+        for name, content in STUDIES.items()
+    ]
+    return [run for one in raw for run in studies.expand(studies.parse(one, "a test"))]
 
 
 def epoch(path, study):
@@ -82,8 +76,8 @@ def epoch(path, study):
     return runs.load_metrics(found[0].parent)["epoch"].max() if found else -1
 
 
-def test_a_sweep_survives_preemption_and_a_lost_node_and_equals_local_runs(slurm, local, tmp_path, untimed):
-    here = project(tmp_path)
+def test_a_sweep_survives_preemption_and_a_lost_node_and_equals_local_runs(slurm, tmp_path, untimed):
+    here = project(tmp_path / "cluster")
     log_of_run = lambda: "".join(p.read_text() for p in here.glob("results/runs/denoising/*/log.txt"))  # noqa: E731
 
     def sweep(*words, code=0):
@@ -106,9 +100,9 @@ def test_a_sweep_survives_preemption_and_a_lost_node_and_equals_local_runs(slurm
     assert "short (default): 4 runs, 4 failed" in out
     assert "its job ended without it, see" in out
     assert "4 of 4 runs submitted" in sweep("retry", "short", "--failed", "--runs-per-job", "2", "-s", "partition=low")
-    assert "0 of 4 runs submitted" in sweep("submit", "short"), "they are in the queue, or finished"
-
-    assert "1 of 1 runs submitted" in sweep("submit", "long", "-s", "partition=low", "-s", "timeout_min=30")
+    out = sweep("submit", "short", "long", "-s", "partition=low", "-s", "timeout_min=30")
+    assert "short (default): 0 of 4 runs submitted" in out, "they are in the queue, or finished"
+    assert "long (default): 1 of 1 runs submitted" in out
     array = next(here.glob("results/runs/sweeps/long-default/*/job.sh")).parent.name
 
     # The warning before a time limit: the signal that --signal=B:USR1@120 sends.
@@ -133,18 +127,15 @@ def test_a_sweep_survives_preemption_and_a_lost_node_and_equals_local_runs(slurm
     resumed(3)
 
     slurm.wait(lambda: not slurm.call("squeue", "-h"), 180, "end of all jobs")
-    assert "1 finished" in sweep("status", "long")
     out = sweep("collect", "short", "long")
     assert "the metrics of 4 of 4 runs" in out
+    assert "the metrics of 1 of 1 runs" in out
     assert len(pd.read_csv(here / "results/runs/sweeps/short-default/metrics.csv")) == 4 * (2 + 3 * 3)
-
-    path, process = local
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, output
-    expected, found = folders(path), folders(here)
-    assert len(expected) == 5
-    assert found.keys() == expected.keys()
-    for name, folder in expected.items():
-        pd.testing.assert_frame_equal(untimed(found[name]), untimed(folder), check_exact=True)
     tracked = next(here.glob("results/runs/denoising/*/wandb"))
-    assert len({p.name.rpartition("-")[2] for p in tracked.glob("offline-run-*")}) == 1, "one W&B run all along"
+    assert len({path.name.rpartition("-")[2] for path in tracked.glob("offline-run-*")}) == 1, "one W&B run all along"
+
+    for run in planned(tmp_path / "local"):
+        assert execute(run.config, Console(file=io.StringIO())) == 0
+        remote = here / "results/runs" / run.folder.relative_to(tmp_path / "local")
+        assert runs.status(remote) == "finished"
+        pd.testing.assert_frame_equal(untimed(remote), untimed(run.folder), check_exact=True)

@@ -1,14 +1,19 @@
+import os
 import pickle
+import subprocess
 import sys
+from pathlib import Path
 
+import gurobipy
 import pytest
 import torch
 
 from foldopt.errors import InfeasibleError, InputError, MissingDependencyError, SolverError, UnboundedError
-from foldopt.solvers.gurobi import GurobiQCQP
+from foldopt.solvers.gurobi import LICENSE_VARIABLES, GurobiQCQP, _environment
 from foldopt.solvers.interior_point import solve_qcqp
 
 F64 = torch.float64
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def disc(n):
@@ -43,8 +48,36 @@ def test_failures_name_the_samples():
 
 def test_a_model_beyond_the_licence_says_so():
     n = 2500
-    with pytest.raises(SolverError, match="the pip licence: 2000"):
+    with pytest.raises(SolverError, match=r"the pip licence: 2000, or 200 with quadratic terms.*GRB_LICENSE_FILE"):
         GurobiQCQP(n, torch.ones(1, n), torch.ones(1), -torch.eye(n), torch.zeros(n))(torch.ones(1, n))
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"GRB_LICENSE_FILE": "nowhere/gurobi.lic"},
+        {"GRB_TOKENSERVER": "127.0.0.1"},
+        {"GRB_WLSACCESSID": "a", "GRB_WLSSECRET": "b", "GRB_LICENSEID": "1", "https_proxy": "http://127.0.0.1:9"},
+    ],
+    ids=["file", "token server", "web licence"],
+)
+def test_without_a_licence_it_says_where_one_can_be_named_and_what_needs_none(variables):
+    """Gurobi itself answers, in a process of its own, as the licence is taken once per process."""
+    code = "import torch; from foldopt.solvers.gurobi import GurobiQCQP; GurobiQCQP(2)(torch.ones(1, 2))"
+    environment = {**os.environ, **variables}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True)
+    said = done.stderr.splitlines()[-1]
+    assert "SolverError: Gurobi gave no licence: " in said
+    assert all(name in said for name in (*LICENSE_VARIABLES, "GRB_LICENSE_FILE", "backend.forward=exact"))
+
+
+def test_models_of_a_process_share_its_environment(monkeypatch):
+    made = []
+    monkeypatch.setattr(gurobipy, "Env", lambda env=gurobipy.Env, **options: made.append(options) or env(**options))
+    _environment.cache_clear()
+    for n in (1, 2):
+        GurobiQCQP(n, quadratic=disc(n))(torch.ones(1, n))
+    assert len(made) == 1
 
 
 def test_pickling_drops_the_model_and_builds_it_again():
