@@ -5,7 +5,7 @@ PY := .venv/bin/python
 PROFILE ?= default
 UV_VERSION := 0.13.9
 
-.PHONY: help test lint format reproduce figures report verify bilinear-kappa bilinear-certificates figure-3 figure-4a figure-4b figure-4c figure-6 \
+.PHONY: help test lint format reproduce sweep slurm figures report verify bilinear-kappa bilinear-certificates figure-3 figure-4a figure-4b figure-4c figure-6 \
 	figure-7 topk-layers layer-share portfolio-settings solver-table linear-solvers denoising-cost unrolling-cost peers clean lock
 
 help: ## list the targets
@@ -22,7 +22,7 @@ help: ## list the targets
 	@touch $@
 
 test: .venv/.installed ## run the tests (under 10 minutes on 2 cores)
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadgroup
 
 lint: .venv/.installed ## check style
 	$(PY) -m ruff check .
@@ -34,6 +34,14 @@ format: .venv/.installed ## fix style
 
 reproduce: .venv/.installed ## run every study, then figures and tables (PROFILE=smoke|default|paper, WORKERS=n)
 	$(PY) -m scripts.reproduce $(if $(filter-out file,$(origin PROFILE)),--profile $(PROFILE)) $(if $(WORKERS),--workers $(WORKERS))
+
+sweep: .venv/.installed ## submit a study to the Slurm cluster and return (STUDY="figure_4c figure_6", PROFILE, RUNS_PER_JOB=n)
+	@test -n "$(STUDY)" || { echo "make sweep needs a study: make sweep STUDY=figure_4c"; exit 1; }
+	$(PY) -m scripts.sweep submit $(STUDY) --profile $(PROFILE) $(if $(RUNS_PER_JOB),--runs-per-job $(RUNS_PER_JOB))
+
+slurm: ## install Debian's Slurm, as root, for the test of the sweeps (which starts and stops its own)
+	apt-get update -qq
+	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends slurm-wlm munge
 
 figures: .venv/.installed ## figures and tables of all studies from the run folders
 	$(PY) -m scripts.figures --profile $(PROFILE)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from omegaconf import DictConfig, OmegaConf
 
 from foldopt.errors import InputError
@@ -17,7 +20,8 @@ log = logging.getLogger("foldopt.run")
 class Tracker:
     """One W&B run. Where mode=online cannot be reached it goes on offline, so that `wandb sync` can send it later.
 
-    The run's id follows from its identity: a resumed run continues the same W&B run.
+    The run's id follows from its identity: a resumed run continues the same W&B run. Should W&B's service die, as by a
+    signal to all processes of a job, then tracking ends; a resumed run catches up.
     """
 
     def __init__(self, cfg: DictConfig, folder: Path, run_id: str) -> None:
@@ -63,10 +67,30 @@ class Tracker:
         if self._run is None:
             return
         values = {f"{r['split']}/{k}": v for r in rows for k, v in r.items() if k not in ("split", "epoch")}
-        self._run.log({**values, "epoch": rows[0]["epoch"]}, step=rows[0]["epoch"])
+        with self._unless_lost():
+            self._run.log({**values, "epoch": rows[0]["epoch"]}, step=rows[0]["epoch"])
+
+    def catch_up(self, metrics: pd.DataFrame) -> None:
+        """Log those epochs of a metrics.csv that are not in the W&B run: offline all, as each start makes a file."""
+        for epoch, part in metrics.groupby("epoch"):
+            if self._run is not None and epoch >= self._run.step:
+                self.log([row.dropna().to_dict() for _, row in part.iterrows()])
 
     def finish(self, exit_code: int) -> None:
         """Close the run; 0 marks it finished."""
         if self._run is not None:
-            self._run.finish(exit_code=exit_code)
+            with self._unless_lost():
+                self._run.finish(exit_code=exit_code)
             self._run = None
+
+    @contextlib.contextmanager
+    def _unless_lost(self) -> Iterator[None]:
+        import wandb
+
+        try:
+            yield
+        except ConnectionError as error:
+            log.warning("W&B's service has died (%s); metrics.csv goes on, and a resumed run catches up", error)
+            self._run = None
+            with contextlib.suppress(ConnectionError):  # what it has to say of the dead service
+                wandb.teardown()

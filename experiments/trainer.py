@@ -20,6 +20,7 @@ from experiments.backends import Backend
 from experiments.checkpoint import Checkpoint, Row
 from experiments.components import Components, make
 from experiments.interruption import StopRequest
+from experiments.runs import load_metrics
 from experiments.tasks import Samples, Task
 from experiments.tracking import Tracker
 from foldopt.checks import require_positive, require_whole
@@ -109,6 +110,7 @@ class Trainer:
         if done >= 0:
             more = f" and {begun['batches']} batches" if begun else ""
             log.info("resumed after epoch %d of %d%s", done, self.cfg.train.epochs, more)
+            tracker.catch_up(load_metrics(self.checkpoint.path.parent))
         begin = time.perf_counter()
         with self._progress(console) as progress:
             bar = progress.add_task("", total=self.cfg.train.epochs, completed=max(done, 0))

@@ -19,11 +19,11 @@ from tests.experiments.local_slurm import LocalSlurm
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.xdist_group("slurm")
 
-SIZES = ["task.n_val=16", "task.n_test=32", "tracking.mode=offline"]
+SIZES = ["task.n_val=16", "task.n_test=32"]
 STUDIES = {
     "short": {
         "title": "Short runs",
-        "base": ["task=portfolio", "task.n_train=64", *SIZES],
+        "base": ["task=portfolio", "task.n_train=64", *SIZES, "tracking.mode=disabled"],
         "grid": {"task.degree": [1, 3]},
         "series": {
             "fold": {"title": "fold", "overrides": ["backend=fold", "train.epochs=3"]},
@@ -33,7 +33,14 @@ STUDIES = {
     },
     "long": {
         "title": "A run that outlives a preemption and a node",
-        "base": ["task=denoising", "model=operator", "train.lr=0.001", "task.n_train=1000", *SIZES],
+        "base": [
+            "task=denoising",
+            "model=operator",
+            "train.lr=0.001",
+            "task.n_train=1000",
+            *SIZES,
+            "tracking.mode=offline",
+        ],
         "grid": {"task.weight": [10]},
         "series": {"fold": {"title": "fold", "overrides": ["backend=fold", "train.epochs=40"]}},
         "profiles": {"default": {"seeds": 1, "series": {"fold": {}}}},
@@ -99,7 +106,7 @@ def test_a_sweep_survives_preemption_and_a_lost_node_and_equals_local_runs(slurm
     out = sweep("status", "short", code=1)
     assert "short (default): 4 runs, 4 failed" in out
     assert "its job ended without it, see" in out
-    assert "4 of 4 runs submitted" in sweep("retry", "short", "--failed", "--runs-per-job", "2", "-s", "partition=low")
+    assert "4 of 4 runs submitted" in sweep("retry", "short", "--failed", "--runs-per-job", "4", "-s", "partition=low")
     out = sweep("submit", "short", "long", "-s", "partition=low", "-s", "timeout_min=30")
     assert "short (default): 0 of 4 runs submitted" in out, "they are in the queue, or finished"
     assert "long (default): 1 of 1 runs submitted" in out

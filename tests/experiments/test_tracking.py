@@ -1,9 +1,15 @@
 """Weights & Biases: offline by default, offline when online cannot be reached, nothing when disabled."""
 
+import os
+import signal
+
+import psutil
 import pytest
+import wandb
 
 from experiments import runs
 from experiments.execution import execute
+from experiments.trainer import Trainer
 
 
 @pytest.fixture(autouse=True)
@@ -38,6 +44,33 @@ def test_online_without_a_server_goes_on_offline(tiny, console, monkeypatch, key
     assert "W&B cannot be reached" in (folder / "log.txt").read_text()
     assert len(tracked(folder)) == 1
     assert runs.load_summary(folder)["status"] == "finished"
+
+
+def test_a_run_outlives_the_service_and_catches_up_when_resumed(tiny, console, monkeypatch):
+    """A signal to all processes of a job, or Ctrl-C, ends W&B's service as well."""
+    cfg = tiny("tracking.mode=offline", "train.epochs=4", "backend=two_stage")
+    fitted = Trainer._train
+
+    def train(self, epoch, stop, begun):
+        if epoch == 2:
+            for process in psutil.Process().children(recursive=True):
+                process.terminate()
+                process.wait()
+            os.kill(os.getpid(), signal.SIGTERM)
+        return fitted(self, epoch, stop, begun)
+
+    monkeypatch.setattr(Trainer, "_train", train)
+    assert execute(cfg, console) == 143
+    folder = runs.folder(cfg)
+    assert "W&B's service has died" in (folder / "log.txt").read_text()
+    monkeypatch.setattr(Trainer, "_train", fitted)
+    steps, logged = [], wandb.Run.log
+    monkeypatch.setattr(
+        wandb.Run, "log", lambda run, values, step: steps.append(step) or logged(run, values, step=step)
+    )
+    assert execute(cfg, console) == 0
+    assert len({name.rpartition("-")[2] for name in tracked(folder)}) == 1, "one W&B run"
+    assert steps == [0, 1, 2, 3, 4], "of which the last file has all"
 
 
 def test_disabled_leaves_nothing(tiny, console):
