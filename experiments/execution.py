@@ -58,6 +58,7 @@ def execute(cfg: DictConfig, console: Console | None = None, wait: bool = False)
         require_whole("seed", cfg.seed, 0)
         require_whole("threads", cfg.threads, 1)
         torch.set_num_threads(cfg.threads)
+        _set_determinism(cfg.deterministic)
         torch.manual_seed(cfg.seed)
         parts = build(cfg)
     except FoldoptError as error:
@@ -127,6 +128,15 @@ def resolve_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise InputError(f"device={name!r} is not there: {torch.cuda.device_count()} CUDA devices; use device=auto.")
     return device
+
+
+def _set_determinism(wanted: bool) -> None:
+    """Let torch use deterministic algorithms only; an operation that has none then raises."""
+    if not isinstance(wanted, bool):
+        raise InputError(f"deterministic={wanted}: expected true or false.")
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS has none
+    torch.use_deterministic_algorithms(wanted)
 
 
 def validation(frame: pd.DataFrame) -> pd.Series:

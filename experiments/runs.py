@@ -24,7 +24,7 @@ from foldopt.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
 CONF = ROOT / "conf"
-NOT_IDENTITY = ("device", "paths", "progress", "tracking")
+NOT_IDENTITY = ("device", "deterministic", "paths", "progress", "tracking")
 COLUMNS = (
     "epoch",
     "split",
@@ -83,7 +83,7 @@ def _options(loader: ConfigLoader, group: str) -> dict[str, DictConfig]:
 
 
 def identity(cfg: DictConfig) -> str:
-    """Return the hash of everything in a configuration that its numbers depend on (not device, paths, tracking)."""
+    """Return the hash of all that the numbers of a configuration depend on, so not where and how it is executed."""
     content = OmegaConf.to_container(cfg, resolve=True)
     kept = {key: value for key, value in content.items() if key not in NOT_IDENTITY}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()

@@ -26,7 +26,7 @@ SHOWN = 12
 
 def main(arguments: list[str] | None = None) -> int:
     """Parse the command line and do what it says; return the exit code."""
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     if options.command == "work":
         return work(options.folder, int(os.environ["SLURM_ARRAY_TASK_ID"]))
     console = Console(soft_wrap=True, highlight=False, markup=False)
@@ -37,9 +37,10 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="scripts/sweep.py", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    top = argparse.ArgumentParser(prog="scripts/sweep.py", description=__doc__)
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in COMMANDS.items():
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument("study", nargs="+", choices=studies.names(), metavar="STUDY", help="of conf/study")
@@ -48,13 +49,17 @@ def _parser() -> argparse.ArgumentParser:
         if name in ("submit", "retry"):
             command.add_argument("--runs-per-job", type=int, default=1, help="one after the other; 1 where left out")
             command.add_argument(
-                *("--slurm", "-s"), action="append", default=[], metavar="KEY=VALUE", help="instead of slurm.yaml's"
+                *("--slurm", "-s"),
+                action="append",
+                default=[],
+                metavar="KEY=VALUE",
+                help="instead of slurm.yaml's value",
             )
         if name == "retry":
             command.add_argument("--failed", action="store_true", help="only what failed, not what was cancelled")
     worker = commands.add_parser("work", description="what a job executes")
     worker.add_argument("folder", type=Path)
-    return parser
+    return top
 
 
 def _do(options: argparse.Namespace, study: str, console: Console) -> int:

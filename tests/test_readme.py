@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from experiments import runs
+from scripts import sweep
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -69,8 +70,10 @@ def test_commands_exist():
     assert targets >= {"reproduce", "test"}
     for target in targets:
         assert f"\n{target}: " in makefile
-    for line in re.findall(r"^python run\.py (?!-)(.+)$", README, re.MULTILINE):
+    for line in re.findall(r"^python run\.py (?!-|\+tuned)(.+)$", README, re.MULTILINE):
         runs.compose(line.split())
+    for line in re.findall(r"^python -m scripts\.sweep (.+)$", README, re.MULTILINE):
+        sweep.parser().parse_args(line.split())
 
 
 def test_every_column_is_explained():

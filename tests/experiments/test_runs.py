@@ -13,7 +13,13 @@ def test_every_configuration_composes(group):
 
 def test_identity_follows_what_the_numbers_depend_on():
     base = runs.identity(runs.compose([]))
-    for same in ("device=cpu", "paths.runs=elsewhere", "progress=false", "tracking.mode=disabled"):
+    for same in (
+        "device=cpu",
+        "deterministic=true",
+        "paths.runs=elsewhere",
+        "progress=false",
+        "tracking.mode=disabled",
+    ):
         assert runs.identity(runs.compose([same])) == base
     for other in ("seed=1", "task.degree=2", "backend=two_stage", "linear_solver=gmres", "train.lr=0.1", "threads=2"):
         assert runs.identity(runs.compose([other])) != base

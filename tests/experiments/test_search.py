@@ -1,5 +1,6 @@
 """Searches, as typed: trials are kept, the best become a configuration, launchers run many at a time."""
 
+import io
 import shutil
 import subprocess
 import sys
@@ -9,8 +10,12 @@ import optuna
 import pytest
 import yaml
 from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep
+from rich.console import Console
 
 from experiments import runs
+from experiments.execution import execute
 from experiments.search import write_tuned
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -76,19 +81,46 @@ def test_tuned_groups_are_chosen_and_values_set(tmp_path, monkeypatch):
     }
 
 
-@pytest.mark.parametrize(
-    "name", sorted(path.stem for path in (ROOT / "conf/search").glob("*.yaml") if path.stem != "base")
-)
-def test_every_search_composes_and_every_parameter_exists(name):
+SEARCHES = sorted(path.stem for path in (ROOT / "conf/search").glob("*.yaml") if path.stem != "base")
+
+
+def space(name):
     with initialize_config_dir(str(runs.CONF), version_base="1.3"):
         cfg = compose("config", [f"+search={name}"], return_hydra_config=True)
+    parsed = OverridesParser.create().parse_overrides([f"{k}={v}" for k, v in cfg.hydra.sweeper.params.items()])
+    return cfg, {override.key_or_group: override.value() for override in parsed}
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_every_search_is_of_its_task_and_every_parameter_exists(name):
+    cfg, parameters = space(name)
     assert cfg.task.name == name
     assert cfg.hydra.sweeper._target_.endswith("OptunaSweeper")
-    first = [
-        f"{key}={value.partition('(')[2].split(',')[0]}"
-        for key, value in cfg.hydra.sweeper.params.items()
-        if value.startswith("choice")
-    ]
-    runs.compose([f"task={name}", f"model={cfg.model.name}", *first])
-    for key in cfg.hydra.sweeper.params:
-        assert key in cfg or "." in key
+    for key, value in parameters.items():
+        for choice in value.list if isinstance(value, ChoiceSweep) else (value.start, value.end):
+            runs.compose([f"task={name}", f"model={cfg.model.name}", f"{key}={choice}"])
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_a_search_by_wandb_is_of_the_same_space(name):
+    sweep = yaml.safe_load((ROOT / f"conf/wandb_sweep/{name}.yaml").read_text())
+    _, parameters = space(name)
+    assert sweep["parameters"].keys() == parameters.keys()
+    for key, value in parameters.items():
+        theirs = sweep["parameters"][key]
+        if isinstance(value, ChoiceSweep):
+            assert [str(choice) for choice in value.list] == [str(choice) for choice in theirs["values"]]
+        else:
+            assert (value.start, value.end) == (theirs["min"], theirs["max"])
+            assert theirs["distribution"] == ("log_uniform_values" if "log" in value.tags else "uniform")
+    cfg = runs.compose([word for word in sweep["command"] if "=" in word])
+    assert (cfg.task.name, cfg.tracking.mode) == (name, "online")
+    assert sweep["metric"]["name"].removeprefix("val/") in runs.COLUMNS
+
+
+def test_the_agent_of_a_wandb_sweep_names_the_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_SWEEP_ID", "abc")
+    monkeypatch.setenv("WANDB_RUN_ID", "given")
+    cfg = runs.compose([f"paths.runs={tmp_path}", "tracking.mode=offline", *TINY])
+    assert execute(cfg, Console(file=io.StringIO())) == 0
+    assert [path.name.rpartition("-")[2] for path in runs.folder(cfg).glob("wandb/offline-run-*")] == ["given"]

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from experiments import runs, studies
 from experiments.execution import execute
+from scripts.sweep import main
 from tests.experiments import local_slurm
 from tests.experiments.local_slurm import LocalSlurm
 
@@ -83,15 +84,19 @@ def epoch(path, study):
     return runs.load_metrics(found[0].parent)["epoch"].max() if found else -1
 
 
-def test_a_sweep_survives_preemption_and_a_lost_node_and_equals_local_runs(slurm, tmp_path, untimed):
+def test_a_sweep_survives_preemption_and_a_lost_node_and_equals_local_runs(
+    slurm, tmp_path, untimed, monkeypatch, capsys
+):
     here = project(tmp_path / "cluster")
+    monkeypatch.setattr(runs, "ROOT", here)
+    monkeypatch.setattr(runs, "CONF", here / "conf")
+    monkeypatch.setattr(studies, "STUDY_FOLDER", here / "conf" / "study")
+    monkeypatch.setenv("SLURM_CONF", slurm.environment["SLURM_CONF"])
     log_of_run = lambda: "".join(p.read_text() for p in here.glob("results/runs/denoising/*/log.txt"))  # noqa: E731
 
     def sweep(*words, code=0):
-        command = [sys.executable, "-m", "scripts.sweep", *words]
-        done = subprocess.run(command, cwd=here, env=slurm.environment, capture_output=True, text=True)
-        assert done.returncode == code, done.stdout + done.stderr
-        return done.stdout
+        assert main(list(words)) == code
+        return capsys.readouterr().out
 
     def resumed(times):
         slurm.wait(lambda: log_of_run().count("resumed after epoch") == times, 90, f"resumption {times}")
@@ -146,3 +151,13 @@ def test_a_sweep_survives_preemption_and_a_lost_node_and_equals_local_runs(slurm
         remote = here / "results/runs" / run.folder.relative_to(tmp_path / "local")
         assert runs.status(remote) == "finished"
         pd.testing.assert_frame_equal(untimed(remote), untimed(run.folder), check_exact=True)
+
+
+def test_hydras_launcher_takes_the_same_settings(slurm, tmp_path):
+    here = project(tmp_path / "cluster")
+    launcher = ["hydra/launcher=slurm", "hydra.launcher.partition=low", "hydra.launcher.timeout_min=30"]
+    command = [sys.executable, "run.py", "-m", *launcher, "seed=0,1", "backend=two_stage", "tracking.mode=disabled"]
+    done = subprocess.run([*command, "train.epochs=1"], cwd=here, env=slurm.environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    folders = list(here.glob("results/runs/portfolio/*"))
+    assert [runs.status(folder) for folder in folders] == ["finished", "finished"]

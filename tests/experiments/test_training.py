@@ -61,6 +61,13 @@ def test_the_same_configuration_gives_the_same_numbers(tiny, console, untimed, t
     pd.testing.assert_frame_equal(*frames, check_exact=True)
 
 
+def test_deterministic_algorithms_are_chosen_for_one_run(tiny, console):
+    """On the CPU; all operations of the study have one."""
+    for overrides, wanted in (("deterministic=true", True), ("seed=1", False)):
+        assert execute(tiny("train.epochs=1", overrides), console) == 0
+        assert torch.are_deterministic_algorithms_enabled() is wanted
+
+
 def test_two_stage_trains_on_the_predictions_and_solves_nothing(tiny, console):
     cfg = tiny("backend=two_stage")
     assert execute(cfg, console) == 0
@@ -225,6 +232,7 @@ def test_a_stop_in_the_middle_of_an_epoch_loses_no_batch(tiny, console, untimed,
         (["train.lr=fast"], "train.lr=fast: expected a number above 0"),
         (["task.degree=cubic"], "degree=cubic: expected a whole number of at least 1"),
         (["seed=-1"], "seed=-1: expected a whole number of at least 0"),
+        (["deterministic=perhaps"], "deterministic=perhaps: expected true or false"),
         (["threads=0"], "threads=0: expected a whole number of at least 1"),
         (["backend=unroll", "backend.iterations=0"], "iterations=0: expected a whole number"),
         (["device=tpu9"], "device='tpu9' is unknown"),
