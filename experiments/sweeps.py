@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import sys
 import uuid
 from collections.abc import Sequence
@@ -120,7 +121,11 @@ class Sweep:
             f"exec {shlex.quote(sys.executable)} -m scripts.sweep work {shlex.quote(str(folder))}",
         ]
         runs.write_atomically(folder / "job.sh", "\n".join(script) + "\n")
-        slurm.submit(folder / "job.sh")
+        try:
+            slurm.submit(folder / "job.sh")
+        except slurm.SlurmError:
+            shutil.rmtree(folder)
+            raise
         return Submission(folder, tuple(tuple(run.label for run in job) for job in jobs))
 
     def cancel(self) -> list[Submission]:

@@ -72,7 +72,7 @@ def project(path):
 def planned(folder):
     """Return the runs of both studies, to be executed into `folder`."""
     raw = [
-        {"name": name, **content, "base": [*content["base"], f"paths.runs={folder}"]}
+        {"name": name, **content, "base": [*content["base"], f"paths.runs={folder}", "tracking.mode=disabled"]}
         for name, content in STUDIES.items()
     ]
     return [run for one in raw for run in studies.expand(studies.parse(one, "a test"))]
@@ -84,19 +84,31 @@ def epoch(path, study):
     return runs.load_metrics(found[0].parent)["epoch"].max() if found else -1
 
 
-def test_a_sweep_survives_preemption_and_a_lost_node_and_equals_local_runs(
-    slurm, tmp_path, untimed, monkeypatch, capsys
-):
+@pytest.fixture
+def here(slurm, tmp_path, monkeypatch):
+    """A copy of the project that the commands of this process work on, with the Slurm of the tests."""
     here = project(tmp_path / "cluster")
     monkeypatch.setattr(runs, "ROOT", here)
     monkeypatch.setattr(runs, "CONF", here / "conf")
     monkeypatch.setattr(studies, "STUDY_FOLDER", here / "conf" / "study")
     monkeypatch.setenv("SLURM_CONF", slurm.environment["SLURM_CONF"])
-    log_of_run = lambda: "".join(p.read_text() for p in here.glob("results/runs/denoising/*/log.txt"))  # noqa: E731
+    return here
+
+
+@pytest.fixture
+def sweep(here, capsys):
+    """Do what `python -m scripts.sweep <words>` does; return what it prints."""
 
     def sweep(*words, code=0):
         assert main(list(words)) == code
         return capsys.readouterr().out
+
+    return sweep
+
+
+def test_a_sweep_survives_preemption_and_a_lost_node_and_equals_local_runs(slurm, here, sweep, tmp_path, untimed):
+    def log_of_run():
+        return "".join(path.read_text() for path in here.glob("results/runs/denoising/*/log.txt"))
 
     def resumed(times):
         slurm.wait(lambda: log_of_run().count("resumed after epoch") == times, 90, f"resumption {times}")
@@ -153,8 +165,32 @@ def test_a_sweep_survives_preemption_and_a_lost_node_and_equals_local_runs(
         pd.testing.assert_frame_equal(untimed(remote), untimed(run.folder), check_exact=True)
 
 
-def test_hydras_launcher_takes_the_same_settings(slurm, tmp_path):
-    here = project(tmp_path / "cluster")
+def test_what_is_cancelled_stays_stopped_until_it_is_retried(slurm, here, sweep):
+    sweep("submit", "short", "--series", "fold", "-s", "partition=low", "-s", "timeout_min=30")
+    out = sweep("status", "short")
+    assert "2 missing" in out
+    assert "2 queued" in out or "running" in out
+    assert "short (default): 1 job arrays cancelled" in sweep("cancel", "short")
+    slurm.wait(lambda: not slurm.call("squeue", "-h"), 60, "end of what was cancelled")
+    assert "short (default): 4 runs, 2 stopped, 2 missing" in sweep("status", "short")
+    assert "short (default): 0 of 4 runs submitted" in sweep("retry", "short", "--failed")
+    assert "short (default): 2 of 4 runs submitted" in sweep(
+        "retry", "short", "-s", "additional_parameters={hold:true}"
+    )
+    assert "queued 2: PENDING: JobHeldUser" in sweep("status", "short")
+    assert "0 of 4 runs" in sweep("collect", "short", code=1)
+    sweep("cancel", "short")
+
+
+def test_wrong_values_are_named(here, sweep):
+    assert "partitoin=low: Key 'partitoin' not in" in sweep("submit", "short", "-s", "partitoin=low", code=1)
+    assert "hydra.launcher.nodes=2: a run is one process" in sweep("submit", "short", "-s", "nodes=2", code=1)
+    assert "runs_per_job=0: expected a whole number" in sweep("submit", "short", "--runs-per-job", "0", code=1)
+    assert "invalid partition specified: nowhere" in sweep("submit", "short", "-s", "partition=nowhere", code=1)
+    assert "4 missing" in sweep("status", "short"), "what Slurm refuses counts as never submitted"
+
+
+def test_hydras_launcher_takes_the_same_settings(slurm, here):
     launcher = ["hydra/launcher=slurm", "hydra.launcher.partition=low", "hydra.launcher.timeout_min=30"]
     command = [sys.executable, "run.py", "-m", *launcher, "seed=0,1", "backend=two_stage", "tracking.mode=disabled"]
     done = subprocess.run([*command, "train.epochs=1"], cwd=here, env=slurm.environment, capture_output=True, text=True)
