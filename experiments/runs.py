@@ -61,7 +61,10 @@ def compose(overrides: list[str]) -> DictConfig:
 
 def compose_launcher(name: str, settings: list[str]) -> DictConfig:
     """Return conf/hydra/launcher/<name>.yaml with `settings`, key=value each; InputError for an unknown key."""
-    overrides = [f"hydra/launcher={name}", *(f"hydra.launcher.{setting}" for setting in settings)]
+    # ++ would add any key; additional_parameters is where there are new ones
+    added = ["++" if setting.startswith("additional_parameters.") else "" for setting in settings]
+    values = [f"{plus}hydra.launcher.{setting}" for plus, setting in zip(added, settings, strict=True)]
+    overrides = [f"hydra/launcher={name}", *values]
     with initialize_config_dir(str(CONF), version_base="1.3"):
         try:
             return hydra_compose("config", overrides, return_hydra_config=True).hydra.launcher

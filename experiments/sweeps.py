@@ -99,6 +99,7 @@ class Sweep:
         return [self._submit(jobs[i : i + size], launcher) for i in range(0, len(jobs), size)]
 
     def _submit(self, jobs: Sequence[Sequence[StudyRun]], launcher: DictConfig) -> Submission:
+        resources = slurm.options(launcher)
         stamp = f"{datetime.now():%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:6]}"
         folder = self.folder / f"{self.study}-{self.profile}-{stamp}"
         folder.mkdir(parents=True)
@@ -109,7 +110,7 @@ class Sweep:
         array = f"0-{len(jobs) - 1}%{launcher.array_parallelism}"
         options = [
             *(f"--job-name={folder.name}", f"--array={array}", "--requeue", "--open-mode=append"),
-            *(f"--output={shlex.quote(f'{folder}/%a.log')}", *slurm.options(launcher)),
+            *(f"--output={shlex.quote(f'{folder}/%a.log')}", *resources),
         ]
         script = [
             "#!/bin/bash",

@@ -174,9 +174,7 @@ def test_what_is_cancelled_stays_stopped_until_it_is_retried(slurm, here, sweep)
     slurm.wait(lambda: not slurm.call("squeue", "-h"), 60, "end of what was cancelled")
     assert "short (default): 4 runs, 2 stopped, 2 missing" in sweep("status", "short")
     assert "short (default): 0 of 4 runs submitted" in sweep("retry", "short", "--failed")
-    assert "short (default): 2 of 4 runs submitted" in sweep(
-        "retry", "short", "-s", "additional_parameters={hold:true}"
-    )
+    assert "short (default): 2 of 4 runs submitted" in sweep("retry", "short", "-s", "additional_parameters.hold=true")
     assert "queued 2: PENDING: JobHeldUser" in sweep("status", "short")
     assert "0 of 4 runs" in sweep("collect", "short", code=1)
     sweep("cancel", "short")
