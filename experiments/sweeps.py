@@ -30,7 +30,7 @@ STATES = ("finished", "running", "queued", "failed", "stopped", "missing")
 
 @dataclass(frozen=True)
 class Submission:
-    """One job array: the labels of the runs that each task executes, in order. Its folder's name is the array's."""
+    """One job array: the folders of the runs of each task, in the order of execution. Its own folder has its name."""
 
     folder: Path
     tasks: tuple[tuple[str, ...], ...]
@@ -75,7 +75,7 @@ class Sweep:
         """Return what was submitted."""
         contents = [(path.parent, json.loads(path.read_text())) for path in sorted(self.folder.glob("*/tasks.json"))]
         return [
-            Submission(folder, tuple(tuple(run["label"] for run in task) for task in tasks))
+            Submission(folder, tuple(tuple(run["folder"] for run in task) for task in tasks))
             for folder, tasks in contents
         ]
 
@@ -83,13 +83,13 @@ class Sweep:
         """Return the state of each planned run, from the run folders and one look at the queue."""
         submissions = self.submissions()
         places = {
-            label: (submission, index)
+            folder: (submission, index)
             for submission in submissions
             for index, task in enumerate(submission.tasks)
-            for label in task
+            for folder in task
         }
         queue = {(task.name, task.index): task for task in slurm.tasks([s.name for s in submissions])}
-        return [_state(run, places.get(run.label), queue) for run in self.planned]
+        return [_state(run, places.get(str(run.folder)), queue) for run in self.planned]
 
     def submit(self, chosen: Sequence[StudyRun], launcher: DictConfig, runs_per_job: int = 1) -> list[Submission]:
         """Submit these runs, so many to a job, as few job arrays as the cluster allows; return at once."""
@@ -127,7 +127,7 @@ class Sweep:
         except slurm.SlurmError:
             shutil.rmtree(folder)
             raise
-        return Submission(folder, tuple(tuple(run.label for run in job) for job in jobs))
+        return Submission(folder, tuple(tuple(str(run.folder) for run in job) for job in jobs))
 
     def cancel(self) -> list[Submission]:
         """Cancel what is in the queue; running runs stop at a point from which they can be resumed."""

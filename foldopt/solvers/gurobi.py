@@ -216,6 +216,8 @@ def _environment(process: int) -> Any:
     """
     named = {LICENSE_VARIABLES[name]: value for name, value in os.environ.items() if name in LICENSE_VARIABLES}
     if "LicenseID" in named:
+        if not named["LicenseID"].isdecimal():
+            raise InputError(f"GRB_LICENSEID={named['LicenseID']!r}: expected a whole number.")
         named["LicenseID"] = int(named["LicenseID"])
     return _gurobipy().Env(params={"OutputFlag": 0, **named})
 

@@ -71,6 +71,13 @@ def test_without_a_licence_it_says_where_one_can_be_named_and_what_needs_none(va
     assert all(name in said for name in (*LICENSE_VARIABLES, "GRB_LICENSE_FILE", "backend.forward=exact"))
 
 
+def test_a_licence_number_is_a_number(monkeypatch):
+    monkeypatch.setenv("GRB_LICENSEID", "mine")
+    _environment.cache_clear()
+    with pytest.raises(InputError, match="GRB_LICENSEID='mine': expected a whole number"):
+        GurobiQCQP(1, quadratic=disc(1))(torch.ones(1, 1))
+
+
 def test_models_of_a_process_share_its_environment(monkeypatch):
     made = []
     monkeypatch.setattr(gurobipy, "Env", lambda env=gurobipy.Env, **options: made.append(options) or env(**options))
