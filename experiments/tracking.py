@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,9 @@ log = logging.getLogger("foldopt.run")
 class Tracker:
     """One W&B run. Where mode=online cannot be reached it goes on offline, so that `wandb sync` can send it later.
 
-    The run's id follows from its identity, so that a resumed run continues the same W&B run; the agent of a W&B sweep
-    gives the id itself. Should W&B's service die, as by a signal to all processes of a job, then tracking ends, and a
-    resumed run catches up.
+    The run's id follows from its identity, so that a resumed run continues the same W&B run; under an agent of a W&B
+    sweep wandb takes the agent's id instead. Should W&B's service die, as by a signal to all processes of a job, then
+    tracking ends, and a resumed run catches up.
     """
 
     def __init__(self, cfg: DictConfig, folder: Path, run_id: str) -> None:
@@ -56,7 +55,7 @@ class Tracker:
             group=t.group,
             tags=list(t.tags),
             name=folder.name,
-            id=os.environ["WANDB_RUN_ID"] if "WANDB_SWEEP_ID" in os.environ else run_id[:12],
+            id=run_id[:12],
             resume="allow" if mode == "online" else None,
             dir=folder,
             mode=mode,

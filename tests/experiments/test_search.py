@@ -1,6 +1,5 @@
 """Searches, as typed: trials are kept, the best become a configuration, launchers run many at a time."""
 
-import io
 import shutil
 import subprocess
 import sys
@@ -12,10 +11,8 @@ import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep
-from rich.console import Console
 
 from experiments import runs
-from experiments.execution import execute
 from experiments.search import write_tuned
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,14 +29,15 @@ def here(tmp_path):
 
 
 def run(here, *overrides):
-    command = [sys.executable, "run.py", *overrides, *TINY, "tracking.mode=disabled"]
+    command = [sys.executable, "run.py", "tracking.mode=disabled", *TINY, *overrides]
     return subprocess.run(command, cwd=here, capture_output=True, text=True)
 
 
 def test_a_search_keeps_its_trials_goes_on_and_gives_a_configuration(here):
-    search = ["-m", "+search=portfolio", "hydra/launcher=local", "hydra.launcher.n_jobs=2", "hydra.sweeper.n_jobs=2"]
-    for trials in (2, 4):
-        done = run(here, *search, "hydra.sweeper.n_trials=2")
+    search = ["-m", "+search=portfolio"]
+    parallel = ["hydra/launcher=local", "hydra.launcher.n_jobs=2", "hydra.sweeper.n_jobs=2", "hydra.sweeper.n_trials=2"]
+    for trials, launcher in ((2, parallel), (3, ["hydra.sweeper.n_trials=1"])):
+        done = run(here, *search, *launcher)
         assert done.returncode == 0, done.stdout + done.stderr
         storage = f"sqlite:///{here}/results/runs/search/portfolio-two_stage/trials.db"
         study = optuna.load_study(study_name="portfolio-two_stage", storage=storage)
@@ -118,9 +116,10 @@ def test_a_search_by_wandb_is_of_the_same_space(name):
     assert sweep["metric"]["name"].removeprefix("val/") in runs.COLUMNS
 
 
-def test_the_agent_of_a_wandb_sweep_names_the_run(tmp_path, monkeypatch):
+def test_the_agent_of_a_wandb_sweep_names_the_run(here, monkeypatch):
+    """In a process of its own, as wandb reads these variables once."""
     monkeypatch.setenv("WANDB_SWEEP_ID", "abc")
     monkeypatch.setenv("WANDB_RUN_ID", "given")
-    cfg = runs.compose([f"paths.runs={tmp_path}", "tracking.mode=offline", *TINY])
-    assert execute(cfg, Console(file=io.StringIO())) == 0
-    assert [path.name.rpartition("-")[2] for path in runs.folder(cfg).glob("wandb/offline-run-*")] == ["given"]
+    assert run(here, "tracking.mode=offline").returncode == 0
+    files = here.glob("results/runs/portfolio/*/wandb/offline-run-*")
+    assert [path.name.rpartition("-")[2] for path in files] == ["given"]

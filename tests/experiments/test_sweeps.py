@@ -156,7 +156,7 @@ def test_a_sweep_survives_preemption_and_a_lost_node_and_equals_local_runs(slurm
     assert "the metrics of 1 of 1 runs" in out
     assert len(pd.read_csv(here / "results/runs/sweeps/short-default/metrics.csv")) == 4 * (2 + 3 * 3)
     tracked = next(here.glob("results/runs/denoising/*/wandb"))
-    assert len({path.name.rpartition("-")[2] for path in tracked.glob("offline-run-*")}) == 1, "one W&B run all along"
+    assert len({path.name.split("-")[3] for path in tracked.glob("offline-run-*")}) == 1, "one W&B run all along"
 
     for run in planned(tmp_path / "local"):
         assert execute(run.config, Console(file=io.StringIO())) == 0

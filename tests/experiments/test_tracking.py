@@ -69,7 +69,7 @@ def test_a_run_outlives_the_service_and_catches_up_when_resumed(tiny, console, m
         wandb.Run, "log", lambda run, values, step: steps.append(step) or logged(run, values, step=step)
     )
     assert execute(cfg, console) == 0
-    assert len({name.rpartition("-")[2] for name in tracked(folder)}) == 1, "one W&B run"
+    assert len({name.split("-")[3] for name in tracked(folder)}) == 1, "one W&B run"
     assert steps == [0, 1, 2, 3, 4], "of which the last file has all"
 
 
