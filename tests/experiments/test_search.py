@@ -28,8 +28,8 @@ def here(tmp_path):
     return tmp_path
 
 
-def run(here, *overrides):
-    command = [sys.executable, "run.py", "tracking.mode=disabled", *TINY, *overrides]
+def run(here, *overrides, tracking="disabled"):
+    command = [sys.executable, "run.py", *overrides, *TINY, f"tracking.mode={tracking}"]
     return subprocess.run(command, cwd=here, capture_output=True, text=True)
 
 
@@ -120,6 +120,6 @@ def test_the_agent_of_a_wandb_sweep_names_the_run(here, monkeypatch):
     """In a process of its own, as wandb reads these variables once."""
     monkeypatch.setenv("WANDB_SWEEP_ID", "abc")
     monkeypatch.setenv("WANDB_RUN_ID", "given")
-    assert run(here, "tracking.mode=offline").returncode == 0
+    assert run(here, tracking="offline").returncode == 0
     files = here.glob("results/runs/portfolio/*/wandb/offline-run-*")
     assert [path.name.rpartition("-")[2] for path in files] == ["given"]
