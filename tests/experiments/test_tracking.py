@@ -53,9 +53,10 @@ def test_a_run_outlives_the_service_and_catches_up_when_resumed(tiny, console, m
 
     def train(self, epoch, stop, begun):
         if epoch == 2:
-            for process in psutil.Process().children(recursive=True):
+            service = [child for child in psutil.Process().children(True) if child.name().startswith("wandb")]
+            for process in service:
                 process.terminate()
-                process.wait()
+            psutil.wait_procs(service, timeout=30)
             os.kill(os.getpid(), signal.SIGTERM)
         return fitted(self, epoch, stop, begun)
 
