@@ -55,13 +55,15 @@ class Claim:
     judge: Callable[[Results], Finding]
 
     def finding(self, results: Results) -> Finding:
-        """Return what the results say; without them the claim is not tested here."""
+        """Return what the results say; without them, or with a part of them, the claim is not tested here."""
         try:
             return self.judge(results)
         except FileNotFoundError as missing:
             made = " and ".join(f"`{command}`" for command in self.commands)
             name = Path(missing.filename).relative_to(results.root)
             return Finding("–", UNTESTED, f"{name} is not there; {made} makes it.")
+        except (KeyError, IndexError) as missing:
+            return Finding("–", UNTESTED, f"This profile is too small for it: there is no {missing}.")
 
 
 def _forward_stays(results: Results) -> Finding:

@@ -178,3 +178,10 @@ def test_provenance_names_every_value_once(monkeypatch):
     assert (content["runs"], content["seeds"], content["hours"]) == (8, 2, 4.0)
     assert content["commits"] == ["1234"]
     assert content["versions"] == {"qpth": ["not installed"], "torch": ["2.15"]}
+
+
+def test_a_profile_without_the_runs_of_a_claim_leaves_it_untested(copied):
+    change(copied, "tables/figure_4a", lambda table: table[table["series"] != "two_stage_standardized"])
+    finding = claim("f-PGDb achieves").finding(Results(copied))
+    assert finding.verdict == UNTESTED
+    assert "two_stage_standardized" in finding.why
