@@ -10,6 +10,8 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
+from experiments.runs import write_atomically
+
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 METADATA: Mapping[str, dict[str, None]] = {
     "png": {"Software": None},
@@ -32,7 +34,7 @@ class Artifacts:
             self.unchanged.append(path)
         else:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(content)
+            write_atomically(path, content)
             self.written.append(path)
         return path
 

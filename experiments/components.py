@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from experiments.backends import Backend
+from experiments.checkpoint import load
 from experiments.runs import group_options
 from experiments.tasks import Task
 from foldopt.errors import InputError
@@ -85,9 +85,8 @@ def trained(folder: Path) -> Components:
     """
     try:
         parts = build(OmegaConf.load(folder / "config.yaml"))
-        content = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
+        load(folder / "checkpoint.pt", {"model": parts.model})
     except FileNotFoundError as error:
         raise InputError(f"{folder} holds no trained model ({error}); run this configuration first.") from error
-    parts.model.load_state_dict(content["model"])
     parts.model.eval()
     return parts

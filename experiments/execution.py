@@ -64,9 +64,10 @@ def execute(cfg: DictConfig, console: Console | None = None, wait: bool = False)
     except FoldoptError as error:
         _say(console, f"error: {error}")
         return 1
-    path.mkdir(parents=True, exist_ok=True)
     with StopRequest(insist=True) as stop, _log_to(path / "log.txt"):
         try:
+            with runs.storing(path):
+                path.mkdir(parents=True, exist_ok=True)
             with _locked(path, stop if wait else None):
                 if runs.status(path) == "finished":
                     _say(console, f"Nothing to do: this run is finished, see {_short(path)}")
@@ -86,8 +87,9 @@ def _run(
     cfg: DictConfig, parts: Components, path: Path, device: torch.device, console: Console, stop: StopRequest
 ) -> int:
     runs.write_atomically(path / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
-    (path / "summary.json").unlink(missing_ok=True)
-    (path / "error.txt").unlink(missing_ok=True)
+    with runs.storing(path):
+        (path / "summary.json").unlink(missing_ok=True)
+        (path / "error.txt").unlink(missing_ok=True)
     _say(console, f"{cfg.task.name} {cfg.backend.name} {cfg.model.name} seed={cfg.seed} on {device}: {_short(path)}")
     begun = datetime.now(UTC)
     tracker, code = None, 1
@@ -96,7 +98,9 @@ def _run(
         tracker = Tracker(cfg, path, runs.identity(cfg))
         seconds = trainer.fit(tracker, console, stop)
         final = _final(path)
-        _write_summary(path, cfg, device, begun, "finished", seconds_wall=seconds, final=final)
+        _write_summary(
+            path, cfg, device, begun, "finished", seconds_wall=seconds, rows=trainer.checkpoint.rows, final=final
+        )
         shown = ", ".join(f"{name} {final['test'][name]:.4g}" for name in SHOWN if name in final["test"])
         _say(console, f"Finished in {seconds:.0f} s, test: {shown}")
         code = 0
@@ -105,10 +109,10 @@ def _run(
         _say(console, "Interrupted; the same command goes on from here.")
         log.info("interrupted with exit code %d", code)
     except Exception as error:
-        (path / "error.txt").write_text(traceback.format_exc())
-        log.exception("failed")
-        _write_summary(path, cfg, device, begun, "failed", error=f"{type(error).__name__}: {error}")
         _say(console, f"error: {error}\nTraceback in {_short(path / 'error.txt')}")
+        log.exception("failed")
+        runs.write_atomically(path / "error.txt", traceback.format_exc())
+        _write_summary(path, cfg, device, begun, "failed", error=f"{type(error).__name__}: {error}")
         if not isinstance(error, FoldoptError):
             raise
     finally:
@@ -202,7 +206,9 @@ def _git() -> dict[str, Any] | None:
 @contextlib.contextmanager
 def _locked(path: Path, patience: StopRequest | None) -> Iterator[None]:
     """Hold the run's lock, waiting for it until `patience` is asked to stop; None: raise BusyError at once."""
-    with (path / "lock").open("a+") as file:
+    with runs.storing(path):
+        file = (path / "lock").open("a+")
+    with file:
         if not _try_lock(file, path):
             if patience is None:
                 raise BusyError(f"another process is executing this run: {_holder(path)}; wait for it or stop it.")
@@ -211,9 +217,9 @@ def _locked(path: Path, patience: StopRequest | None) -> Iterator[None]:
                 if patience.signal is not None:
                     raise Interrupted
                 time.sleep(LOCK_POLL_SECONDS)
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
+        with runs.storing(path):
+            os.ftruncate(file.fileno(), 0)
+            os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())
         yield
 
 

@@ -98,7 +98,7 @@ def attempt(run_one: RunOne, overrides: list[str], folder: Path) -> tuple[int, s
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except BaseException as error:
-        (folder / "error.txt").write_text(traceback.format_exc())
+        runs.write_atomically(folder / "error.txt", traceback.format_exc())
         return 1, f"{type(error).__name__}: {error} (traceback in {folder / 'error.txt'})"
     if code == 0 or code in STOP_CODES:
         return code, ""

@@ -1,10 +1,47 @@
-"""Checks of scalar arguments, with errors that name them."""
+"""Checks of arguments, with errors that name them."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from foldopt.errors import InputError
+
+_CERTIFIED = ContextVar("certified", default=False)
+
+
+@contextlib.contextmanager
+def certified() -> Iterator[None]:
+    """Mark code whose caller certifies every sample: there one that is not finite is no reason to stop the others."""
+    token = _CERTIFIED.set(True)
+    try:
+        yield
+    finally:
+        _CERTIFIED.reset(token)
+
+
+def is_certified() -> bool:
+    """Return whether a layer, or a transform of torch.func, is calling; failed samples then come out as NaN."""
+    return _CERTIFIED.get() or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def require_finite(**tensors: Tensor | float) -> None:
+    """Raise InputError if one of `tensors` holds NaN or inf, naming it and its rows; not where `is_certified`."""
+    if is_certified():
+        return
+    for name, value in tensors.items():
+        finite = torch.as_tensor(value).isfinite()
+        if not finite.all():
+            rows = (~finite).reshape(len(finite) if finite.dim() else 1, -1).any(1).nonzero()[:, 0].tolist()
+            raise InputError(
+                f"{name} of shape {tuple(finite.shape)} holds NaN or inf, first in rows {rows[:10]}; "
+                "check the network or the data that made it."
+            )
 
 
 def require_whole(name: str, value: Any, least: int) -> None:

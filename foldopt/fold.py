@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from foldopt.checks import require_finite
 from foldopt.errors import FixedPointError, InputError
 from foldopt.fixed_point import POLICIES, FixedPoint, FoldInfo, apply_policy, fixed_point, patched
 from foldopt.linear_solve import LinearSolver
@@ -93,13 +94,7 @@ class FixedPointLayer(nn.Module):
         Raises InputError if a parameter holds NaN or inf, or if the black box returns something else than tensors
         (B, ...) on the parameters' device.
         """
-        for i, p in enumerate(params):
-            if p.is_floating_point() and not p.isfinite().all():
-                rows = (~p.isfinite()).reshape(len(p) if p.dim() else 1, -1).any(1).nonzero()[:, 0].tolist()
-                raise InputError(
-                    f"parameter {i} of shape {tuple(p.shape)} holds NaN or inf, first in rows {rows[:10]}; "
-                    "check the network or the data that made it."
-                )
+        require_finite(**{f"parameter {i}": p for i, p in enumerate(params) if p.is_floating_point()})
         with torch.no_grad():
             returned = self._update.call_with(weights or {}, self.solve, *(p.detach() for p in params))
         single = isinstance(returned, Tensor)

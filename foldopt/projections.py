@@ -3,6 +3,10 @@
 Each sample's active set is found without gradients; on it the projection is a closed form that autograd
 differentiates, to any order and in every argument that is a tensor. Where x sits on a boundary between active sets the
 derivative is a one-sided one.
+
+NaN and inf raise InputError, except in the step of a layer, which certifies every sample itself: there a sample that is
+not finite comes out as NaN and leaves the others alone. Errors are of the order of the rounding of the dtype, relative
+to the largest of the data; whatever their scale, sums and bounds hold to rounding.
 """
 
 from __future__ import annotations
@@ -10,6 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from foldopt.checks import is_certified, require_finite
 from foldopt.errors import InfeasibleError, InputError
 from foldopt.solvers.qp import solve_qp
 
@@ -19,11 +24,12 @@ def box(x: Tensor, lower: Tensor | float, upper: Tensor | float) -> Tensor:
 
     Raises InputError where lower exceeds upper.
     """
+    require_finite(x=x)
     lower, upper = (torch.as_tensor(bound, dtype=x.dtype, device=x.device) for bound in (lower, upper))
-    if (lower > upper).any():
-        raise InputError("lower exceeds upper in some entries: the box is empty; swap or widen the bounds.")
-    y = torch.where(x > lower, x, lower)  # torch.maximum would mix both sides at a tie
-    return torch.where(y < upper, y, upper)
+    if not ((lower <= upper) & (lower < torch.inf) & (upper > -torch.inf)).all():
+        raise InputError("lower exceeds upper, or is NaN, in some entries: the box is empty; swap or widen the bounds.")
+    y = torch.where(x <= lower, lower, x)  # torch.maximum would mix both sides at a tie
+    return torch.where(y >= upper, upper, y)
 
 
 def simplex(x: Tensor, total: Tensor | float = 1.0) -> Tensor:
@@ -40,6 +46,7 @@ def capped_simplex(x: Tensor, total: Tensor | float, upper: float = 1.0) -> Tens
     """
     if x.dim() != 2:
         raise InputError(f"x has shape {tuple(x.shape)}, expected (B, n).")
+    require_finite(x=x)
     n = x.shape[1]
     if not upper > 0:
         raise InputError(f"upper={upper}: expected a number above 0.")
@@ -48,31 +55,46 @@ def capped_simplex(x: Tensor, total: Tensor | float, upper: float = 1.0) -> Tens
     if bad:
         raise InputError(f"total is outside of [0, {n * upper}] for the samples {bad[:10]}: no point sums to it.")
     with torch.no_grad():
-        theta = _threshold(x, total, upper)[:, None]
-        full = x - theta >= upper
-        free = (x - theta > 0) & ~full
-        count = free.sum(1).clamp(min=1).to(x.dtype)
-    held = upper * full.sum(1).to(x.dtype) if upper != torch.inf else torch.zeros_like(count)
-    theta = (torch.where(free, x, 0).sum(1) + held - total) / count
-    y = torch.where(free, x - theta[:, None], 0)
-    return torch.where(full, upper, y) if upper != torch.inf else y
+        kink, below = _threshold(x, total, upper)
+    z = x - kink[:, None]  # theta = kink - below is as small as the total here, however large x is
+    with torch.no_grad():
+        for _ in range(2):
+            below = below - _excess(z + below[:, None], total, upper)[0]
+    z = z + below[:, None]
+    excess, free, full = _excess(z, total, upper)
+    y = torch.where(free, (z - excess[:, None]).clamp(min=0), 0)
+    y = torch.where(full, upper, y) if upper != torch.inf else y
+    return torch.where(x.isfinite().all(1)[:, None], y, torch.nan)
 
 
-def _threshold(x: Tensor, total: Tensor, upper: float) -> Tensor:
-    """Return theta with sum clamp(x - theta, 0, upper) = total, exact up to rounding.
+def _excess(z: Tensor, total: Tensor, upper: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return how much less each free entry of z must be for clamp(z, 0, upper) to sum to total, free and full ones."""
+    full = z >= upper
+    free = (z > 0) & ~full
+    held = upper * full.sum(1).to(z.dtype) if upper != torch.inf else torch.zeros_like(total)
+    count = free.sum(1)
+    excess = (torch.where(free, z, 0).sum(1) + held - total) / count.clamp(min=1).to(z.dtype)
+    return torch.where(count > 0, excess, 0), free, full
 
-    The sum is piecewise linear and falls in theta, with kinks at x and x - upper: sort them, add up the slopes.
+
+def _threshold(x: Tensor, total: Tensor, upper: float) -> tuple[Tensor, Tensor]:
+    """Return an entry of x and a number: their difference theta solves sum clamp(x - theta, 0, upper) = total.
+
+    The sum is piecewise linear and falls in theta, with kinks at x and x - upper: sort them, add up the slopes. Each
+    kink is kept as its entry of x and what is below it, as an upper that is small beside x would be lost in x - upper.
     """
-    kinks = x if upper == torch.inf else torch.cat([x, x - upper], 1)
-    slopes = torch.ones_like(x) if upper == torch.inf else torch.cat([torch.ones_like(x), -torch.ones_like(x)], 1)
-    kinks, order = kinks.sort(1, descending=True)
-    slope = slopes.gather(1, order).cumsum(1)  # of the sum, going down from kink k to kink k + 1
-    gains = slope[:, :-1] * (kinks[:, :-1] - kinks[:, 1:])
-    values = torch.cat([torch.zeros_like(kinks[:, :1]), gains.cumsum(1)], 1)  # the sum at each kink
+    capped = upper != torch.inf
+    base = torch.cat([x, x], 1) if capped else x
+    depth = torch.cat([torch.zeros_like(x), torch.full_like(x, upper)], 1) if capped else torch.zeros_like(x)
+    slopes = torch.cat([torch.ones_like(x), -torch.ones_like(x)], 1) if capped else torch.ones_like(x)
+    order = (base - depth).sort(dim=1, descending=True, stable=True)[1]
+    base, depth, slope = base.gather(1, order), depth.gather(1, order), slopes.gather(1, order).cumsum(1)
+    gains = slope[:, :-1] * ((base[:, :-1] - base[:, 1:]) + (depth[:, 1:] - depth[:, :-1]))
+    values = torch.cat([torch.zeros_like(base[:, :1]), gains.cumsum(1)], 1)  # the sum at each kink
     last = (values <= total[:, None]).sum(1, keepdim=True).clamp(min=1) - 1
-    here, rate = kinks.gather(1, last)[:, 0], slope.gather(1, last)[:, 0]
+    kink, rate = base.gather(1, last)[:, 0], slope.gather(1, last)[:, 0]  # rate: from this kink down to the next
     missing = total - values.gather(1, last)[:, 0]
-    return here - torch.where(rate > 0, missing / rate.clamp(min=1), 0)
+    return kink, depth.gather(1, last)[:, 0] + torch.where(rate > 0, missing / rate.clamp(min=1), 0)
 
 
 def affine(x: Tensor, A: Tensor, b: Tensor) -> Tensor:
@@ -87,10 +109,13 @@ def affine(x: Tensor, A: Tensor, b: Tensor) -> Tensor:
         raise InputError(
             f"A has shape {tuple(A.shape[-2:])}, b {tuple(b.shape)}, x {tuple(x.shape)}: expected (p, n), (p,), (B, n)."
         )
+    require_finite(x=x, A=A, b=b)
+    size = A.detach().abs().amax(2)
+    A, b = A / size[:, :, None], b / size  # the rank is that of the rows at equal length
     gram = A @ A.mT
     root, info = torch.linalg.cholesky_ex(gram)
     pivots = root.diagonal(dim1=1, dim2=2)
-    if (info > 0).any() or (pivots.amin(1) <= 1e-7 * pivots.amax(1)).any():
+    if (info > 0).any() or not (pivots.amin(1) > 1e-7 * pivots.amax(1)).all():
         raise InputError("A has linearly dependent rows; drop the redundant ones.")
     residual = torch.einsum("bpn,bn->bp", A, x) - b
     return x - torch.einsum("bpn,bp->bn", A, torch.cholesky_solve(residual[:, :, None], root)[:, :, 0])
@@ -98,13 +123,18 @@ def affine(x: Tensor, A: Tensor, b: Tensor) -> Tensor:
 
 def half_space(x: Tensor, a: Tensor, b: Tensor | float) -> Tensor:
     """Project on {a'y <= b}: x - max(a'x - b, 0) a / |a|^2. x: (B, n). a: (n,) or (B, n), not 0. b: number or (B,)."""
-    a = a.expand_as(x)
+    require_finite(x=x, a=a, b=b)
+    size = a.detach().abs().amax(-1, keepdim=True)
+    if not (size > 0).all():
+        raise InputError("a is 0 in some samples, which bounds nothing; drop them or give it a direction.")
+    a, b = (a / size).expand_as(x), b / size[..., 0]
     excess = ((a * x).sum(1) - b).clamp(min=0)
     return x - (excess / a.square().sum(1))[:, None] * a
 
 
 def second_order_cone(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     """Project (x, t) on {|y| <= s} (Boyd and Vandenberghe, Convex Optimization, 8.1). x: (B, n). t: (B,)."""
+    require_finite(x=x, t=t)
     norm = torch.linalg.vector_norm(x, dim=1)
     safe = torch.where(norm > 0, norm, 1.0)
     inside, polar = norm <= t, norm <= -t
@@ -118,12 +148,13 @@ def polyhedron(x: Tensor, A: Tensor, b: Tensor, G: Tensor, h: Tensor) -> Tensor:
 
     Raises InfeasibleError with the batch indices where the set is empty, InputError for shapes that do not fit.
     """
+    require_finite(x=x, A=A, b=b, G=G, h=h)
     B, n = x.shape
     identity = torch.eye(n, dtype=x.dtype, device=x.device).expand(B, n, n)
     A, G = (M.expand(B, *M.shape[-2:]) for M in (A, G))
     b, h = (v.expand(B, v.shape[-1]) for v in (b, h))
     found = solve_qp(identity, -x, A, b, G, h)
     bad = (~found.ok).nonzero()[:, 0].tolist()
-    if bad:
+    if bad and not is_certified():
         raise InfeasibleError(f"no point satisfies A y = b, G y <= h for the samples {bad[:10]}; relax them.", bad)
     return found.x

@@ -1,7 +1,7 @@
 """Proximal operators prox(x) = argmin_y t g(y) + 1/2 |y - x|^2, batched, with exact derivatives.
 
 Parikh and Boyd, Proximal Algorithms (2014), chapter 6. The indicator function of a set has its projection as proximal
-operator: see `foldopt.projections`.
+operator: see `foldopt.projections`, which also says what happens to NaN and inf.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from foldopt.checks import require_finite
 from foldopt.errors import InputError
 
 NEWTON_STEPS = 8
@@ -65,7 +66,8 @@ def entropy(x: Tensor, t: Tensor | float) -> Tensor:
 
 
 def _weight(t: Tensor | float, x: Tensor) -> Tensor:
+    require_finite(x=x)
     t = torch.as_tensor(t, dtype=x.dtype, device=x.device)
-    if not (t >= 0).all():
-        raise InputError("t holds negative values or NaN; the weight of a proximal operator is at least 0.")
+    if not ((t >= 0) & (t < torch.inf)).all():
+        raise InputError("t holds negative values, NaN or inf; the weight of a proximal operator is a number >= 0.")
     return t

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from foldopt.checks import certified
 from foldopt.errors import InputError, UndeclaredParameterError
 
 Tensors = tuple[Tensor, ...]
@@ -158,6 +159,10 @@ class Update:
 
         torch.func.functional_call would leave its tensors behind in a module that it reaches by two names.
         """
+        with certified():
+            return self._call_with(weights, function, *args)
+
+    def _call_with(self, weights: dict[str, Tensor], function: Callable[..., Any], *args: Any) -> Any:
         if not weights:
             return function(*args)
         current = dict(self._holder.named_parameters())

@@ -58,6 +58,8 @@ def solve_qcqp(
     H, q, A, b, G, h, (Q, r, s) = _prepare(H, q, A, b, G, h, quadratic)
     B, n = q.shape
     p, k, m = b.shape[1], s.shape[1], h.shape[1]
+    u = q.new_ones(B, 1) if k else unit(H, q, b, h)
+    q, b, h = q / u, b / u, h / u
     x, nu = q.new_zeros(B, n), q.new_zeros(B, p)
     lam, slack = q.new_ones(B, k + m), q.new_ones(B, k + m)
     limits = torch.cat([s, h], 1)
@@ -109,7 +111,7 @@ def solve_qcqp(
             torch.where(active[:, None], value + a * change, value)
             for value, change in ((x, dx), (nu, dnu), (lam, dlam), (slack, ds))
         )
-    return Solution(*best, iterations, residual <= tol, residual)
+    return Solution(*(u * part for part in best), iterations, residual <= tol, residual)
 
 
 class _Newton:
@@ -145,6 +147,19 @@ def _longest(value: Tensor, change: Tensor) -> Tensor:
 def largest(a: Tensor) -> Tensor:
     """Return the largest absolute entry of each row of a (B, n), 0 where n = 0."""
     return a.abs().amax(1) if a.shape[1] else a.new_zeros(len(a))
+
+
+def unit(H: Tensor, q: Tensor, b: Tensor, h: Tensor) -> Tensor:
+    """Return the size of x in which each program is solved, (B, 1): a power of 2 where its data are small, else 1.
+
+    Residuals are relative to 1 + |x|, so that without it programs in small units would seem solved where they are not.
+    """
+    with torch.no_grad():
+        curvature = H.flatten(1).abs().amax(1)
+        free = torch.where(curvature > 0, largest(q) / curvature, 0)
+        size = torch.stack([free, largest(b), largest(h)]).amax(0)
+        power = torch.exp2(size.log2().round())
+        return torch.where((size < 1e-3) & (size > 1e-30), power, 1.0).to(q)[:, None]
 
 
 def _prepare(

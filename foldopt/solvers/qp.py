@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from foldopt.errors import InputError
-from foldopt.solvers.interior_point import largest, solve_qcqp
+from foldopt.solvers.interior_point import largest, solve_qcqp, unit
 
 TOLERANCE = 1e-9
 PIVOTS = 10  # to settle what the interior point leaves undecided
@@ -49,8 +49,9 @@ def solve_qp(
     _check(H, q, A, b, G, h)
     if active is None:
         active = torch.zeros_like(h, dtype=torch.bool)
-    x, nu, lam, active, ok, singular = _KKT.apply(H, q, A, b, G, h, active)
-    return QPSolution(x, nu, lam, active, ok, singular)
+    u = unit(H, q, b, h)
+    x, nu, lam, active, ok, singular = _KKT.apply(H, q / u, A, b / u, G, h / u, active)
+    return QPSolution(u * x, u * nu, u * lam, active, ok, singular)
 
 
 def _check(H: Tensor, q: Tensor, A: Tensor, b: Tensor, G: Tensor, h: Tensor) -> None:
