@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 from experiments import runs, slurm
 from experiments.execution import execute, validation
 from experiments.interruption import STOP_CODES
+from experiments.spelling import misspelt
 
 
 class RunFailed(Exception):  # noqa: N818
@@ -33,4 +34,6 @@ def main(cfg: DictConfig) -> float:
 
 
 if __name__ == "__main__":
+    if wrong := misspelt(sys.argv[1:]):
+        sys.exit(f"error: {wrong}")
     main()

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
@@ -19,8 +20,10 @@ from torch import nn
 from experiments.backends import Backend
 from experiments.checkpoint import load
 from experiments.runs import group_options
+from experiments.spelling import meant
 from experiments.tasks import Task
-from foldopt.errors import InputError
+from foldopt.checks import require_type
+from foldopt.errors import FoldoptError, InputError
 
 
 class CombinationError(InputError):
@@ -51,12 +54,23 @@ def make(node: DictConfig, group: str, **context: Any) -> Any:
     """Make the object that a group's configuration describes; `context` adds arguments that no YAML can hold."""
     target = target_of(node, group)
     options = {k: v for k, v in OmegaConf.to_container(node, resolve=True).items() if k not in ("_target_", "name")}
+    signature = inspect.signature(target, eval_str=True)
     try:
-        inspect.signature(target).bind(**context, **options)
+        signature.bind(**context, **options)
     except TypeError as error:
-        takes = ", ".join(name for name in inspect.signature(target).parameters if name not in context)
-        raise InputError(f"{group}={node.get('name')}: {error}; its keys are: {takes}.") from error
-    return target(**context, **options)
+        takes = [name for name in signature.parameters if name not in context]
+        unknown = next((name for name in options if name not in takes), None)
+        guess = f" {unknown}: {meant(unknown, takes)}" if unknown else ""
+        raise InputError(f"{group}={node.get('name')}: {error}; its keys are: {', '.join(takes)}.{guess}") from error
+    for name, value in options.items():
+        if name in signature.parameters:
+            require_type(f"{group}.{name}", value, signature.parameters[name].annotation)
+    try:
+        return target(**context, **options)
+    except FoldoptError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{group}={node.get('name')} refuses its settings {options}: {error}") from error
 
 
 def build(cfg: DictConfig) -> Components:
@@ -75,7 +89,24 @@ def build(cfg: DictConfig) -> Components:
     solver = make(cfg.linear_solver, "linear_solver")
     backend = make(cfg.backend, "backend", task=task, linear_solver=solver)
     model = make(cfg.model, "model", n_inputs=task.n_inputs, n_outputs=task.n_outputs)
+    _require_fit(cfg, task, model)
     return Components(task, model, backend)
+
+
+@torch.no_grad()
+def _require_fit(cfg: DictConfig, task: Task, model: nn.Module) -> None:
+    """Raise CombinationError unless the model takes the task's inputs, and the task what it returns for them."""
+    samples = {name: values[:2] for name, values in task.splits["val"].items()}
+    prepare = getattr(task, "prepare", lambda inputs, _: inputs)
+    model.eval()
+    try:
+        task.parameters(model(prepare(samples["inputs"], None)), samples)
+    except (RuntimeError, InputError) as error:
+        raise CombinationError(
+            f"model={cfg.model.name} does not fit task={cfg.task.name}, whose inputs are of shape "
+            f"{tuple(samples['inputs'].shape)} and which learns {task.n_outputs} outputs; choose another model: {error}"
+        ) from error
+    model.train()
 
 
 def trained(folder: Path) -> Components:

@@ -23,15 +23,16 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from experiments import runs
-from experiments.components import Components, build
+from experiments import runs, tracking
+from experiments.components import build
 from experiments.interruption import BUSY, StopRequest
 from experiments.tracking import Tracker
-from experiments.trainer import Interrupted, Trainer
-from foldopt.checks import require_whole
+from experiments.trainer import Interrupted, Trainer, check_training
+from foldopt.checks import require_type, require_whole
 from foldopt.errors import FoldoptError, InputError
 
 log = logging.getLogger("foldopt.run")
+MOST_SEEDS = 2**40
 SHOWN = ("regret", "regret_percent", "mse", "top1", "top5")
 LOCK_POLL_SECONDS = 2.0
 PACKAGES = ("foldopt", "torch", "cvxpylayers", "diffcp", "scs", "clarabel", "gurobipy", "qpth", "hydra-core", "wandb")
@@ -49,18 +50,29 @@ def execute(cfg: DictConfig, console: Console | None = None, wait: bool = False)
     run, unless `wait`: then until that process has ended.
     """
     console = console or Console()
+    try:
+        require_type("paths.runs", cfg.paths.runs, str)
+    except InputError as error:
+        _say(console, f"error: {error}")
+        return 1
     path = runs.folder(cfg)
     if runs.status(path) == "finished":
         _say(console, f"Nothing to do: this run is finished, see {_short(path)}")
         return 0
     try:
+        for name, kind in (("device", str), ("progress", bool)):
+            require_type(name, cfg[name], kind)
         device = resolve_device(cfg.device)
         require_whole("seed", cfg.seed, 0)
+        if cfg.seed >= MOST_SEEDS:
+            raise InputError(f"seed={cfg.seed}: take one below {MOST_SEEDS}.")
         require_whole("threads", cfg.threads, 1)
         torch.set_num_threads(cfg.threads)
         _set_determinism(cfg.deterministic)
         torch.manual_seed(cfg.seed)
-        parts = build(cfg)
+        tracking.check(cfg.tracking)
+        check_training(cfg.train)
+        trainer = Trainer(cfg, build(cfg), path, device)
     except FoldoptError as error:
         _say(console, f"error: {error}")
         return 1
@@ -72,7 +84,7 @@ def execute(cfg: DictConfig, console: Console | None = None, wait: bool = False)
                 if runs.status(path) == "finished":
                     _say(console, f"Nothing to do: this run is finished, see {_short(path)}")
                     return 0
-                return _run(cfg, parts, path, device, console, stop)
+                return _run(cfg, trainer, path, device, console, stop)
         except Interrupted:
             return stop.exit_code
         except BusyError as error:
@@ -84,7 +96,7 @@ def execute(cfg: DictConfig, console: Console | None = None, wait: bool = False)
 
 
 def _run(
-    cfg: DictConfig, parts: Components, path: Path, device: torch.device, console: Console, stop: StopRequest
+    cfg: DictConfig, trainer: Trainer, path: Path, device: torch.device, console: Console, stop: StopRequest
 ) -> int:
     runs.write_atomically(path / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
     with runs.storing(path):
@@ -94,7 +106,6 @@ def _run(
     begun = datetime.now(UTC)
     tracker, code = None, 1
     try:
-        trainer = Trainer(cfg, parts, path, device)
         tracker = Tracker(cfg, path, runs.identity(cfg))
         seconds = trainer.fit(tracker, console, stop)
         final = _final(path)
@@ -127,6 +138,8 @@ def resolve_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError(f"nothing runs on {device.type}")
     except RuntimeError as error:
         raise InputError(f"device={name!r} is unknown; choose auto, cpu, cuda or cuda:<number>.") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():

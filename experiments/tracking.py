@@ -9,12 +9,24 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from foldopt.checks import require_positive, require_type
 from foldopt.errors import InputError
 
 MODES = ("offline", "online", "disabled")
 log = logging.getLogger("foldopt.run")
+
+
+def check(tracking: DictConfig) -> None:
+    """Raise InputError for settings of W&B that cannot be."""
+    if tracking.mode not in MODES:
+        raise InputError(f"tracking.mode={tracking.mode!r} is unknown; choose one of {MODES}.")
+    require_positive("tracking.init_timeout", tracking.init_timeout)
+    for name, kind in (("project", str), ("entity", str | None), ("group", str | None)):
+        require_type(f"tracking.{name}", tracking[name], kind)
+    if not (isinstance(tracking.tags, ListConfig) and all(isinstance(tag, str) for tag in tracking.tags)):
+        raise InputError(f"tracking.tags={tracking.tags}: expected a list of texts, such as [first,second].")
 
 
 class Tracker:
@@ -27,8 +39,6 @@ class Tracker:
 
     def __init__(self, cfg: DictConfig, folder: Path, run_id: str) -> None:
         mode = cfg.tracking.mode
-        if mode not in MODES:
-            raise InputError(f"tracking.mode={mode!r} is unknown; choose one of {MODES}.")
         self._run = None
         if mode == "disabled":
             return

@@ -65,6 +65,16 @@ class Stopwatch:
             torch.cuda.synchronize(self._device)
 
 
+def check_training(train: DictConfig) -> None:
+    """Raise InputError for settings of the training that cannot be, whatever the task."""
+    for name, least in (("epochs", 1), ("batch_size", 1), ("mse_epochs", 0)):
+        require_whole(f"train.{name}", train[name], least)
+    for name in ("lr", "loss_scale"):
+        require_positive(f"train.{name}", train[name])
+    if train.schedule not in SCHEDULES:
+        raise InputError(f"train.schedule={train.schedule!r} is unknown; choose one of {SCHEDULES}.")
+
+
 class Trainer:
     """Trains the model of a run on its task through its backend.
 
@@ -90,16 +100,16 @@ class Trainer:
         self.checkpoint = Checkpoint(folder, model=self.model, optimizer=self.optimizer, schedule=self.schedule)
 
     def _check(self, train: DictConfig) -> None:
-        for name, least in (("epochs", 1), ("batch_size", 1), ("mse_epochs", 0)):
-            require_whole(f"train.{name}", train[name], least)
-        for name in ("lr", "loss_scale"):
-            require_positive(f"train.{name}", train[name])
         if train.mse_epochs and not hasattr(self.task, "prediction_losses"):
             raise InputError(
                 f"train.mse_epochs={train.mse_epochs}: this task has no prediction error to train on; take 0."
             )
-        if train.schedule not in SCHEDULES:
-            raise InputError(f"train.schedule={train.schedule!r} is unknown; choose one of {SCHEDULES}.")
+        size = min(train.batch_size, len(self.task.splits["train"]["inputs"]))
+        if size == 1 and any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in self.model.modules()):
+            raise InputError(
+                f"train.batch_size={train.batch_size}: this model normalizes over the samples of a batch, and 1 "
+                "is too few; take at least 2, and as many training samples."
+            )
 
     def fit(self, tracker: Tracker, console: Console, stop: StopRequest) -> float:
         """Train to the last epoch; return the seconds spent, those before a resumption included.

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import math
+import types
+import typing
 from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Any
@@ -12,6 +15,7 @@ from torch import Tensor
 
 from foldopt.errors import InputError
 
+WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", types.NoneType: "null"}
 _CERTIFIED = ContextVar("certified", default=False)
 
 
@@ -54,3 +58,17 @@ def require_positive(name: str, value: Any) -> None:
     """Raise InputError unless `value` is a finite number above 0."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
         raise InputError(f"{name}={value}: expected a number above 0.")
+
+
+def require_type(name: str, value: Any, annotation: Any) -> None:
+    """Raise InputError unless `value` is of the plain type, or one of the union, that a signature asks for.
+
+    A whole number will do where a number is expected; NaN and inf do not. Other annotations are let pass.
+    """
+    kinds = typing.get_args(annotation) or (annotation,)
+    if not all(kind in WORDS for kind in kinds):
+        return
+    is_number = float in kinds and isinstance(value, int | float) and not isinstance(value, bool)
+    exact = type(value) in kinds
+    if not (is_number or exact) or (isinstance(value, float) and not math.isfinite(value)):
+        raise InputError(f"{name}={value}: expected {' or '.join(WORDS[kind] for kind in kinds)}.")

@@ -26,7 +26,11 @@ class FoldBackend(LayerBackend):
         self, task: Any, linear_solver: LinearSolver, optimizer: str, forward: str, tol: float | None, on_failure: str
     ) -> None:
         solve, update = solver_and_step(task.problem, optimizer, forward)
-        options = {"tol": tol or TOLERANCES[forward], "on_failure": on_failure, "linear_solver": linear_solver}
+        options = {
+            "tol": TOLERANCES[forward] if tol is None else tol,
+            "on_failure": on_failure,
+            "linear_solver": linear_solver,
+        }
         super().__init__(task.problem, fold(solve, update, dtype=torch.float64, **options))
 
     @staticmethod

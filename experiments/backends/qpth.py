@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from experiments.backends import Parameters, lacks
+from foldopt.checks import require_positive, require_whole
 from foldopt.errors import InputError
 from foldopt.linear_solve import LinearSolver
 from foldopt.solvers.qpth import qp_function, solve_qpth
@@ -32,8 +33,9 @@ class QpthBackend:
         qp_function()  # raises here, before any work, if qpth is missing
         if dtype not in DTYPES:
             raise InputError(f"backend.dtype={dtype!r} is unknown; choose one of {sorted(DTYPES)}.")
-        if not ridge > 0:
-            raise InputError(f"backend.ridge={ridge}: qpth needs a positive definite Q, take a number above 0.")
+        for name, value in (("backend.ridge", ridge), ("backend.eps", eps)):  # ridge: Q must be positive definite
+            require_positive(name, value)
+        require_whole("backend.max_iter", max_iter, 1)
         self.problem, self.ridge, self.dtype = task.problem, ridge, DTYPES[dtype]
         self._options = {"eps": eps, "max_iter": max_iter}
         self._failures = 0

@@ -29,7 +29,11 @@ class UnfoldBackend(LayerBackend):
         on_failure: str,
     ) -> None:
         solve, update = solver_and_step(task.problem, optimizer, forward)
-        options = {"tol": tol or TOLERANCES[forward], "on_failure": on_failure, "iterations": iterations}
+        options = {
+            "tol": TOLERANCES[forward] if tol is None else tol,
+            "on_failure": on_failure,
+            "iterations": iterations,
+        }
         super().__init__(task.problem, unfold(solve, update, dtype=torch.float64, **options))
 
     @staticmethod

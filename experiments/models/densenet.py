@@ -51,6 +51,8 @@ class DenseNet(nn.Module):
         self.classifier = nn.Linear(channels, n_outputs)
         self.amp = amp
         _initialize(self)
+        if perturbation < 0:
+            raise InputError(f"model.perturbation={perturbation}: a relative size is at least 0.")
         if perturbation:
             _perturb(self, perturbation)
         self.to(memory_format=torch.channels_last)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from foldopt.checks import is_certified
 from foldopt.errors import InfeasibleError, InputError, MissingDependencyError, SolverError, UnboundedError
 from foldopt.solvers.interior_point import QuadraticConstraints, Solution
 
@@ -75,14 +76,16 @@ class GurobiQCQP:
     def __call__(self, q: Tensor) -> Solution:
         """Return the solutions for q (B, n), float64 on its device; `residual` is not measured (NaN).
 
-        Raises InfeasibleError, UnboundedError or SolverError with the batch indices; MissingDependencyError where
-        gurobipy is not installed.
+        Raises InfeasibleError, UnboundedError or SolverError with the batch indices, except inside of a layer, which
+        certifies every sample: there ok is False and the rest NaN. Raises MissingDependencyError where gurobipy is not
+        installed.
         """
         if q.dim() != 2 or q.shape[1] != self.n:
             raise InputError(f"q has shape {tuple(q.shape)}, expected (B, {self.n}).")
         gp = _gurobipy()
         model, x, equal, below, quadratic = self._model = self._model or self._build(gp)
         rows, failed = [], {}
+        sizes = self.n, len(self.equalities[1]), len(self.quadratic[2]) + len(self.inequalities[1])
         for index, objective in enumerate(q.detach().double().cpu().numpy()):
             model.setObjective(objective @ x)
             try:
@@ -91,21 +94,22 @@ class GurobiQCQP:
                 raise _explained(error, self) from error
             if model.Status not in (gp.GRB.OPTIMAL, gp.GRB.SUBOPTIMAL):
                 failed.setdefault(model.Status, []).append(index)
+                rows.append((*([torch.nan] * size for size in sizes), 0))
                 continue
             duals = [-constraint.QCPi for constraint in quadratic], (-below.Pi).tolist() if below is not None else []
             nu = (-equal.Pi).tolist() if equal is not None else []
             rows.append((x.X.tolist(), nu, [max(dual, 0.0) for dual in (*duals[0], *duals[1])], model.BarIterCount))
-        if failed:
-            raise _failure(failed, gp)
+        _report(failed, gp)
         like = {"dtype": torch.float64, "device": q.device}
         solutions, nus, lams, iterations = zip(*rows, strict=True) if rows else ((), (), (), ())
         B = len(q)
         return Solution(
-            torch.tensor(solutions, **like).reshape(B, self.n),
-            torch.tensor(nus, **like).reshape(B, len(self.equalities[1])),
-            torch.tensor(lams, **like).reshape(B, len(self.quadratic[2]) + len(self.inequalities[1])),
+            *(
+                torch.tensor(part, **like).reshape(B, size)
+                for part, size in zip((solutions, nus, lams), sizes, strict=True)
+            ),
             torch.tensor(iterations, dtype=torch.long, device=q.device),
-            torch.ones(B, dtype=torch.bool, device=q.device),
+            torch.tensor(solutions, **like).reshape(B, self.n).isfinite().all(1),
             torch.full((B,), torch.nan, **like),
         )
 
@@ -159,7 +163,8 @@ class GurobiNonconvexQP:
         """Return the solutions for q (B, n), on its device.
 
         Raises InfeasibleError or SolverError with the batch indices, the latter also where the time limit came before
-        any point was found; MissingDependencyError where gurobipy is not installed.
+        any point was found; inside of a layer, which certifies every sample, these are NaN instead. Raises
+        MissingDependencyError where gurobipy is not installed.
         """
         if q.dim() != 2 or q.shape[1] != self.n:
             raise InputError(f"q has shape {tuple(q.shape)}, expected (B, {self.n}).")
@@ -175,10 +180,10 @@ class GurobiNonconvexQP:
                 raise _explained(error, self) from error
             if model.SolCount == 0 or model.Status not in (gp.GRB.OPTIMAL, gp.GRB.SUBOPTIMAL, gp.GRB.TIME_LIMIT):
                 failed.setdefault(model.Status, []).append(index)
+                rows.append(([torch.nan] * self.n, torch.nan, torch.nan, model.Status == gp.GRB.TIME_LIMIT))
                 continue
             rows.append((x.X.tolist(), model.ObjVal, model.ObjBound, model.Status == gp.GRB.TIME_LIMIT))
-        if failed:
-            raise _failure(failed, gp)
+        _report(failed, gp)
         found, values, bounds, late = zip(*rows, strict=True) if rows else ((), (), (), ())
         like = {"dtype": torch.float64, "device": q.device}
         return GlobalSolution(
@@ -244,12 +249,20 @@ def _explained(error: Exception, problem: GurobiQCQP | GurobiNonconvexQP) -> Sol
     return SolverError(f"Gurobi cannot solve: {error} (code {code}).")
 
 
+def _report(failed: dict[int, list[int]], gp: Any) -> None:
+    """Raise what the samples that were not solved call for; in a layer only where someone stopped Gurobi."""
+    if failed and (gp.GRB.INTERRUPTED in failed or not is_certified()):
+        raise _failure(failed, gp)
+
+
 def _failure(failed: dict[int, list[int]], gp: Any) -> SolverError:
     names = {getattr(gp.GRB.Status, name): name for name in dir(gp.GRB.Status) if name.isupper()}
     indices = sorted(index for group in failed.values() for index in group)
     what = ", ".join(f"{names.get(status, status)} at {group[:10]}" for status, group in failed.items())
     message = f"Gurobi did not solve {len(indices)} samples: {what}."
     kinds = set(failed)
+    if gp.GRB.INTERRUPTED in kinds:
+        return SolverError(message + " Someone stopped it; call again.", indices)
     if kinds <= {gp.GRB.INFEASIBLE}:
         return InfeasibleError(message + " The constraints admit no point; relax them.", indices)
     if kinds <= {gp.GRB.UNBOUNDED, gp.GRB.INF_OR_UNBD}:

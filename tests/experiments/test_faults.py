@@ -7,7 +7,6 @@ import os
 import random
 import resource
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -22,9 +21,10 @@ from experiments.artifacts import Artifacts
 from experiments.checkpoint import Checkpoint
 from experiments.components import trained
 from experiments.execution import execute
+from experiments.executor import execute as execute_all
+from experiments.studies import StudyRun
 from foldopt.errors import InputError
 
-ROOT = Path(__file__).resolve().parents[2]
 QUICK = ["task.n_train=16", "task.n_val=4", "task.n_test=4", "train.epochs=3", "train.batch_size=8", "device=cpu"]
 RUNS = 26  # of two kills each
 
@@ -260,42 +260,32 @@ def test_a_damaged_summary_is_made_again_from_the_checkpoint(tmp_path, undisturb
     assert (folder / "checkpoint.pt").read_bytes() == checkpoint, "no epoch was repeated"
 
 
-MAIN = """
-import sys
-from experiments import runs
-from experiments.executor import execute
-from experiments.studies import StudyRun
-
-if __name__ == "__main__":
-    overrides = sys.argv[1:]
-    plan = []
-    for seed in range(2):
-        chosen = (*overrides, f"seed={seed}")
-        config = runs.compose(list(chosen))
-        plan.append(StudyRun("tiny", "fold", f"seed {seed}", {}, seed, chosen, config, runs.folder(config)))
-    sys.exit(execute(plan, workers=1).exit_code)
-"""
-
-
 def test_killed_reproduction_and_workers_go_on_and_repeat_nothing(tmp_path, undisturbed):
-    """SIGKILL to all processes of it, as a machine that goes down does, once a run is finished and others are not."""
-    (tmp_path / "main.py").write_text(MAIN)
-    chosen = [*QUICK, "tracking.mode=disabled", "progress=false", f"paths.runs={tmp_path / 'runs'}"]
-    command = [sys.executable, str(tmp_path / "main.py"), *chosen]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command, env=environment, start_new_session=True, stdout=subprocess.DEVNULL)
+    """SIGKILL to all processes of it, as a machine that goes down does, once a run is finished and another is not."""
+    overrides = [*QUICK, "tracking.mode=disabled", f"paths.runs={tmp_path}"]
+    configs = [composed(tmp_path, f"seed={seed}") for seed in range(2)]
+    plan = [
+        StudyRun("tiny", "fold", f"seed={seed}", {}, seed, (*overrides, f"seed={seed}"), cfg, runs.folder(cfg))
+        for seed, cfg in enumerate(configs)
+    ]
+
+    def reproduce():
+        os.setsid()
+        return execute_all(plan, workers=1, console=quiet()).exit_code
+
+    child = os.fork()
+    if child == 0:
+        os._exit(reproduce())
     deadline = time.monotonic() + 120
-    while not (done := list(tmp_path.glob("runs/*/*/summary.json"))):
+    while not (done := list(tmp_path.glob("*/*/summary.json"))):
         assert time.monotonic() < deadline
-        assert process.poll() is None
+        assert os.waitpid(child, os.WNOHANG) == (0, 0)
         time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    os.killpg(child, signal.SIGKILL)
+    os.waitpid(child, 0)
     finished = {path: path.stat().st_mtime_ns for path in done}
-    subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
+    assert os.WEXITSTATUS(in_child(reproduce)) == 0
     assert {path: path.stat().st_mtime_ns for path in done} == finished, "a finished run is not repeated"
     for seed in range(2):
-        folder = runs.folder(composed(tmp_path / "runs", f"seed={seed}"))
-        assert runs.load_summary(folder)["status"] == "finished"
-    first = runs.folder(composed(tmp_path / "runs", "seed=0"))
-    pd.testing.assert_frame_equal(untimed(first), untimed(undisturbed), check_exact=True)
+        assert runs.load_summary(plan[seed].folder)["status"] == "finished"
+    pd.testing.assert_frame_equal(untimed(plan[0].folder), untimed(undisturbed), check_exact=True)
