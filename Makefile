@@ -5,7 +5,7 @@ PY := .venv/bin/python
 PROFILE ?= default
 UV_VERSION := 0.13.9
 
-.PHONY: help test lint format reproduce sweep slurm figures report verify bilinear-kappa bilinear-certificates figure-3 figure-4a figure-4b figure-4c figure-6 \
+.PHONY: help test endurance coverage lint format reproduce sweep slurm figures report verify bilinear-kappa bilinear-certificates figure-3 figure-4a figure-4b figure-4c figure-6 \
 	figure-7 topk-layers layer-share portfolio-settings solver-table linear-solvers denoising-cost unrolling-cost peers clean lock
 
 help: ## list the targets
@@ -23,6 +23,13 @@ help: ## list the targets
 
 test: .venv/.installed ## run the tests (under 10 minutes on 2 cores)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadgroup
+
+endurance: .venv/.installed ## 10,000 training steps of every layer: memory, file handles and threads (some 20 minutes)
+	OMP_NUM_THREADS=1 ENDURANCE_STEPS=10000 $(PY) -m pytest -s tests/foldopt/test_endurance.py
+
+coverage: .venv/.installed ## run the tests of the library and show how much of it they run; below 95% fails
+	OMP_NUM_THREADS=1 $(PY) -m coverage run --source foldopt -m pytest tests/foldopt tests/experiments/problems
+	$(PY) -m coverage report --skip-covered --fail-under 95
 
 lint: .venv/.installed ## check style
 	$(PY) -m ruff check .

@@ -45,13 +45,16 @@ class Tracker:
         import wandb
 
         try:
-            self._run = self._start(wandb, cfg, folder, run_id, mode)
-        except (wandb.errors.CommError, wandb.errors.UsageError, TimeoutError) as error:
-            if mode != "online":
-                raise
-            log.warning("W&B cannot be reached (%s); this run is tracked offline, send it later: wandb sync", error)
-            wandb.teardown()  # its service still holds the run's id
-            self._run = self._start(wandb, cfg, folder, run_id, "offline")
+            try:
+                self._run = self._start(wandb, cfg, folder, run_id, mode)
+            except (wandb.errors.CommError, wandb.errors.UsageError, TimeoutError) as error:
+                if mode != "online":
+                    raise
+                log.warning("W&B cannot be reached (%s); this run is tracked offline, send it later: wandb sync", error)
+                wandb.teardown()  # its service still holds the run's id
+                self._run = self._start(wandb, cfg, folder, run_id, "offline")
+        except (OSError, wandb.errors.Error) as error:
+            log.warning("W&B cannot track this run (%s); it goes on without, and metrics.csv has all of it", error)
 
     @staticmethod
     def _start(wandb: Any, cfg: DictConfig, folder: Path, run_id: str, mode: str) -> Any:

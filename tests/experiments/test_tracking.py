@@ -1,7 +1,12 @@
 """Weights & Biases: offline by default, offline when online cannot be reached, nothing when disabled."""
 
+import contextlib
 import os
 import signal
+import socket
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import psutil
 import pytest
@@ -78,3 +83,64 @@ def test_disabled_leaves_nothing(tiny, console):
     cfg = tiny("train.epochs=1", "backend=two_stage")
     assert execute(cfg, console) == 0
     assert not (runs.folder(cfg) / "wandb").exists()
+
+
+class _Refuses(BaseHTTPRequestHandler):
+    """A server of W&B to which every key is wrong."""
+
+    def handle_one_request(self):
+        self.raw_requestline = self.rfile.readline()
+        self.close_connection = True
+        if self.parse_request():
+            self.send_response(401)
+            self.end_headers()
+
+    def log_message(self, *_):
+        pass
+
+
+@contextlib.contextmanager
+def wrong_key():
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Refuses) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server.server_port
+        server.shutdown()
+
+
+@contextlib.contextmanager
+def hanging():
+    with socket.create_server(("127.0.0.1", 0)) as server:  # takes connections and never answers
+        yield server.getsockname()[1]
+
+
+@pytest.mark.parametrize("kind", [wrong_key, hanging])
+def test_a_server_that_refuses_or_hangs_costs_little_time_and_no_data(tiny, console, monkeypatch, kind):
+    key = "0123456789" * 4
+    monkeypatch.setenv("WANDB_API_KEY", key)
+    monkeypatch.setenv("GRB_WLSSECRET", licence := "f0e1d2c3-secret")
+    cfg = tiny("tracking.mode=online", "tracking.init_timeout=4", "train.epochs=1", "backend=two_stage")
+    with kind() as port:
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{port}")
+        begin = time.monotonic()
+        assert execute(cfg, console) == 0
+    assert time.monotonic() - begin < 90
+    folder = runs.folder(cfg)
+    assert "tracked offline" in (folder / "log.txt").read_text()
+    assert len(tracked(folder)) == 1
+    assert len(runs.load_metrics(folder)) == 5
+    for path in folder.rglob("*"):
+        content = path.read_bytes() if path.is_file() else b""
+        assert key.encode() not in content, f"{path} holds the key"
+        assert licence.encode() not in content, f"{path} holds the licence"
+    assert key not in console.file.getvalue()
+
+
+def test_a_tracker_that_cannot_write_costs_no_run(tiny, console):
+    cfg = tiny("tracking.mode=offline", "train.epochs=1", "backend=two_stage")
+    folder = runs.folder(cfg)
+    folder.mkdir(parents=True)
+    (folder / "wandb").write_text("in the way")
+    assert execute(cfg, console) == 0
+    assert runs.load_summary(folder)["status"] == "finished"
+    assert "it goes on without" in (folder / "log.txt").read_text()
+    assert len(runs.load_metrics(folder)) == 5

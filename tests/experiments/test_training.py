@@ -52,10 +52,13 @@ def test_a_run_leaves_metrics_summary_config_and_log(tiny, console, untimed):
     assert "Nothing to do: this run is finished" in console.file.getvalue()
 
 
-def test_the_same_configuration_gives_the_same_numbers(tiny, console, untimed, tmp_path):
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("model", ["mlp", "mlp_bn"])
+def test_the_same_configuration_gives_the_same_numbers(tiny, console, untimed, tmp_path, model, threads):
+    """Bit by bit, with either number of threads."""
     frames = []
     for name in "ab":
-        cfg = tiny(f"paths.runs={tmp_path / name}")
+        cfg = tiny(f"paths.runs={tmp_path / name}", f"threads={threads}", f"model={model}")
         assert execute(cfg, console) == 0
         frames.append(untimed(runs.folder(cfg)))
     pd.testing.assert_frame_equal(*frames, check_exact=True)
