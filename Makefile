@@ -31,9 +31,10 @@ coverage: .venv/.installed ## run the tests of the library and show how much of 
 	OMP_NUM_THREADS=1 $(PY) -m coverage run --source foldopt -m pytest tests/foldopt tests/experiments/problems
 	$(PY) -m coverage report --skip-covered --fail-under 95
 
-lint: .venv/.installed ## check style
+lint: .venv/.installed ## check style, and the library's types
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m mypy
 
 format: .venv/.installed ## fix style
 	$(PY) -m ruff check --fix .
@@ -114,7 +115,7 @@ peers: .venv/peers/.installed ## what other libraries answer when asked for deri
 	.venv/peers/bin/python -m scripts.peers
 
 clean: ## remove the environment and caches (run folders stay)
-	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .coverage .hypothesis build *.egg-info
 
 lock: ## pin the newest versions that pyproject.toml allows
 	$(PY) -m uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --no-emit-index-url --no-annotate --no-header -o requirements.lock

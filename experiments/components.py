@@ -54,7 +54,7 @@ def make(node: DictConfig, group: str, **context: Any) -> Any:
     """Make the object that a group's configuration describes; `context` adds arguments that no YAML can hold."""
     target = target_of(node, group)
     options = {k: v for k, v in OmegaConf.to_container(node, resolve=True).items() if k not in ("_target_", "name")}
-    signature = inspect.signature(target, eval_str=True)
+    signature = _signature(target)
     try:
         signature.bind(**context, **options)
     except TypeError as error:
@@ -71,6 +71,13 @@ def make(node: DictConfig, group: str, **context: Any) -> Any:
         raise
     except (TypeError, ValueError) as error:
         raise InputError(f"{group}={node.get('name')} refuses its settings {options}: {error}") from error
+
+
+def _signature(target: Any) -> inspect.Signature:
+    try:
+        return inspect.signature(target, eval_str=True)
+    except NameError:  # annotations of names that are imported for type checkers only
+        return inspect.signature(target)
 
 
 def build(cfg: DictConfig) -> Components:

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -257,14 +257,16 @@ def stepsize_study(
     return rows
 
 
-def agreement(layer: FoldedLayer, *params: Tensor, iterations: int, start: Callable[..., Tensor] | None = None) -> dict:
+def agreement(
+    layer: FoldedLayer, *params: Tensor, iterations: int, start: Callable[..., Tensor] | None = None
+) -> dict[str, float]:
     """Return the relative distance of other gradients to the folded one, for a random cotangent.
 
     "unfold": `iterations` recorded steps from the solution; "lfpi": as many products of the fixed-point iteration,
     equal to it by Theorem 1; "unroll": recorded steps from ``start(*params)``, if that is given.
     """
-    options = {"tol": layer.tol, "on_failure": "warn", "dtype": layer.dtype}
-    others = {
+    options: dict[str, Any] = {"tol": layer.tol, "on_failure": "warn", "dtype": layer.dtype}
+    others: dict[str, nn.Module] = {
         "unfold": unfold(layer.solve, layer.update, iterations=iterations, **options),
         "lfpi": fold(layer.solve, layer.update, linear_solver=LFPI(tol=1e-300, max_iter=iterations - 1), **options),
     }
@@ -282,7 +284,7 @@ def _gradient(layer: nn.Module, params: Sequence[Tensor]) -> Tensor:
     leaves = [p.detach().requires_grad_(p.is_floating_point()) for p in params]
     state = as_tuple(layer(*leaves))
     generator = torch.Generator().manual_seed(0)
-    loss = sum((part * _random(part.detach(), generator)).sum() for part in state)
+    loss = torch.stack([(part * _random(part.detach(), generator)).sum() for part in state]).sum()
     return _joined(torch.autograd.grad(loss, [p for p in leaves if p.requires_grad], allow_unused=True))
 
 
@@ -344,7 +346,7 @@ def _differences(
     weight = [_random(part.detach(), generator) for part in output]
     wanted = list(named.values())
     gradients = torch.autograd.grad(
-        sum((part * w).sum() for part, w in zip(output, weight, strict=True)), wanted, allow_unused=True
+        torch.stack([(part * w).sum() for part, w in zip(output, weight, strict=True)]).sum(), wanted, allow_unused=True
     )
     base, w = flatten([part.detach() for part in output]), flatten(weight)
     kinks = torch.zeros_like(base, dtype=torch.bool)

@@ -82,9 +82,9 @@ class FixedPoint:
 
     solver: LinearSolver
     policy: str
-    step: StepFunction | None = None
+    step: StepFunction = None  # type: ignore[assignment]  # until it is called
     recorded: Recorded | None = None
-    certificate: FoldInfo | LinearSolveInfo | None = None
+    certificate: Any = None  # FoldInfo, or LinearSolveInfo of a derivative
     _phi: Phi | None = None
     users: ClassVar[bool] = False
 
@@ -124,7 +124,8 @@ class FixedPoint:
         """Take over what copies of it found."""
         self.step = copies[0].step
         parts = [one.certificate for one in copies]
-        self.certificate = type(parts[0]).joined(parts)
+        kind: Any = type(parts[0])
+        self.certificate = kind.joined(parts)
 
     def report(self, backward: LinearSolveInfo | None) -> None:
         """Take note of what the linear solver did for a derivative."""

@@ -162,9 +162,9 @@ class FoldedLayer(FixedPointLayer):
         tensors = (*cast, *weights.values())
         recording = torch.is_grad_enabled() and any(p.requires_grad for p in tensors)
         solved = Solved(self.linear_solver, self.on_failure, self, len(cast), list(weights), recording)
-        *state, _, _ = fixed_point(solved, *tensors)
+        *found, _, _ = fixed_point(solved, *tensors)
         self.last = solved.certificate
-        state = tuple(part.to(answer) for part in state)
+        state = tuple(part.to(answer) for part in found)
         return state[0] if solved.single else state
 
 

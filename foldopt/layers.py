@@ -243,7 +243,7 @@ class NLPLayer(nn.Module):
             found = scipy_nlp.solve_scipy(self.program, self.solver, self._started(params), *params)
         else:
             found = self.solver(*params)
-        state = as_tuple(found)
+        state: Any = as_tuple(found)
         if len(state) not in (1, 3):
             raise InputError(f"solver returned {len(state)} tensors, expected x or (x, nu, lam).")
         like = next((p for p in params if p.is_floating_point()), state[0])
@@ -263,7 +263,7 @@ class NLPLayer(nn.Module):
         return recover_multipliers(data.gradient, data.jacobian_h, g, data.jacobian_g)
 
     def _started(self, params: tuple[Tensor, ...]) -> Tensor:
-        start = self.start(*params) if callable(self.start) else self.start
+        start: Any = self.start(*params) if callable(self.start) else self.start
         start = start.to(device=params[0].device, dtype=self.fold.dtype or params[0].dtype)
         batch = len(params[0]) if params[0].dim() else 1
         return start.expand(batch, -1) if start.dim() == 1 else start

@@ -144,7 +144,7 @@ class Update:
         return {"update": self.update, "modules": self.modules}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(**state)
+        Update.__init__(self, **state)
 
     def weights(self) -> dict[str, Tensor]:
         """Return the trainable parameters of the modules, by name, and those that torch.func has put in their place."""
@@ -167,7 +167,7 @@ class Update:
             return function(*args)
         current = dict(self._holder.named_parameters())
         new = {id(current[name]): value for name, value in weights.items()}
-        slots = [
+        slots: list[tuple[dict[str, Any], str, Any]] = [
             (module._parameters, name, p)
             for module in self._holder.modules()
             for name, p in module._parameters.items()

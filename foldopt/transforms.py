@@ -117,7 +117,9 @@ def pulled_back(
 def pushed_forward(function: Function, tangents: Sequence[Tensor | None], inputs: Tensors) -> Tensors:
     """Return the jvp of an opaque function, itself opaque; a tangent may be None for zero."""
     moved = tuple(i for i, t in enumerate(tangents) if t is not None and inputs[i].is_floating_point())
-    return opaque(Pushforward(function, moved), *(tangents[i] for i in moved), *inputs)
+    return opaque(
+        Pushforward(function, moved), *(t for i, t in enumerate(tangents) if i in moved and t is not None), *inputs
+    )
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -49,11 +49,11 @@ class IteratedLayer(FixedPointLayer):
         else:
             stepped = _where(~lost, state, tuple(torch.full_like(part, torch.nan) for part in state))
             self.last = self.certify(tuple(part.detach() for part in previous), stepped)
-        if hold and not (ok := self.last.ok & ~lost).all():
-            self.last.ok = ok
+        info: Any = self.last
+        if hold and not (ok := info.ok & ~lost).all():
+            info.ok = ok
             _mask_gradient(state, ok, self.on_failure)
         if watched:
-            info = self.last
             state = _hooked(state, lambda g: setattr(self, "_arrived", (info, g.detach())))
         state = tuple(part.to(answer) for part in state)
         return state[0] if single else state
@@ -62,7 +62,7 @@ class IteratedLayer(FixedPointLayer):
         """Return which samples the steps carried away from the solution, (B,): where they diverge, rounding grows."""
         x, end = flatten(start).detach(), flatten(state).detach()
         moved = torch.linalg.vector_norm(end - x, dim=1) / (1 + torch.linalg.vector_norm(x, dim=1))
-        left = ~(moved <= self.tolerance(x.dtype)) & self.last.ok
+        left = ~(moved <= self.tolerance(x.dtype)) & cast(FoldInfo, self.last).ok
         if left.any():
             apply_policy(
                 self.on_failure,
@@ -76,7 +76,7 @@ class IteratedLayer(FixedPointLayer):
 
     def _note_last_term(self, term: Tensor) -> None:
         """Certify the backward pass by its last term, the last one that LFPI adds: (Phi^T)^(K - 1) g (Theorem 1)."""
-        (info, g), self._arrived = self._arrived, None
+        (info, g), self._arrived = cast(tuple[FoldInfo, Tensor], self._arrived), None
         residual = relative(term.detach(), g).nan_to_num(nan=torch.inf)
         ok = residual < 1
         count = torch.full(residual.shape, self.iterations - 1, device=residual.device)

@@ -34,17 +34,21 @@ class Auto:
     def __call__(self, vjp: VJP, g: Tensor, phi: Phi | None = None) -> tuple[Tensor, LinearSolveInfo]:
         """Solve for v; see the docstring of `foldopt.linear_solve`."""
         phi = phi or Phi.assembled(vjp, g)
-        steps = [("direct", self.direct)] if phi.closed_form else [("gmres", self.iterative), ("direct", self.direct)]
+        steps: list[tuple[str, LinearSolver]] = (
+            [("direct", self.direct)] if phi.closed_form else [("gmres", self.iterative), ("direct", self.direct)]
+        )
         if phi.inverse is not None:
             steps.insert(0, ("closed form", self._inverted))
         v, info = steps[0][1](vjp, g, phi)
         for name, solver in steps[1:]:
             if info.ok.all():
                 break
-            v, info = _improved(v, info, *solver(vjp, g, phi), f"{info.method}+{name}")
+            better, new = solver(vjp, g, phi)
+            v, info = _improved(v, info, better, new, f"{info.method}+{name}")
         return (v, info) if info.ok.all() else self._singular(g, v, info, phi)
 
-    def _inverted(self, vjp: VJP, g: Tensor, phi: Phi) -> tuple[Tensor, LinearSolveInfo]:
+    def _inverted(self, vjp: VJP, g: Tensor, phi: Phi | None = None) -> tuple[Tensor, LinearSolveInfo]:
+        assert phi is not None  # for the type checker
         v = phi.inverted(g)
         residual = relative(g + vjp(v) - v, g).nan_to_num(nan=torch.inf)
         products = torch.ones(len(g), dtype=torch.long, device=g.device)

@@ -59,6 +59,7 @@ class Phi:
 
     def inverted(self, g: Tensor) -> Tensor:
         """Return v = Phi^T v + g, (B, N), by the closed form `inverse`."""
+        assert self.inverse is not None  # for the type checker: who calls this has seen it
         return self.inverse(g, self._transposed)
 
     def _factor(self) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,7 +38,7 @@ class WarmStart:
             raise InputError(
                 f"solver={solver!r} does not start from anything; give WarmStart an LFPI, Anderson, GMRES or BiCGSTAB."
             )
-        self.solver = solver
+        self.solver: Any = solver
         self._indices: Tensor | None = None
         self._memory: Tensor | None = None
 

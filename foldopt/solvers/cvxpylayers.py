@@ -42,7 +42,7 @@ class ConeLayer:
         if solver not in SOLVE_METHODS:
             raise InputError(f"solver={solver!r} is unknown; choose one of {sorted(SOLVE_METHODS)}.")
         self._arguments = {"solve_method": SOLVE_METHODS[solver], "n_jobs_forward": 1, **(solver_args or {})}
-        self._layer = CvxpyLayer(problem, parameters, variables)
+        self._layer = CvxpyLayer(problem, list(parameters), list(variables))
         self._dims, self._size = [p.ndim for p in parameters], variables[0].size
         self._failure, self.failures = diffcp.SolverError, 0
 

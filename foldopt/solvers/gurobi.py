@@ -61,8 +61,8 @@ class GurobiQCQP:
     ) -> None:
         empty = torch.zeros(0, n), torch.zeros(0)
         self.n = n
-        self.equalities = empty if A is None else (A, b)
-        self.inequalities = empty if G is None else (G, h)
+        self.equalities: tuple[Tensor, Any] = empty if A is None else (A, b)
+        self.inequalities: tuple[Tensor, Any] = empty if G is None else (G, h)
         self.quadratic = quadratic or (torch.zeros(0, n, n), *empty)
         for name, (matrix, vector) in (("A, b", self.equalities), ("G, h", self.inequalities)):
             if vector is None or tuple(matrix.shape) != (len(vector), n):
@@ -84,7 +84,8 @@ class GurobiQCQP:
             raise InputError(f"q has shape {tuple(q.shape)}, expected (B, {self.n}).")
         gp = _gurobipy()
         model, x, equal, below, quadratic = self._model = self._model or self._build(gp)
-        rows, failed = [], {}
+        rows: list[tuple[Any, ...]] = []
+        failed: dict[int, list[int]] = {}
         sizes = self.n, len(self.equalities[1]), len(self.quadratic[2]) + len(self.inequalities[1])
         for index, objective in enumerate(q.detach().double().cpu().numpy()):
             model.setObjective(objective @ x)
@@ -100,16 +101,19 @@ class GurobiQCQP:
             nu = (-equal.Pi).tolist() if equal is not None else []
             rows.append((x.X.tolist(), nu, [max(dual, 0.0) for dual in (*duals[0], *duals[1])], model.BarIterCount))
         _report(failed, gp)
-        like = {"dtype": torch.float64, "device": q.device}
+        like: dict[str, Any] = {"dtype": torch.float64, "device": q.device}
         solutions, nus, lams, iterations = zip(*rows, strict=True) if rows else ((), (), (), ())
         B = len(q)
+        x, nu, lam = (
+            torch.tensor(part, **like).reshape(B, size)
+            for part, size in zip((solutions, nus, lams), sizes, strict=True)
+        )
         return Solution(
-            *(
-                torch.tensor(part, **like).reshape(B, size)
-                for part, size in zip((solutions, nus, lams), sizes, strict=True)
-            ),
+            x,
+            nu,
+            lam,
             torch.tensor(iterations, dtype=torch.long, device=q.device),
-            torch.tensor(solutions, **like).reshape(B, self.n).isfinite().all(1),
+            x.isfinite().all(1),
             torch.full((B,), torch.nan, **like),
         )
 
@@ -170,7 +174,8 @@ class GurobiNonconvexQP:
             raise InputError(f"q has shape {tuple(q.shape)}, expected (B, {self.n}).")
         gp = _gurobipy()
         model, x, quadratic = self._model = self._model or self._build(gp)
-        rows, failed = [], {}
+        rows: list[tuple[Any, ...]] = []
+        failed: dict[int, list[int]] = {}
         for index, linear in enumerate(q.detach().double().cpu().numpy()):
             model.setObjective(quadratic + linear @ x)
             model.reset()
@@ -185,7 +190,7 @@ class GurobiNonconvexQP:
             rows.append((x.X.tolist(), model.ObjVal, model.ObjBound, model.Status == gp.GRB.TIME_LIMIT))
         _report(failed, gp)
         found, values, bounds, late = zip(*rows, strict=True) if rows else ((), (), (), ())
-        like = {"dtype": torch.float64, "device": q.device}
+        like: dict[str, Any] = {"dtype": torch.float64, "device": q.device}
         return GlobalSolution(
             torch.tensor(found, **like).reshape(len(q), self.n),
             torch.tensor(values, **like),

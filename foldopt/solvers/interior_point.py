@@ -89,7 +89,8 @@ def solve_qcqp(
         ).amax(0)
         now = now.nan_to_num(nan=torch.inf)
         better = active & (now < residual)
-        best = tuple(torch.where(better[:, None], new, old) for new, old in zip((x, nu, lam), best, strict=True))
+        keep = better[:, None]
+        best = torch.where(keep, x, best[0]), torch.where(keep, nu, best[1]), torch.where(keep, lam, best[2])
         residual = torch.where(better, now, residual)
         active = active & (now > tol) & now.isfinite()
         if step == max_iter or not active.any():
@@ -111,7 +112,7 @@ def solve_qcqp(
             torch.where(active[:, None], value + a * change, value)
             for value, change in ((x, dx), (nu, dnu), (lam, dlam), (slack, ds))
         )
-    return Solution(*(u * part for part in best), iterations, residual <= tol, residual)
+    return Solution(u * best[0], u * best[1], u * best[2], iterations, residual <= tol, residual)
 
 
 class _Newton:
@@ -178,8 +179,8 @@ def _prepare(
     B, n = q.shape
     if (A is None) != (b is None) or (G is None) != (h is None):
         raise InputError("pass A together with b, and G together with h.")
-    A, b = (q.new_zeros(0, n), q.new_zeros(0)) if A is None else (A.double(), b.double())
-    G, h = (q.new_zeros(0, n), q.new_zeros(0)) if G is None else (G.double(), h.double())
+    A, b = (q.new_zeros(0, n), q.new_zeros(0)) if A is None or b is None else (A.double(), b.double())
+    G, h = (q.new_zeros(0, n), q.new_zeros(0)) if G is None or h is None else (G.double(), h.double())
     Q, r, s = (
         (q.new_zeros(0, n, n), q.new_zeros(0, n), q.new_zeros(0))
         if quadratic is None

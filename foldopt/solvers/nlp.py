@@ -84,7 +84,7 @@ def kkt_residual(x: Tensor, nu: Tensor, lam: Tensor, data: SQPData) -> Tensor:
         torch.einsum("bpn,bp->bn", data.jacobian_h, nu),
         torch.einsum("bmn,bm->bn", data.jacobian_g, lam),
     ]
-    stationarity = largest(sum(pulled)) / (1 + torch.stack([largest(t) for t in pulled]).amax(0))
+    stationarity = largest(pulled[0] + pulled[1] + pulled[2]) / (1 + torch.stack([largest(t) for t in pulled]).amax(0))
     infeasible = largest(torch.cat([data.h, data.g.clamp(min=0)], 1)) / (1 + largest(x))
     complementary = largest(lam * data.g) / (1 + largest(lam))
     return torch.stack([stationarity, infeasible, complementary, largest((-lam).clamp(min=0))]).amax(0)

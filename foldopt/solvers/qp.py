@@ -10,6 +10,7 @@ from torch import Tensor
 from foldopt.errors import InputError
 from foldopt.solvers.interior_point import largest, solve_qcqp, unit
 
+QPParts = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 TOLERANCE = 1e-9
 PIVOTS = 10  # to settle what the interior point leaves undecided
 
@@ -123,7 +124,7 @@ def _candidate(
     return x, nu, lam, ok, factor
 
 
-def _pivoted(data: tuple[Tensor, ...], guess: Tensor) -> tuple[list[Tensor], Tensor]:
+def _pivoted(data: QPParts, guess: Tensor) -> tuple[list[Tensor], Tensor]:
     """Return [x, nu, lam, whether that is the solution, whether K is singular] and the active set, from a guess of it.
 
     An interior point leaves nearly degenerate constraints undecided. The point that a set determines tells which of
@@ -136,7 +137,7 @@ def _pivoted(data: tuple[Tensor, ...], guess: Tensor) -> tuple[list[Tensor], Ten
     for _ in range(PIVOTS):
         if not len(todo):
             break
-        part = tuple(t[todo] for t in data)
+        part = _rows(data, todo)
         slack = part[5] - torch.einsum("bmn,bn->bm", part[4], x)
         trial = torch.where(trial, lam > 0, slack < 0)
         *point, factor = _candidate(*part, trial)
@@ -148,6 +149,11 @@ def _pivoted(data: tuple[Tensor, ...], guess: Tensor) -> tuple[list[Tensor], Ten
     return best, active
 
 
+def _rows(data: QPParts, index: Tensor) -> QPParts:
+    H, q, A, b, G, h = (part[index] for part in data)
+    return H, q, A, b, G, h
+
+
 class _KKT(torch.autograd.Function):
     """Forward: active-set guess, else interior point and polish. Backward: one solve with the same KKT matrix."""
 
@@ -157,7 +163,7 @@ class _KKT(torch.autograd.Function):
         singular = factor.singular
         hard = (~ok).nonzero()[:, 0]
         if len(hard):
-            data = tuple(t[hard] for t in (H, q, A, b, G, h))
+            data = _rows((H, q, A, b, G, h), hard)
             point = solve_qcqp(*data)
             nu_ip, lam_ip = point.equality_dual.to(q), point.inequality_dual.to(q)
             found = lam_ip > data[5] - torch.einsum("bmn,bn->bm", data[4], point.x.to(q))

@@ -105,4 +105,5 @@ def batched_qp(Q: Tensor, p: Tensor, G: Tensor, h: Tensor, A: Tensor, b: Tensor)
                 f"{name} has shape {tuple(value.shape)}, expected {shape} or {(B, *shape)} to go with p of shape "
                 f"{tuple(p.shape)}, h of shape {tuple(h.shape)} and b of shape {tuple(b.shape)}."
             )
-    return tuple(value.expand(B, *shape) for value, shape in shapes.values())
+    Q, p, G, h, A, b = (value.expand(B, *shape) for value, shape in shapes.values())
+    return Q, p, G, h, A, b

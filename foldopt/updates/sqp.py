@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -103,7 +103,7 @@ def _batched_jacobian(function: Callable[[Tensor], Tensor], x: Tensor, rows: int
     """Jacobian (B, rows, n) of a function (B, n) -> (B, rows) whose samples are independent."""
     if rows == 0:
         return x.new_zeros(len(x), 0, x.shape[1])
-    _, pull = torch.func.vjp(function, x)
+    pull = torch.func.vjp(function, x)[1]
     basis = torch.eye(rows, dtype=x.dtype, device=x.device)[:, None, :].expand(rows, len(x), rows)
     return torch.func.vmap(lambda v: pull(v)[0])(basis).transpose(0, 1)
 
@@ -135,7 +135,7 @@ class SQP(nn.Module):
         self.program, self.stepsize = program, stepsize
         self.last: QPSolution | None = None
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "last": None}
 
     def forward(self, state: SQPState, *params: Tensor) -> SQPState:
