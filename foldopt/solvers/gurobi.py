@@ -224,7 +224,9 @@ def _environment(process: int) -> Any:
 
     The licence is the one of gurobi.lic, where Gurobi finds it, or of LICENSE_VARIABLES.
     """
-    named = {LICENSE_VARIABLES[name]: value for name, value in os.environ.items() if name in LICENSE_VARIABLES}
+    named: dict[str, Any] = {
+        LICENSE_VARIABLES[name]: value for name, value in os.environ.items() if name in LICENSE_VARIABLES
+    }
     if "LicenseID" in named:
         if not named["LicenseID"].isdecimal():
             raise InputError(f"GRB_LICENSEID={named['LicenseID']!r}: expected a whole number.")
