@@ -16,7 +16,7 @@ from foldopt.updates import ADMM, SQP, DualProximalGradient, ProjectedGradient, 
 F32, F64 = torch.float32, torch.float64
 N = 5
 EPS = {F32: torch.finfo(F32).eps, F64: torch.finfo(F64).eps}
-properties = settings(derandomize=True, deadline=None, max_examples=15, database=None, phases=[Phase.generate])
+properties = settings(derandomize=True, deadline=None, max_examples=10, database=None, phases=[Phase.generate])
 scales = st.integers(-8, 8).map(lambda k: 10.0**k)
 units = st.one_of(st.sampled_from([0.0, -0.0, 1.0, -1.0, 0.5, 1e-300, 5e-324]), st.floats(-1, 1))
 

@@ -46,7 +46,7 @@ def batch(seed):
     return (H, q, A, b, G, h), sorted(bad)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("solve", [solve_qp, solve_qcqp])
 def test_batched_solvers_mark_them_and_solve_the_rest(solve, seed):
     data, bad = batch(seed)
@@ -111,7 +111,7 @@ def portfolio():
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_gurobi_in_a_layer_loses_only_the_samples_that_it_fails_on(monkeypatch, seed):
+def test_gurobi_in_a_layer_loses_only_the_samples_that_it_fails_on(seed):
     """Its iterations are limited to none for a random part of the batch."""
     problem, c = portfolio()
     bad = random.Random(seed).sample(range(8), 3)
@@ -184,9 +184,7 @@ def test_gurobi_without_a_licence_says_so(monkeypatch):
         raise gp.GurobiError(10009, "No Gurobi license found")
 
     monkeypatch.setattr(gp, "Env", refuse)
-    if hasattr(gurobi, "_environment"):
-        gurobi._environment.cache_clear()
+    gurobi._environment.cache_clear()
     with pytest.raises(SolverError, match="No Gurobi license found"):
         portfolio()[0].gurobi(torch.ones(1, 6))
-    if hasattr(gurobi, "_environment"):
-        gurobi._environment.cache_clear()
+    gurobi._environment.cache_clear()
