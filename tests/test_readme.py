@@ -29,9 +29,14 @@ def blocks(language):
     ],
 )
 def test_examples_print_what_their_comments_say(number, printed, tmp_path):
-    output = run(blocks("python")[number], tmp_path)
+    output = without_signs_of_zero(run(blocks("python")[number], tmp_path))
     for text in printed:
-        assert text in output
+        assert without_signs_of_zero(text) in output
+
+
+def without_signs_of_zero(text):
+    """Also without the space that a sign of another entry leaves: both are the rounding of the machine."""
+    return re.sub(r"\[ +", "[", re.sub(r"-0\.(?!\d)", "0.", text))
 
 
 def test_the_report_is_the_one_shown(tmp_path):

@@ -217,38 +217,6 @@ def test_a_stop_in_the_middle_of_an_epoch_loses_no_batch(tiny, console, untimed,
     pd.testing.assert_frame_equal(untimed(runs.folder(whole)), untimed(runs.folder(stopped)), check_exact=True)
 
 
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        (["train.epochs=0"], "train.epochs=0: expected a whole number of at least 1"),
-        (["train.batch_size=0"], "train.batch_size=0"),
-        (["train.lr=-1"], "train.lr=-1"),
-        (["train.schedule=linear"], "train.schedule='linear' is unknown; choose one of"),
-        (["task.degree=0"], "degree=0: expected a whole number of at least 1"),
-        (["+task.colour=red"], "task=portfolio: got an unexpected keyword argument 'colour'; its keys are: degree"),
-        (["backend.forward=mosek"], "backend.forward='mosek' is not there for this task; choose one of"),
-        (["backend.optimizer=pgd_a"], "backend.optimizer='pgd_a' is not there for this task; choose auto or one of"),
-        (["backend=cvxpylayers", "backend.solver=ECOS"], "solver='ECOS' is unknown"),
-        (["backend=cvxpylayers", "backend.scaling=big"], "scaling='big' is unknown"),
-        (["model.layers=0"], "layers=0"),
-        (["train.epochs=many"], "train.epochs=many: expected a whole number of at least 1"),
-        (["train.lr=fast"], "train.lr=fast: expected a number above 0"),
-        (["task.degree=cubic"], "degree=cubic: expected a whole number of at least 1"),
-        (["seed=-1"], "seed=-1: expected a whole number of at least 0"),
-        (["deterministic=perhaps"], "deterministic=perhaps: expected true or false"),
-        (["threads=0"], "threads=0: expected a whole number of at least 1"),
-        (["backend=unroll", "backend.iterations=0"], "iterations=0: expected a whole number"),
-        (["device=tpu9"], "device='tpu9' is unknown"),
-        (["tracking.mode=sometimes"], "tracking.mode='sometimes' is unknown"),
-        (["backend._target_=experiments.nowhere.Nothing"], "cannot be imported"),
-        (["task.n_assets=30", "backend.on_failure=explode"], "on_failure='explode' is unknown"),
-    ],
-)
-def test_bad_values_fail_with_the_remedy(tiny, console, overrides, message):
-    assert execute(tiny(*overrides), console) == 1
-    assert message in console.file.getvalue()
-
-
 def test_a_cuda_device_that_is_not_there_is_named():
     assert resolve_device("cpu").type == "cpu"
     with pytest.raises(InputError, match=r"device='cuda:99' is not there"):
