@@ -239,7 +239,7 @@ def test_the_figure_shows_the_noise_floor_and_its_files_say_stand_in(planned, tm
     ]
     perturbed = next(line for line in rows if "perturbed" in line).split("|")
     assert perturbed[5].strip() == "1.0", "2 epochs at 0.5 more"
-    assert "stand-in images, not CIFAR-100" in text
+    assert "Stand-in images, not CIFAR-100" in text
     for name in ("figure_7_stand_in", "multilabel_gradients_stand_in", "stand_in_images"):
         assert (tmp_path / f"out/figures/{name}.png").stat().st_size > 10_000
 

@@ -27,6 +27,8 @@ def made(monkeypatch, tmp_path) -> list[str]:
     monkeypatch.setattr(reproduction, "FIGURES", {"figure_4c": makers, "portfolio_settings": makers})
     measured = {"figure_4c": {"solver-table": lambda profile, command: made.append(command) or Artifacts(tmp_path)}}
     monkeypatch.setattr(reproduction, "MEASUREMENTS", measured)
+    monkeypatch.setattr(reproduction, "provenance", lambda planned: "{}\n")
+    monkeypatch.setattr(reproduction, "output_root", lambda profile: tmp_path)
     return made
 
 
