@@ -33,8 +33,9 @@ class QpthBackend:
         qp_function()  # raises here, before any work, if qpth is missing
         if dtype not in DTYPES:
             raise InputError(f"backend.dtype={dtype!r} is unknown; choose one of {sorted(DTYPES)}.")
-        for name, value in (("backend.ridge", ridge), ("backend.eps", eps)):  # ridge: Q must be positive definite
-            require_positive(name, value)
+        if not 0 < ridge < float("inf"):
+            raise InputError(f"backend.ridge={ridge}: qpth needs a positive definite Q, take a number above 0.")
+        require_positive("backend.eps", eps)
         require_whole("backend.max_iter", max_iter, 1)
         self.problem, self.ridge, self.dtype = task.problem, ridge, DTYPES[dtype]
         self._options = {"eps": eps, "max_iter": max_iter}

@@ -16,15 +16,16 @@ from experiments.measurements import measured_once, seconds
 from experiments.problems.denoising import differencing
 from foldopt.errors import InputError
 
+MULTILABEL = ["task=multilabel", "task.data=stand_in", "model=densenet", "model.depth=10", "model.growth=4"]
 # Title and overrides of each layer.
 LAYERS: Mapping[str, tuple[str, list[str]]] = {
     "portfolio": ("portfolio, f-SQP", ["task=portfolio"]),
     "bilinear": ("bilinear, f-PGD", ["task=bilinear", "task.kappa=0.9", "task.n_variables=50"]),
     "denoising": ("denoising, f-FDPG", ["task=denoising", "model=operator"]),
-    "multilabel": ("multilabel, f-PGD, τ = 1", ["task=multilabel", "task.data=stand_in", "task.temperature=1"]),
+    "multilabel": ("multilabel, f-PGD, τ = 1", [*MULTILABEL, "task.temperature=1"]),
     "multilabel_saturated": (
         "multilabel, f-PGD, τ = 0.05",
-        ["task=multilabel", "task.data=stand_in", "task.temperature=0.05"],
+        [*MULTILABEL, "task.temperature=0.05"],
     ),
 }
 SOLVERS = ("lfpi", "anderson", "gmres", "bicgstab", "direct", "least_squares", "auto")

@@ -110,7 +110,7 @@ def rows():
     add("denoising", "", "model.half_width", -1, WHOLE)
     add("denoising", "", "train.mse_epochs", 1, "no prediction error to train on; take 0")
     add("denoising", "backend=qpth", "backend.dtype", "float16", "choose one of")
-    add("denoising", "backend=qpth", "backend.ridge", 0, ABOVE)
+    add("denoising", "backend=qpth", "backend.ridge", 0, "take a number above 0")
     add("denoising", "backend=qpth", "backend.eps", -1.0, ABOVE)
     add("denoising", "backend=qpth", "backend.max_iter", 0, WHOLE)
     add("multilabel", "", "task.data", "imagenet", "choose one of")
