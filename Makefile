@@ -21,7 +21,7 @@ help: ## list the targets
 	$(PY) -m uv pip install --quiet --python $(PY) --no-deps -e .
 	@touch $@
 
-test: .venv/.installed ## run the tests (under 10 minutes on 2 cores)
+test: .venv/.installed ## run the tests (about a quarter of an hour on 2 cores)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadgroup
 
 endurance: .venv/.installed ## 10,000 training steps of every layer: memory, file handles and threads (some 20 minutes)
