@@ -276,7 +276,7 @@ def _same_curves(split: str) -> Callable[[Results], Finding]:
             f"mean accuracies at most {distance:.1f} points from exact's at any epoch; runs from initial weights 1e-6 "
             f"apart: {floor:.1f}",
             REFUTED if not inside else CONDITIONAL if stand_in else CONFIRMED,
-            f"The backward passes differ by no more than equal ones do that start 1e-6 apart ({known})."
+            f"They differ by no more than twice what equal ones do that start 1e-6 apart ({known})."
             if inside
             else f"They differ by more than twice what a start 1e-6 apart does ({known}).",
         )
