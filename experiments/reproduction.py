@@ -119,9 +119,11 @@ def measurements() -> list[str]:
 def _outputs(study: Study, planned: Sequence[StudyRun], profile: str, console: Console) -> None:
     artifacts = Artifacts(output_root(profile))
     command = make_command(study.name.replace("_", "-"), profile)
-    for maker in FIGURES.get(study.name, ()):
+    makers = FIGURES.get(study.name, ())
+    for maker in makers:
         maker(study, planned, artifacts, command, make_command("reproduce", profile))
-    artifacts.write(f"provenance/{study.name}.json", provenance(planned).encode())
+    if makers:
+        artifacts.write(f"provenance/{study.name}.json", provenance(planned).encode())
     _say(artifacts, console)
 
 

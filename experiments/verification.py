@@ -42,7 +42,7 @@ def _differing(study: Study, planned: Sequence[StudyRun], profile: str) -> Itera
     command, whole = make_command(study.name.replace("_", "-"), profile), make_command("reproduce", profile)
     with tempfile.TemporaryDirectory() as folder:
         artifacts = Artifacts(Path(folder))
-        for maker in FIGURES[study.name]:
+        for maker in FIGURES.get(study.name, ()):
             maker(study, planned, artifacts, command, whole)
         for path in artifacts.written:
             name = path.relative_to(artifacts.root)
