@@ -58,7 +58,7 @@ report: .venv/.installed ## the paper's claims with verdicts, from the tables an
 	$(PY) -m scripts.report --profile $(PROFILE)
 
 verify: .venv/.installed ## check that figures and tables in results/ are those of the run folders
-	$(PY) -m scripts.verify --profile $(PROFILE)
+	$(PY) -m scripts.figures --check --profile $(PROFILE)
 
 bilinear-kappa: .venv/.installed ## table that chooses the smoothing of the bilinear program, from the run folders
 	$(PY) -m scripts.figures --study bilinear_kappa --profile $(PROFILE)

@@ -6,7 +6,7 @@ import ctypes
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from multiprocessing import get_context
@@ -19,7 +19,7 @@ import torch
 from experiments.artifacts import RESULTS
 from experiments.executor import single_threaded_environment
 from experiments.runs import write_atomically
-from foldopt.errors import FoldoptError
+from foldopt.errors import FoldoptError, InputError
 
 T = TypeVar("T")
 STATUS = Path("/proc/self/status")
@@ -39,6 +39,13 @@ def measured_once(name: str, settings: Any, measure: Callable[[Any], pd.DataFram
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, rows.to_csv(index=False))
     return pd.read_csv(path)
+
+
+def settings_of(profiles: Mapping[str, T], profile: str) -> T:
+    """Return the settings of a measurement in `profile`; InputError lists those that exist."""
+    if profile not in profiles:
+        raise InputError(f"profile={profile!r} does not exist; choose one of {', '.join(profiles)}")
+    return profiles[profile]
 
 
 def in_own_process(function: Callable[..., T], *arguments: Any) -> T:

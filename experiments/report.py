@@ -63,7 +63,7 @@ def write(results: Results) -> str:
     parts = [
         "# Backpropagation of Unrolled Solvers with Folded Optimization: what was reproduced",
         f"{len(CLAIMS)} claims of the paper: {summary}. Each verdict follows from the numbers beside it by a rule in "
-        "`experiments/claims.py`; the commands make those numbers.",
+        "`experiments/claims/`; the commands make those numbers.",
         "## Claims",
         "\n".join(_claims(findings)),
         "## Figures",

@@ -238,9 +238,7 @@ class Trainer:
             yield batch | {"inputs": self._prepared(batch["inputs"], generator)}
 
     def _step(self, epoch: int, batch: Samples, watch: Stopwatch) -> tuple[dict[str, float], int]:
-        """Take one optimizer step; return the loss with what the task measures in training, and the zero gradients.
-
-        They count the samples of which the loss has no gradient.
+        """Take one optimizer step; return what the task follows, and how many samples had a zero gradient.
 
         The graph is cut at the predicted parameters, so that the time of the layer and of the network are told apart.
         """

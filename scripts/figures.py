@@ -1,4 +1,4 @@
-"""Make figures and tables of the studies from the run folders alone; nothing is trained."""
+"""Make figures and tables of the studies from the run folders alone, or check those in results/; nothing is trained."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from rich.console import Console
 
 from experiments import studies
 from experiments.reproduction import make_figures
+from experiments.verification import verify
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -16,8 +17,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="scripts/figures.py", description=__doc__)
     parser.add_argument("--study", action="append", choices=studies.names(), help="default: all")
     parser.add_argument("--profile", default="default", choices=studies.PROFILES, help="size of the studies")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail where results/ has other numbers")
     options = parser.parse_args(arguments)
-    return make_figures(options.study or studies.names(), options.profile, Console())
+    do = verify if options.check else make_figures
+    return do(options.study or studies.names(), options.profile, Console())
 
 
 if __name__ == "__main__":

@@ -15,11 +15,10 @@ from torch.nn import functional as F
 
 from experiments.artifacts import Artifacts, output_root
 from experiments.figures import style
-from experiments.measurements import measured_once
+from experiments.measurements import measured_once, settings_of
 from experiments.problems.topk import TopKStep, solve_topk
 from foldopt import fold
 from foldopt.diagnostics import backward_trace, spectral_radius
-from foldopt.errors import InputError
 from foldopt.step import record
 
 LINES = {
@@ -80,9 +79,7 @@ def _spectral_radius(step: TopKStep, x: Tensor, c: Tensor) -> float:
 
 def make(profile: str, command: str) -> Artifacts:
     """Write figures/figure_3.png, .pdf and .csv and tables/figure_3.md, measuring once per profile."""
-    if profile not in PROFILES:
-        raise InputError(f"profile={profile!r} does not exist; choose one of {', '.join(PROFILES)}")
-    settings = PROFILES[profile]
+    settings = settings_of(PROFILES, profile)
     rows = measured_once("multilabel/figure-3", settings, measure)
     curves = summarize(rows)
     artifacts = Artifacts(output_root(profile))

@@ -13,10 +13,9 @@ from matplotlib.figure import Figure
 from experiments import components, runs, studies
 from experiments.artifacts import Artifacts, output_root
 from experiments.figures import style
-from experiments.measurements import measured_once, peak_memory
+from experiments.measurements import measured_once, peak_memory, settings_of
 from experiments.tables import denoising_cost
 from experiments.tables.denoising_cost import Bench
-from foldopt.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -62,9 +61,7 @@ def _unrolled(bench: Bench, iterations: int) -> denoising_cost.Layer:
 
 def make(profile: str, command: str) -> Artifacts:
     """Write figures/unrolling_cost.png, .pdf and .csv, measuring once per profile."""
-    if profile not in PROFILES:
-        raise InputError(f"profile={profile!r} does not exist; choose one of {', '.join(PROFILES)}")
-    settings = PROFILES[profile]
+    settings = settings_of(PROFILES, profile)
     rows = measured_once("denoising/unrolling", settings, measure)
     table = rows.groupby("iterations").median().reset_index()
     artifacts = Artifacts(output_root(profile))

@@ -43,7 +43,7 @@ class TopKProblem:
 
     Args:
         n, k: whole numbers, 1 <= k < n. stepsize: alpha of projected gradient (eq. 4); the gradient of the folded layer
-            does not depend on it. forward: settings of cvxpy's solver behind the forward "cvxpy", as for `ConeLayer`.
+            does not depend on it. solver: cvxpy's, behind the forward "cvxpy", as for `ConeLayer`.
 
     Raises InputError for arguments out of range.
     """

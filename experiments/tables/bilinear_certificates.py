@@ -9,8 +9,7 @@ import pandas as pd
 
 from experiments import components, runs
 from experiments.artifacts import Artifacts, output_root
-from experiments.measurements import measured_once, seconds
-from foldopt.errors import InputError
+from experiments.measurements import measured_once, seconds, settings_of
 
 TOLERANCE = 1e-4  # relative; Gurobi's own feasibility tolerance is 1e-6
 HEADER = (
@@ -86,9 +85,7 @@ def summarize(rows: pd.DataFrame) -> pd.DataFrame:
 
 def make(profile: str, command: str) -> Artifacts:
     """Write tables/bilinear_certificates.csv and .md, measuring once per profile."""
-    if profile not in PROFILES:
-        raise InputError(f"profile={profile!r} does not exist; choose one of {', '.join(PROFILES)}")
-    settings = PROFILES[profile]
+    settings = settings_of(PROFILES, profile)
     table = summarize(measured_once("bilinear/certificates", settings, measure))
     artifacts = Artifacts(output_root(profile))
     artifacts.csv("tables/bilinear_certificates", table)

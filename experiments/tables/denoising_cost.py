@@ -18,12 +18,11 @@ from torch import Tensor
 from experiments import components, runs, studies
 from experiments.artifacts import Artifacts, output_root
 from experiments.components import Components
-from experiments.measurements import measured_once, peak_memory, seconds
+from experiments.measurements import measured_once, peak_memory, seconds, settings_of
 from experiments.problems.denoising import DenoisingStep
 from experiments.tables.denoising import READINGS
 from experiments.tasks import Samples
 from foldopt import fold
-from foldopt.errors import InputError
 
 Layer = Callable[[Tensor], Tensor]
 STUDY = "figure_4b"
@@ -167,9 +166,7 @@ def summarize(rows: pd.DataFrame) -> pd.DataFrame:
 
 def make(profile: str, command: str) -> Artifacts:
     """Write tables/denoising_cost.csv and .md and denoising_ratios.md, measuring once per profile."""
-    if profile not in PROFILES:
-        raise InputError(f"profile={profile!r} does not exist; choose one of {', '.join(PROFILES)}")
-    settings = PROFILES[profile]
+    settings = settings_of(PROFILES, profile)
     table = summarize(measured_once("denoising/cost", settings, measure, OVERRIDES))
     artifacts = Artifacts(output_root(profile))
     artifacts.csv("tables/denoising_cost", table)

@@ -13,8 +13,7 @@ from experiments import components, runs
 from experiments.artifacts import Artifacts, output_root
 from experiments.components import make as make_component
 from experiments.execution import resolve_device
-from experiments.measurements import measured_once, seconds
-from foldopt.errors import InputError
+from experiments.measurements import measured_once, seconds, settings_of
 
 LAYERS: Mapping[str, tuple[str, list[str]]] = {
     "exact": ("exact", ["backend=exact"]),
@@ -81,9 +80,7 @@ def measure(settings: Settings) -> pd.DataFrame:
 
 def make(profile: str, command: str) -> Artifacts:
     """Write tables/layer_share.csv and .md, measuring once per profile and device."""
-    if profile not in PROFILES:
-        raise InputError(f"profile={profile!r} does not exist; choose one of {', '.join(PROFILES)}")
-    settings, device = PROFILES[profile], device_name()
+    settings, device = settings_of(PROFILES, profile), device_name()
     rows = measured_once("multilabel/layer-share", settings, measure, device, {k: v for k, (_, v) in LAYERS.items()})
     table = rows.groupby("layer", sort=False).median().reset_index()
     artifacts = Artifacts(output_root(profile))

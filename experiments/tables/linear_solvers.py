@@ -12,9 +12,8 @@ from torch import Tensor
 from experiments import components, runs
 from experiments.artifacts import Artifacts, output_root
 from experiments.backends import Parameters
-from experiments.measurements import measured_once, seconds
+from experiments.measurements import measured_once, seconds, settings_of
 from experiments.problems.denoising import differencing
-from foldopt.errors import InputError
 
 MULTILABEL = ["task=multilabel", "task.data=stand_in", "model=densenet", "model.depth=10", "model.growth=4"]
 # Title and overrides of each layer.
@@ -102,9 +101,7 @@ def _called(backend: object, task: object, parameters: tuple[Tensor, ...]) -> tu
 
 def make(profile: str, command: str) -> Artifacts:
     """Write tables/linear_solvers.csv and .md, measuring once per profile."""
-    if profile not in PROFILES:
-        raise InputError(f"profile={profile!r} does not exist; choose one of {', '.join(PROFILES)}")
-    settings = PROFILES[profile]
+    settings = settings_of(PROFILES, profile)
     rows = measured_once("linear-solvers", settings, measure, {k: v for k, (_, v) in LAYERS.items()})
     table = rows.groupby(["layer", "solver"], sort=False).median().reset_index()
     artifacts = Artifacts(output_root(profile))

@@ -14,10 +14,9 @@ import torch
 
 from experiments import components, runs
 from experiments.artifacts import Artifacts, output_root
-from experiments.measurements import measured_once, seconds
+from experiments.measurements import measured_once, seconds, settings_of
 from experiments.problems.portfolio import PortfolioProblem
 from experiments.tasks import Task
-from foldopt.errors import InputError
 
 Layer = Callable[[torch.Tensor], torch.Tensor]
 REFERENCE = "exact"
@@ -169,9 +168,7 @@ def make(profile: str, command: str) -> Artifacts:
 
     The measurement is kept beside the run folders, so that a second call has nothing to measure.
     """
-    if profile not in PROFILES:
-        raise InputError(f"profile={profile!r} does not exist; choose one of {', '.join(PROFILES)}")
-    settings = PROFILES[profile]
+    settings = settings_of(PROFILES, profile)
     rows = measured_once("portfolio/solver_accuracy", settings, measure, OVERRIDES)
     artifacts = Artifacts(output_root(profile))
     artifacts.csv("tables/solver_accuracy", summarize(rows, ["solver", "kind", "degree"]))

@@ -12,9 +12,9 @@ from torch.nn import functional as F
 
 from experiments import components, runs
 from experiments.artifacts import Artifacts, output_root
-from experiments.measurements import measured_once, seconds
+from experiments.measurements import measured_once, seconds, settings_of
 from experiments.tasks import Samples
-from foldopt.errors import InputError, SolverError
+from foldopt.errors import SolverError
 
 BASE = ["task=multilabel", "model=densenet", "task.data=stand_in", "task.n_train=1", "task.n_val=1", "task.n_test=1"]
 FOLD = ["backend=fold", "backend.forward=cvxpy"]
@@ -121,9 +121,7 @@ def _measured(bench: Bench, layer: Callable[[Tensor], Tensor], exact: tuple[Tens
 
 def make(profile: str, command: str) -> Artifacts:
     """Write tables/topk_layers.csv and .md, measuring once per profile."""
-    if profile not in PROFILES:
-        raise InputError(f"profile={profile!r} does not exist; choose one of {', '.join(PROFILES)}")
-    settings = PROFILES[profile]
+    settings = settings_of(PROFILES, profile)
     rows = measured_once("multilabel/layers", settings, measure, {k: v for k, (_, v) in LAYERS.items()})
     table = rows.groupby(["temperature", "layer"], sort=False).median().reset_index()
     artifacts = Artifacts(output_root(profile))

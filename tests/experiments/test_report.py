@@ -130,7 +130,7 @@ def test_what_was_not_made_is_untested_and_names_its_command(tmp_path):
 def test_the_report_is_the_committed_one_and_holds_everything():
     text = report.write(Results(COMMITTED))
     assert text == (COMMITTED / "REPORT.md").read_text(), "make report"
-    page = (COMMITTED / "report.html").read_text()
+    page = report.render(text, COMMITTED)
     sources = re.findall(r'src="([^"]{0,30})', page)
     assert len(sources) >= 9
     assert all(source.startswith("data:image/png;base64,") for source in sources)
