@@ -26,7 +26,7 @@ NEEDS: Mapping[str, tuple[Callable[[], bool], str]] = {
 
 @dataclass(frozen=True)
 class Profile:
-    """One size of a study: the number of seeds, overrides, and which series run on which part of the grid.
+    """One size of a study: the number of seeds, overrides, and which series run on which part of the grid and seeds.
 
     needs: what must be at hand for this size to be chosen without being asked for, see `NEEDS`.
     """
@@ -110,8 +110,9 @@ def parse(raw: Mapping[str, Any], source: str) -> Study:
     grid = {key: tuple(values) for key, values in raw["grid"].items()}
     profiles = {}
     for profile_name, content in raw["profiles"].items():
+        places = {**grid, "seed": range(int(content["seeds"]))}
         for series, part in content["series"].items():
-            _check_part(f"{source}: profiles.{profile_name}.series.{series}", series, part, raw["series"], grid)
+            _check_part(f"{source}: profiles.{profile_name}.series.{series}", series, part, raw["series"], places)
         profiles[profile_name] = Profile(
             seeds=int(content["seeds"]),
             overrides=tuple(content.get("overrides", ())),
@@ -139,9 +140,9 @@ def _check_part(where: str, series: str, part: Mapping[str, Any], known: Mapping
         raise InputError(f"{where}: no such series; choose from {sorted(known)}")
     for key, values in part.items():
         if key not in grid:
-            raise InputError(f"{where}: {key} is not a key of the grid {sorted(grid)}")
+            raise InputError(f"{where}: {key} is neither seed nor a key of the grid {sorted(grid)}")
         if outside := [value for value in values if value not in grid[key]]:
-            raise InputError(f"{where}: {key}={outside} is not in the grid {list(grid[key])}")
+            raise InputError(f"{where}: {key}={outside} is not in {list(grid[key])}")
 
 
 def expand(study: Study, profile: str = "default", series: set[str] | None = None) -> list[StudyRun]:
@@ -160,9 +161,10 @@ def expand(study: Study, profile: str = "default", series: set[str] | None = Non
     for seed in range(size.seeds):
         for values in product(*study.grid.values()):
             point = dict(zip(study.grid, values, strict=True))
+            place = {**point, "seed": seed}
             for name, part in size.series.items():
                 wanted = series is None or name in series
-                if wanted and all(point[key] in allowed for key, allowed in part.items()):
+                if wanted and all(place[key] in allowed for key, allowed in part.items()):
                     expanded.append(_study_run(study, size, name, point, seed, composed))
     _check_folders(expanded)
     return expanded
