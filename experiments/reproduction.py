@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import traceback
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from rich.console import Console
 
@@ -19,6 +21,8 @@ from experiments.figures import (
     figure_4c,
     figure_6,
     figure_7,
+    forward_tolerance,
+    scaling,
     stand_in_images,
     unrolling_cost,
 )
@@ -32,6 +36,7 @@ from experiments.tables import (
     layer_share,
     linear_solvers,
     multilabel_accuracy,
+    paired,
     smoothing_strength,
     solver_accuracy,
     topk_layers,
@@ -41,18 +46,23 @@ from foldopt.errors import FoldoptError
 Maker = Callable[[Study, Sequence[StudyRun], Artifacts, str, str], None]
 FIGURES: Mapping[str, Sequence[Maker]] = {
     "bilinear_kappa": (smoothing_strength.make,),
-    "figure_4a": (figure_4a.make, bilinear_regret.make, bilinear_stepsize.make),
-    "figure_4b": (figure_4b.make, denoising.make, denoised_signals.make),
-    "figure_4c": (figure_4c.make, final_regret.make),
-    "figure_6": (figure_6.make,),
-    "figure_7": (figure_7.make, multilabel_accuracy.make, stand_in_images.make),
+    "figure_4a": (figure_4a.make, bilinear_regret.make, bilinear_stepsize.make, paired.make),
+    "figure_4b": (figure_4b.make, denoising.make, denoised_signals.make, paired.make),
+    "figure_4c": (figure_4c.make, final_regret.make, paired.make),
+    "figure_6": (figure_6.make, paired.make),
+    "figure_7": (figure_7.make, multilabel_accuracy.make, stand_in_images.make, paired.make),
+    "forward_tolerance": (forward_tolerance.make,),
     "portfolio_settings": (final_regret.make,),
 }
 # What is measured without training anything, by the study that it belongs to.
 MEASUREMENTS: Mapping[str, Mapping[str, Callable[[str, str], Artifacts]]] = {
     "figure_4a": {"bilinear-certificates": bilinear_certificates.make},
     "figure_4b": {"denoising-cost": denoising_cost.make, "unrolling-cost": unrolling_cost.make},
-    "figure_4c": {"solver-table": solver_accuracy.make, "linear-solvers": linear_solvers.make},
+    "figure_4c": {
+        "solver-table": solver_accuracy.make,
+        "linear-solvers": linear_solvers.make,
+        "scaling": scaling.make,
+    },
     "figure_7": {"figure-3": figure_3.make, "topk-layers": topk_layers.make, "layer-share": layer_share.make},
 }
 
@@ -78,7 +88,8 @@ def reproduce(names: Sequence[str], profile: str | None, workers: int, console: 
     """Execute the named studies, then make their figures, tables and measurements; return the exit code.
 
     profile: None chooses by what is at hand, for each study, see `studies.profile_at_hand`. A study with failed runs
-    gets no figure, the others do. 128 + signal when stopped: the same call goes on from there.
+    gets no figure, the others do; a figure that cannot be made stops no other. 128 + signal when stopped: the same call
+    goes on from there.
     """
     exit_code = 0
     chosen: dict[str, str] = {}
@@ -97,11 +108,22 @@ def reproduce(names: Sequence[str], profile: str | None, workers: int, console: 
             exit_code = report.exit_code
             console.print(f"No figure of {name}: {missing} of its runs are not finished.", markup=False)
         else:
-            _outputs(study, planned, chosen[name], console)
+            exit_code |= _tried(name, console, _outputs, study, planned, chosen[name], console)
     for name in names:
         for target in MEASUREMENTS.get(name, ()):
-            measure(target, chosen[name], console)
+            exit_code |= _tried(target, console, measure, target, chosen[name], console)
     return exit_code
+
+
+def _tried(what: str, console: Console, do: Callable[..., None], *arguments: Any) -> int:
+    """Call ``do(*arguments)``; where it fails show why and return 1, so that what does not depend on it is made."""
+    try:
+        do(*arguments)
+    except Exception:
+        console.print(f"No figures or tables of {what}:", markup=False)
+        console.print(traceback.format_exc(), markup=False, highlight=False, soft_wrap=True)
+        return 1
+    return 0
 
 
 def measure(target: str, profile: str, console: Console) -> None:

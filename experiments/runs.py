@@ -11,7 +11,7 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ ROOT = Path(__file__).resolve().parent.parent
 CONF = ROOT / "conf"
 DAMAGED = "Restore it, or delete the folder to execute this run anew."
 NOT_IDENTITY = ("device", "deterministic", "paths", "progress", "tracking")
+# Keys that came after runs had been made without them, and the value that says the same as their absence.
+ADDED: Mapping[str, Any] = {"backend.forward_tol": None}
 COLUMNS = (
     "epoch",
     "split",
@@ -108,6 +110,10 @@ def _options(loader: ConfigLoader, group: str) -> dict[str, DictConfig]:
 def identity(cfg: DictConfig) -> str:
     """Return the hash of all that the numbers of a configuration depend on, so not where and how it is executed."""
     content = OmegaConf.to_container(cfg, resolve=True)
+    for key, absent in ADDED.items():
+        group, _, name = key.partition(".")
+        if content[group].get(name, absent) == absent:
+            content[group].pop(name, None)
     kept = {key: value for key, value in content.items() if key not in NOT_IDENTITY}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 

@@ -142,7 +142,7 @@ def _check_part(where: str, series: str, part: Mapping[str, Any], known: Mapping
         if key not in grid:
             raise InputError(f"{where}: {key} is neither seed nor a key of the grid {sorted(grid)}")
         if outside := [value for value in values if value not in grid[key]]:
-            raise InputError(f"{where}: {key}={outside} is not in {list(grid[key])}")
+            raise InputError(f"{where}: {key}={outside} is not among {list(grid[key])}")
 
 
 def expand(study: Study, profile: str = "default", series: set[str] | None = None) -> list[StudyRun]:

@@ -7,22 +7,36 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from experiments.backends import Parameters, lacks
+from foldopt.checks import require_positive
 from foldopt.linear_solve import LinearSolver
 from foldopt.solvers.cvxpylayers import ConeLayer
+
+TOLERANCES = {"SCS": ("eps",), "CLARABEL": ("tol_gap_abs", "tol_gap_rel", "tol_feas")}
 
 
 class CvxpyLayersBackend:
     """A CvxpyLayer of the problem.
 
-    scaling: "paper" or "normalized", as the problem's `cvxpy` method takes it. solver, solver_args: as for `ConeLayer`.
+    scaling: "paper" or "normalized", as the problem's `cvxpy` method takes it. forward_tol: tolerance of the solver,
+    None for its default. solver, solver_args: as for `ConeLayer`.
     """
 
     trains_on: ClassVar[str] = "decision"
 
     def __init__(
-        self, task: Any, linear_solver: LinearSolver, scaling: str, solver: str, solver_args: dict[str, Any]
+        self,
+        task: Any,
+        linear_solver: LinearSolver,
+        scaling: str,
+        solver: str,
+        forward_tol: float | None,
+        solver_args: dict[str, Any],
     ) -> None:
-        self._layer = ConeLayer(*task.problem.cvxpy(scaling), solver, solver_args)
+        arguments = dict(solver_args)
+        if forward_tol is not None:
+            require_positive("backend.forward_tol", forward_tol)
+            arguments |= dict.fromkeys(TOLERANCES.get(solver, ()), forward_tol)
+        self._layer = ConeLayer(*task.problem.cvxpy(scaling), solver, arguments)
         self._decisions = getattr(task.problem, "cvxpy_decisions", None)
 
     @staticmethod

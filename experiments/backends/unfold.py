@@ -24,11 +24,12 @@ class UnfoldBackend(LayerBackend):
         linear_solver: LinearSolver,
         optimizer: str,
         forward: str,
+        forward_tol: float | None,
         iterations: int,
         tol: float | None,
         on_failure: str,
     ) -> None:
-        solve, update = solver_and_step(task.problem, optimizer, forward)
+        solve, update = solver_and_step(task.problem, optimizer, forward, forward_tol)
         options = {
             "tol": TOLERANCES[forward] if tol is None else tol,
             "on_failure": on_failure,

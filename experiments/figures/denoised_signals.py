@@ -26,14 +26,14 @@ SIGNALS = 3
 def make(study: Study, planned: Sequence[StudyRun], artifacts: Artifacts, command: str, run_command: str) -> None:
     """Write figures/denoised_signals and figures/denoising_operators, .png and .pdf, from the trained models.
 
-    Of seed 0, the first reading and its smallest lambda, where learning changes most; arguments as for
-    `figure_4b.make`.
+    Of seed 0, the first reading and the smallest lambda that ran with every structure, where learning changes most;
+    arguments as for `figure_4b.make`.
     """
     require_finished(planned, run_command)
-    ours = [run for run in planned if run.seed == 0 and run.series.startswith(READING)]
-    weight = min(run.point["task.weight"] for run in ours)
-    by_series = {run.series: run for run in ours if run.point["task.weight"] == weight}
-    trained = {suffix: components.trained(by_series[READING + suffix].folder) for suffix in STRUCTURES}
+    folders = {(run.series, run.point["task.weight"]): run.folder for run in planned if run.seed == 0}
+    weights = [{weight for series, weight in folders if series == READING + suffix} for suffix in STRUCTURES]
+    weight = min(set.intersection(*weights))
+    trained = {suffix: components.trained(folders[(READING + suffix, weight)]) for suffix in STRUCTURES}
     data = f"{study.titles[READING]}, λ = {weight:g}, seed 0"
     for name, figure in (
         ("denoised_signals", draw_signals(trained, f"Test signals, {data}. Made by: {command}")),

@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.aggregation import aggregate, collect, require_finished
+from experiments.aggregation import aggregate, collect, require_finished, seeds_said
 from experiments.artifacts import Artifacts
 from experiments.studies import Study, StudyRun
 
@@ -82,7 +82,7 @@ def draw(study: Study, last: pd.DataFrame, caption: str) -> Figure:
 def _draw_groups(panel: Axes, study: Study, rows: pd.DataFrame) -> None:
     for offset, series in zip((-0.2, 0.2), PAIR, strict=True):
         part = aggregate(rows[rows["series"] == series], ["interaction"], "regret")
-        spread = np.stack([part["mean"] - part["low"], part["high"] - part["mean"]])
+        spread = part["ci95"].to_numpy()
         panel.bar(
             part["interaction"] + 1 + offset,
             part["mean"],
@@ -107,7 +107,7 @@ def _draw_ratios(panel: Axes, study: Study, found: pd.DataFrame) -> None:
     table = table.loc[shown[::-1]]
     colors = [COLORS.get(series, OTHERS) for series in table.index]
     height = np.arange(len(table))
-    spread = np.stack([table["mean"] - table["low"], table["high"] - table["mean"]])
+    spread = table["ci95"].to_numpy()
     panel.barh(height, table["mean"], 0.66, color=colors, alpha=0.85)
     panel.errorbar(table["mean"], height, xerr=spread, fmt="none", ecolor="0.55", elinewidth=1, capsize=1.5)
     panel.set_yticks(height, [study.titles[series] for series in table.index], fontsize=6.5)
@@ -117,10 +117,10 @@ def _draw_ratios(panel: Axes, study: Study, found: pd.DataFrame) -> None:
 
 
 def _caption(planned: Sequence[StudyRun], command: str) -> str:
-    config, seeds = planned[0].config, len({run.seed for run in planned})
+    config = planned[0].config
     task = config.task
     return (
-        f"Bars: mean over {seeds} seeds of data and network; whiskers: from the smallest to the largest of them. "
+        f"Bars: mean over {seeds_said(planned)}; whiskers: its 95% confidence interval (Student's t). "
         f"{task.n_train} training,\n{task.n_val} validation and {task.n_test} test samples, p = {task.p}, "
         f"q = {task.q}, Adam {config.train.lr:g}, batch size {config.train.batch_size}, 5 epochs unless stated.\n"
         f"Regret in the program as it stands, by enumeration. Made by: {command}"

@@ -65,9 +65,9 @@ def _draw_panel(panel: Axes, curves: pd.DataFrame, classical: float) -> None:
 
 
 def _caption(planned: Sequence[StudyRun], command: str) -> str:
-    task, seeds = planned[0].config.task, len({run.seed for run in planned})
+    task = planned[0].config.task
     return (
-        f"{task.n_train} training and {task.n_test} test signals of length {task.length}, {style.seeds_note(seeds)}; "
+        f"{task.n_train} training and {task.n_test} test signals of length {task.length}, {style.seeds_note(planned)}; "
         f"epoch 0 is the classical denoiser of the same λ.\n"
         f"Adam, batch size 32, folded dual proximal gradient around the exact solver. Made by: {command}"
     )

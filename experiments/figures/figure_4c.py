@@ -99,9 +99,7 @@ def _line_arguments(name: str) -> dict:
 
 def _caption(planned: Sequence[StudyRun], command: str) -> str:
     task = planned[0].config.task
-    seeds = len({run.seed for run in planned})
     return (
-        f"Mean over {seeds} seeds, bands from the smallest to the largest of them. {task.n_train} training and "
-        f"{task.n_test} test samples, noise tau = {task.tau};\n"
-        f"regret in percent of the optimal value, by the exact solver. Made by: {command}"
+        f"{task.n_train} training and {task.n_test} test samples, noise tau = {task.tau}; regret in percent of the "
+        f"optimal value, by the exact solver;\n{style.seeds_note(planned)}. Made by: {command}"
     )

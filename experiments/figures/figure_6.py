@@ -48,10 +48,10 @@ def draw(study: Study, curves: pd.DataFrame, caption: str) -> Figure:
 
 
 def _caption(planned: Sequence[StudyRun], command: str) -> str:
-    task, seeds = planned[0].config.task, len({run.seed for run in planned})
+    task = planned[0].config.task
     return (
         f"A part of the data: {task.n_train} training and {task.n_test} test signals, heights in [{task.low}, "
-        f"{task.high}], noise {task.noise}; {style.seeds_note(seeds)}.\n"
+        f"{task.high}], noise {task.noise}; {style.seeds_note(planned)}.\n"
         f"All of D is learned, Adam 1e-3, batch size 32; the test error is that of D, by the exact solver. "
         f"Made by: {command}"
     )

@@ -54,7 +54,7 @@ def make(study: Study, planned: Sequence[StudyRun], artifacts: Artifacts, comman
 
 def suffix(planned: Sequence[StudyRun]) -> str:
     """Return what the names of files made from these runs end with."""
-    return "_stand_in" if planned[0].config.task.data == "stand_in" else ""
+    return "_stand_in" if planned[0].config.task.get("data") == "stand_in" else ""
 
 
 def title(planned: Sequence[StudyRun]) -> str:
@@ -65,11 +65,11 @@ def title(planned: Sequence[StudyRun]) -> str:
 
 def caption(planned: Sequence[StudyRun], command: str) -> str:
     """Return what was trained on what, and the command."""
-    config, seeds = planned[0].config, len({run.seed for run in planned})
+    config = planned[0].config
     return (
         f"{title(planned)}: {config.task.n_train} training and {config.task.n_test} test images, label "
         f"noise {config.task.noise:g}; DenseNet {config.model.depth}-{config.model.growth}, SGD {config.train.lr:g}, "
-        f"batch size {config.train.batch_size};\n{style.seeds_note(seeds)}. Made by: {command}"
+        f"batch size {config.train.batch_size};\n{style.seeds_note(planned)}. Made by: {command}"
     )
 
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 FDPGState = tuple[Tensor, Tensor, Tensor, Tensor]
 MAX_PIVOTS = 60
 GUESS = 20  # steps of FDPG before the first pivot
+EARLY = (1, 2, 4, 8)  # iterations of FDPG at which its residual is looked at, beside every 20th
 TOLERANCE = 1e-11
 
 
@@ -154,6 +155,7 @@ class DenoisingProblem:
     """
 
     forwards: ClassVar[tuple[str, ...]] = ("exact", "fdpg")
+    tolerant: ClassVar[tuple[str, ...]] = ("fdpg",)
 
     def __init__(self, weight: float, n: int) -> None:
         require_whole("n", n, 2)
@@ -170,9 +172,9 @@ class DenoisingProblem:
         """Return a cold start and the step to unroll from there."""
         return FDPG.start, FDPG()
 
-    def solve(self, forward: str, D: Tensor, d: Tensor, _: Tensor) -> Tensor:
-        """Return the dual (B, m) at the solution that the solver `forward` finds."""
-        return getattr(self, forward)(D, d).w
+    def solve(self, forward: str, D: Tensor, d: Tensor, _: Tensor, **options: float) -> Tensor:
+        """Return the dual (B, m) at the solution that the solver `forward` finds; tol: of those in `tolerant`."""
+        return getattr(self, forward)(D, d, **options).w
 
     def decisions(self, state: Tensor | FDPGState, D: Tensor, d: Tensor, _: Tensor) -> Tensor:
         """Return the denoised signals (B, n) of a state."""
@@ -221,7 +223,7 @@ class DenoisingProblem:
         """Solve by FDPG (eq. 28) from zero, until every sample's residual is below `tol`."""
         D, d = _checked(D, d)
         for taken, w in enumerate(islice(self._descent(D @ D.mT, d @ D.mT, stepsize(D)), iterations), 1):
-            if taken % 20 == 0 and float(self._residual(D, d, w).max()) <= tol:
+            if (taken % 20 == 0 or taken in EARLY) and float(self._residual(D, d, w).max()) <= tol:
                 break
         residual = self._residual(D, d, w)
         counts = torch.full((len(d),), taken, device=d.device)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import pandas as pd
 
-from experiments.aggregation import aggregate, at_best_validation, collect, require_finished
+from experiments.aggregation import aggregate, at_best_validation, collect, require_finished, seeds_said
 from experiments.artifacts import Artifacts
 from experiments.studies import Study, StudyRun
 
@@ -30,7 +30,7 @@ def make(study: Study, planned: Sequence[StudyRun], artifacts: Artifacts, comman
         ("Model", "Series", *(f"Degree {degree}" for degree in degrees), "Seconds per epoch"),
         _rows(study, table, degrees),
         f"Final test regret ({' or '.join(map(str, epochs))} epochs) in percent of the optimal value, mean ± standard "
-        f"deviation over {table['seeds'].max()} seeds; {task.n_train} training and {task.n_test} test samples, noise "
+        f"deviation over {seeds_said(planned)}; {task.n_train} training and {task.n_test} test samples, noise "
         f"tau = {task.tau}. Seconds per epoch of training on one thread. Made by: `{command}`",
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 import torch
@@ -53,7 +54,7 @@ def measure(settings: Settings) -> pd.DataFrame:
             solver: components.build(runs.compose([*overrides, *size, f"linear_solver={solver}"])) for solver in SOLVERS
         }
         task = built[REFERENCE].task
-        leaves = _parameters(task, settings)
+        leaves = parameters_in_training(task, settings.noise, torch.Generator().manual_seed(settings.seed))
         exact: Tensor | None = None
         for repeat in range(settings.repeats + 1):
             for solver in sorted(SOLVERS, key=lambda solver: solver != REFERENCE):
@@ -74,9 +75,11 @@ def measure(settings: Settings) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _parameters(task: object, settings: Settings) -> tuple[Tensor, ...]:
-    """Return parameters of a batch as a network in training would predict them: the truth, or a start, with noise."""
-    generator = torch.Generator().manual_seed(settings.seed)
+def parameters_in_training(task: Any, noise: float, generator: torch.Generator) -> tuple[Tensor, ...]:
+    """Return parameters of a task's training samples as a network in training would predict them.
+
+    That is the truth with noise, in standard deviations of its own, or a start with some.
+    """
     samples = task.splits["train"]
     if task.shared:
         D = differencing(task.n_inputs)
@@ -86,7 +89,7 @@ def _parameters(task: object, settings: Settings) -> tuple[Tensor, ...]:
         return (task.parameters(z, samples),)
     truth = task.truth(samples)
     known = truth if isinstance(truth, tuple) else (truth,)
-    return tuple(t + settings.noise * t.std() * torch.randn(t.shape, generator=generator, dtype=t.dtype) for t in known)
+    return tuple(t + noise * t.std() * torch.randn(t.shape, generator=generator, dtype=t.dtype) for t in known)
 
 
 def _called(backend: object, task: object, parameters: tuple[Tensor, ...]) -> tuple[Tensor, float, object]:

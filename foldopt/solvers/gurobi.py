@@ -97,8 +97,17 @@ class GurobiQCQP:
                 failed.setdefault(model.Status, []).append(index)
                 rows.append((*([torch.nan] * size for size in sizes), 0))
                 continue
-            duals = [-constraint.QCPi for constraint in quadratic], (-below.Pi).tolist() if below is not None else []
-            nu = (-equal.Pi).tolist() if equal is not None else []
+            try:
+                duals = (
+                    [-constraint.QCPi for constraint in quadratic],
+                    (-below.Pi).tolist() if below is not None else [],
+                )
+                nu = (-equal.Pi).tolist() if equal is not None else []
+            except gp.GurobiError as error:
+                raise SolverError(
+                    f"Gurobi has no multipliers for sample {index} ({error}): its tolerances are too loose for them. "
+                    f"Leave BarQCPConvTol and the others of `parameters` at the defaults, {PARAMETERS}."
+                ) from error
             rows.append((x.X.tolist(), nu, [max(dual, 0.0) for dual in (*duals[0], *duals[1])], model.BarIterCount))
         _report(failed, gp)
         like: dict[str, Any] = {"dtype": torch.float64, "device": q.device}

@@ -168,3 +168,42 @@ def test_a_configuration_without_a_target_is_named():
     cfg.model = {"name": "mine"}
     with pytest.raises(InputError, match="model: its configuration has no _target_"):
         components.build(cfg)
+
+
+CENTRED = ["task=denoising", "model=operator", "task.weight=2", "task.low=-3", "task.high=3", "task.noise=1"]
+
+
+@pytest.mark.parametrize(
+    ("task", "backend"),
+    [
+        (CENTRED, ["backend=fold", "backend.forward=fdpg", "backend.tol=1e9"]),
+        (["task=portfolio"], ["backend=cvxpylayers", "backend.solver=SCS"]),
+        (["task=portfolio"], ["backend=cvxpylayers", "backend.solver=CLARABEL"]),
+    ],
+    ids=["fdpg", "scs", "clarabel"],
+)
+def test_the_looser_the_forward_solver_the_further_is_it_from_the_solution(task, backend):
+    exact = built(*task, "backend=fold")
+    samples = exact.task.splits["train"]
+    given = exact.task.parameters(exact.model(samples["inputs"]).detach(), samples)
+    errors = []
+    for tol in (1e-1, 1e-3, 1e-8):
+        with torch.no_grad():
+            x = built(*task, *backend, f"backend.forward_tol={tol}").backend(given)
+        errors.append(float((x - exact.backend(given)).norm()))
+    assert errors[0] > errors[1] > errors[2]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["backend=fold", "backend.forward_tol=1e-3"], "backend.forward='exact' takes no tolerance"),
+        (["backend=fold", "backend.forward=gurobi", "backend.forward_tol=1e-3"], "takes no tolerance for this task"),
+        (["backend=unfold", "backend.forward_tol=-1"], "backend.forward_tol"),
+        (["backend=cvxpylayers", "backend.forward_tol=0"], "backend.forward_tol"),
+        (["backend=cvxpylayers", "backend.forward_tol=small"], "backend.forward_tol"),
+    ],
+)
+def test_a_tolerance_that_cannot_be_is_refused(overrides, message):
+    with pytest.raises(InputError, match=message):
+        built(*overrides)

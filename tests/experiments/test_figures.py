@@ -1,17 +1,29 @@
 import json
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
 from omegaconf import OmegaConf
+from scipy import stats
 
 from experiments import runs, studies
-from experiments.aggregation import MissingRunsError, aggregate, at_best_validation, collect, require_finished
+from experiments.aggregation import (
+    MissingRunsError,
+    aggregate,
+    at_best_validation,
+    collect,
+    paired,
+    require_finished,
+    seeds_said,
+)
 from experiments.artifacts import Artifacts, output_root
-from experiments.figures import figure_4c
+from experiments.figures import figure_4c, style
 from experiments.studies import Study, StudyRun
 from experiments.tables import final_regret
+from experiments.tables.paired import PAIRINGS
+from experiments.tables.paired import make as make_paired
 
 CONFIG = OmegaConf.create({"task": {"n_train": 96, "n_test": 64, "tau": 0.1}, "train": {"epochs": 3}})
 SERIES = ("fold", "fold_gurobi", "cvxpylayers_paper", "cvxpylayers_normalized", "two_stage")
@@ -62,6 +74,82 @@ def test_aggregation_agrees_with_numbers_by_hand():
     assert table.loc["b", "n"] == 1
     assert np.isnan(table.loc["b", "sd"])
     assert np.isnan(table.loc["b", "ci95"])
+
+
+def test_paired_differences_agree_with_the_paired_t_test():
+    generator = np.random.default_rng(0)
+    rows = [
+        {"series": series, "seed": seed, "n": n, "value": level + n * 0.1 * generator.normal()}
+        for n in (1, 2)
+        for series, level in (("ours", 1.0), ("theirs", 1.3), ("same", 1.0))
+        for seed in range(6)
+        for _ in range(2)
+    ]
+    frame = pd.DataFrame(rows)
+    table = paired(frame, ["n"], "seed", "value", [("ours", "theirs"), ("ours", "same"), ("ours", "ours")])
+    assert len(table) == 6
+    means = frame[frame["n"] == 2].groupby(["series", "seed"])["value"].mean().unstack("series")
+    test = stats.ttest_rel(means["ours"], means["theirs"])
+    row = table[(table["n"] == 2) & (table["against"] == "theirs")].iloc[0]
+    assert (row["pairs"], row["mean"]) == (6, pytest.approx(means["ours"].mean()))
+    assert row["p"] == pytest.approx(test.pvalue)
+    interval = test.confidence_interval()
+    assert row["difference"] + row["ci95"] == pytest.approx(interval.high)
+    assert row["difference"] - row["ci95"] == pytest.approx(interval.low)
+    assert (table["p_adjusted"] >= table["p"]).all()
+    itself = table[table["against"] == "ours"]
+    assert (itself[["difference", "ci95"]].to_numpy() == 0).all()
+    assert (itself["p"] == 1).all()
+
+
+def test_only_units_that_both_series_have_are_paired():
+    frame = pd.DataFrame(
+        [
+            {"series": s, "seed": k, "n": 1, "value": float(k**2)}
+            for s, seeds in (("a", 5), ("b", 3))
+            for k in range(seeds)
+        ]
+        + [{"series": "c", "seed": 0, "n": 1, "value": 1.0}]
+    )
+    table = paired(frame, ["n"], "seed", "value", [("a", "b"), ("a", "c"), ("a", "absent")])
+    assert table[["against", "pairs"]].to_numpy().tolist() == [["b", 3]], "one pair tests nothing"
+    assert paired(frame[frame["seed"] == 0], ["n"], "seed", "value", [("a", "b")]).empty
+
+
+def test_seeds_are_said_with_the_series_that_have_fewer(planned):
+    assert seeds_said(planned) == "2 seeds"
+    fewer = [run for run in planned if run.series not in ("two_stage", "fold_gurobi") or run.seed == 0]
+    assert seeds_said(fewer) == "2 seeds (1 of fold_gurobi, two_stage)"
+    assert style.seeds_note(fewer).startswith("mean over 2 seeds (1 of")
+    assert style.seeds_note([run for run in planned if run.seed == 0]) == "1 seed, no band"
+
+
+def test_a_band_is_the_confidence_interval_and_leaves_the_axes_to_what_was_observed():
+    frame = pd.DataFrame(
+        {"epoch": [0, 1], "mean": [2.0, 1.0], "low": [1.5, 0.9], "high": [2.5, 1.1], "ci95": [9.0, 9.0]}
+    )
+    figure, (wide, narrow) = plt.subplots(1, 2)
+    style.curve(wide, frame)
+    style.curve(narrow, frame.drop(columns="ci95"))
+    assert [panel.get_ylim() for panel in (wide, narrow)] == [narrow.get_ylim()] * 2
+    tops = [panel.collections[0].get_paths()[0].vertices[:, 1].max() for panel in (wide, narrow)]
+    assert tops == [11.0, 2.5]
+    plt.close(figure)
+
+
+@pytest.mark.parametrize("name", [name for name in PAIRINGS if name not in ("figure_4a", "figure_4b")])
+def test_every_comparison_is_one_of_series_that_the_study_has(name):
+    pairing = PAIRINGS[name]
+    assert {series for pair in pairing.comparisons for series in pair} <= set(studies.load(name).series)
+
+
+def test_the_table_of_paired_tests_names_both_series(tmp_path, study, planned):
+    make_paired(study, planned, Artifacts(tmp_path), "make figure-4c", "make reproduce")
+    table = pd.read_csv(tmp_path / "tables/figure_4c_paired.csv")
+    row = table[(table["against"] == "two_stage") & (table["degree"] == 2) & (table["model"] == "mlp")].iloc[0]
+    assert (row["mean"], row["against_mean"], row["pairs"]) == (24.0, 1.5, 2)
+    text = (tmp_path / "tables/figure_4c_paired.md").read_text()
+    assert "| 2 | mlp | f-SQP, exact forward | two-stage, targets as they are | 2 | +22.5 ±" in text
 
 
 def test_best_validation_epoch_ignores_the_epoch_before_training_and_reports_the_test_row():

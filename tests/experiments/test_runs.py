@@ -1,4 +1,5 @@
 import pytest
+from omegaconf import open_dict
 
 from experiments import runs
 from foldopt.errors import InputError
@@ -45,3 +46,13 @@ def test_what_cannot_be_read_is_named(tmp_path):
     (tmp_path / "summary.json").write_text("{")
     with pytest.raises(InputError, match=r"summary.json cannot be read"):
         runs.load_summary(tmp_path)
+
+
+def test_an_option_that_came_later_keeps_the_identity_of_runs_made_without_it():
+    cfg = runs.compose(["task=denoising", "model=operator", "task.weight=2"])
+    older = cfg.copy()
+    with open_dict(older):
+        del older.backend["forward_tol"]
+    assert runs.identity(older) == runs.identity(cfg)
+    cfg.backend.forward_tol = 1e-3
+    assert runs.identity(older) != runs.identity(cfg)

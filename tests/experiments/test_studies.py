@@ -61,8 +61,8 @@ def test_series_can_be_restricted():
     ("raw", "message"),
     [
         ({**RAW, "extra": 1}, "expected the keys"),
-        (with_part({"task.depth": [1]}), "task.depth is not a key of the grid"),
-        (with_part({"task.degree": [2]}), r"task.degree=\[2\] is not in the grid"),
+        (with_part({"task.depth": [1]}), "task.depth is neither seed nor a key of the grid"),
+        (with_part({"task.degree": [2]}), r"task.degree=\[2\] is not among"),
     ],
 )
 def test_a_wrong_study_file_is_named(raw, message):
@@ -95,10 +95,12 @@ def test_every_study_composes_in_every_profile(name, profile):
     assert len({run.folder for run in expanded}) == len(expanded)
 
 
-def test_figure_4c_has_five_seeds_on_all_degrees_and_models():
+def test_figure_4c_has_five_seeds_on_all_degrees_and_models_and_its_slow_peers_three():
     expanded = studies.expand(studies.load("figure_4c"))
     places = Counter((run.series, run.point["task.degree"], run.point["model"]) for run in expanded)
-    assert min(places.values()) >= 5
+    slow = ("fold_gurobi", "cvxpylayers_paper", "cvxpylayers_normalized")
+    assert {count for (series, *_), count in places.items() if series in slow} == {3}
+    assert {count for (series, *_), count in places.items() if series not in slow} == {5}
     for series in ("fold", "cvxpylayers_paper", "cvxpylayers_normalized", "two_stage"):
         assert {(degree, model) for name, degree, model in places if name == series} == {
             (degree, model) for degree in (1, 2, 3) for model in ("mlp", "mlp_bn")

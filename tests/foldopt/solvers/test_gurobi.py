@@ -102,3 +102,10 @@ def test_a_missing_package_names_the_extra(monkeypatch):
 def test_constraints_that_do_not_fit_are_named():
     with pytest.raises(InputError, match=r"A, b do not fit: expected shapes \(p, 3\)"):
         GurobiQCQP(3, torch.ones(1, 2), torch.ones(1))
+
+
+def test_tolerances_too_loose_for_multipliers_are_named():
+    n = 4
+    q = torch.randn(5, n, generator=torch.Generator().manual_seed(0), dtype=F64)
+    with pytest.raises(SolverError, match="too loose for them"):
+        GurobiQCQP(n, quadratic=disc(n), parameters={"BarQCPConvTol": 0.5})(q)
