@@ -3,6 +3,7 @@ SHELL := /bin/bash
 PYTHON ?= python3.11
 PY := .venv/bin/python
 PROFILE ?= default
+TRACKED = $(if $(TRACKING),--tracking $(TRACKING))
 UV_VERSION := 0.13.9
 
 .PHONY: help test endurance coverage lint format reproduce sweep slurm figures report verify bilinear-kappa bilinear-certificates figure-3 figure-4a figure-4b figure-4c figure-6 \
@@ -40,19 +41,19 @@ format: .venv/.installed ## fix style
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
-reproduce: .venv/.installed ## run every study, then figures and tables (PROFILE=smoke|default|paper, WORKERS=n)
-	$(PY) -m scripts.reproduce $(if $(filter-out file,$(origin PROFILE)),--profile $(PROFILE)) $(if $(WORKERS),--workers $(WORKERS))
+reproduce: .venv/.installed ## run every study, then figures and tables (PROFILE=smoke|default|paper, WORKERS=n, TRACKING=offline|online)
+	$(PY) -m scripts.reproduce $(if $(filter-out file,$(origin PROFILE)),--profile $(PROFILE)) $(if $(WORKERS),--workers $(WORKERS)) $(TRACKED)
 
-sweep: .venv/.installed ## submit a study to the Slurm cluster and return (STUDY="figure_4c figure_6", PROFILE, RUNS_PER_JOB=n)
+sweep: .venv/.installed ## submit a study to the Slurm cluster and return (STUDY="figure_4c figure_6", PROFILE, RUNS_PER_JOB=n, TRACKING)
 	@test -n "$(STUDY)" || { echo "make sweep needs a study: make sweep STUDY=figure_4c"; exit 1; }
-	$(PY) -m scripts.sweep submit $(STUDY) --profile $(PROFILE) $(if $(RUNS_PER_JOB),--runs-per-job $(RUNS_PER_JOB))
+	$(PY) -m scripts.sweep submit $(STUDY) --profile $(PROFILE) $(if $(RUNS_PER_JOB),--runs-per-job $(RUNS_PER_JOB)) $(TRACKED)
 
 slurm: ## install Debian's Slurm, as root, for the test of the sweeps (which starts and stops its own)
 	apt-get update -qq
 	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends slurm-wlm munge
 
-figures: .venv/.installed ## figures and tables of all studies from the run folders
-	$(PY) -m scripts.figures --profile $(PROFILE)
+figures: .venv/.installed ## figures and tables of all studies from the run folders (TRACKING=offline|online: into W&B too)
+	$(PY) -m scripts.figures --profile $(PROFILE) $(TRACKED)
 
 report: .venv/.installed ## the paper's claims with verdicts, from the tables and figures: REPORT.md, report.html
 	$(PY) -m scripts.report --profile $(PROFILE)

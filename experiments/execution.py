@@ -112,6 +112,7 @@ def _run(
         _write_summary(
             path, cfg, device, begun, "finished", seconds_wall=seconds, rows=trainer.checkpoint.rows, final=final
         )
+        tracker.summarize(final)
         shown = ", ".join(f"{name} {final['test'][name]:.4g}" for name in SHOWN if name in final["test"])
         _say(console, f"Finished in {seconds:.0f} s, test: {shown}")
         code = 0
@@ -168,11 +169,12 @@ def validation(frame: pd.DataFrame) -> pd.Series:
 
 
 def _final(path: Path) -> dict[str, Any]:
-    """Return the last metrics of each split, and the test metrics at the epoch of the best validation."""
+    """Return the last metrics of each split, and those of validation and test at the epoch of the best validation."""
     frame = runs.load_metrics(path)
     last = {split: part.iloc[-1].dropna().to_dict() for split, part in frame.groupby("split")}
-    best = frame[(frame["split"] == "test") & (frame["epoch"] == validation(frame).idxmin())].iloc[0]
-    return {**last, "test_at_best_val": best.dropna().to_dict()}
+    best = frame[frame["epoch"] == validation(frame).idxmin()].set_index("split", drop=False)
+    at_best = {f"{split}_at_best_val": best.loc[split].dropna().to_dict() for split in ("val", "test")}
+    return {**last, **at_best}
 
 
 def _write_summary(

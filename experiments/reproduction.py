@@ -7,9 +7,10 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from omegaconf import OmegaConf
 from rich.console import Console
 
-from experiments import runs, studies
+from experiments import runs, studies, tracking
 from experiments.artifacts import Artifacts, output_root
 from experiments.executor import execute
 from experiments.figures import (
@@ -72,31 +73,36 @@ def make_command(target: str, profile: str) -> str:
     return f"make {target}" if profile == "default" else f"make {target} PROFILE={profile}"
 
 
-def make_figures(names: Sequence[str], profile: str, console: Console) -> int:
-    """Write figures and tables of the named studies from run folders; return 1 when runs are missing."""
+def make_figures(names: Sequence[str], profile: str, console: Console, mode: str | None = None) -> int:
+    """Write figures and tables of the named studies from run folders; return 1 when runs are missing.
+
+    mode: of W&B, which gets them too where it is on; None: as each study says.
+    """
     try:
         for name in names:
             study = studies.load(name)
-            _outputs(study, studies.expand(study, profile), profile, console)
+            _outputs(study, studies.expand(study, profile, mode=mode), profile, console)
     except FoldoptError as error:
         console.print(str(error), markup=False, soft_wrap=True)
         return 1
     return 0
 
 
-def reproduce(names: Sequence[str], profile: str | None, workers: int, console: Console) -> int:
+def reproduce(
+    names: Sequence[str], profile: str | None, workers: int, console: Console, mode: str | None = None
+) -> int:
     """Execute the named studies, then make their figures, tables and measurements; return the exit code.
 
-    profile: None chooses by what is at hand, for each study, see `studies.profile_at_hand`. A study with failed runs
-    gets no figure, the others do; a figure that cannot be made stops no other. 128 + signal when stopped: the same call
-    goes on from there.
+    profile: None chooses by what is at hand, for each study, see `studies.profile_at_hand`. mode: of W&B, for the
+    runs that are left to do and for the figures; None: as each study says. A study with failed runs gets no figure, the
+    others do; a figure that cannot be made stops no other. 128 + signal when stopped: the same call goes on from there.
     """
     exit_code = 0
     chosen: dict[str, str] = {}
     for name in names:
         study = studies.load(name)
         chosen[name], why = (profile, None) if profile else studies.profile_at_hand(study)
-        planned = studies.expand(study, chosen[name])
+        planned = studies.expand(study, chosen[name], mode=mode)
         said = why or f"profile {chosen[name]}"
         console.print(f"{study.title} ({name}, {said}): {len(planned)} runs", markup=False, soft_wrap=True)
         report = execute(planned, workers=workers, console=console)
@@ -147,6 +153,18 @@ def _outputs(study: Study, planned: Sequence[StudyRun], profile: str, console: C
     if makers:
         artifacts.write(f"provenance/{study.name}.json", provenance(planned).encode())
     _say(artifacts, console)
+    _track(study, planned, profile, artifacts, console)
+
+
+def _track(study: Study, planned: Sequence[StudyRun], profile: str, artifacts: Artifacts, console: Console) -> None:
+    """Log what was made to W&B where the study's runs are tracked."""
+    config = planned[0].config
+    files = [*artifacts.written, *artifacts.unchanged]
+    folder = runs.ROOT / config.paths.runs / "reports" / f"{study.name}-{profile}"
+    common = [tag for tag in config.tracking.tags if all(tag in run.config.tracking.tags for run in planned)]
+    settings = OmegaConf.merge(config.tracking, {"job_type": "report", "tags": common})
+    if files and tracking.log_figures(settings, artifacts.root, files, folder):
+        console.print(f"W&B: {len(files)} files of {study.name} as an artifact, {settings.mode}", markup=False)
 
 
 def provenance(planned: Sequence[StudyRun]) -> str:

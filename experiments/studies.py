@@ -12,7 +12,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from data import cifar100
-from experiments import runs
+from experiments import runs, tracking
 from foldopt.errors import InputError
 
 PROFILES = ("smoke", "default", "paper")
@@ -145,12 +145,16 @@ def _check_part(where: str, series: str, part: Mapping[str, Any], known: Mapping
             raise InputError(f"{where}: {key}={outside} is not among {list(grid[key])}")
 
 
-def expand(study: Study, profile: str = "default", series: set[str] | None = None) -> list[StudyRun]:
+def expand(
+    study: Study, profile: str = "default", series: set[str] | None = None, mode: str | None = None
+) -> list[StudyRun]:
     """Return the runs of `study` in `profile`, seed by seed so that every series advances evenly.
 
-    `series` restricts the runs to the named series. Two runs that share a folder raise InputError, as one
-    would silently stand for the other.
+    `series` restricts the runs to the named series; `mode` is that of W&B, None: the study's own. Two runs that share a
+    folder raise InputError, as one would silently stand for the other.
     """
+    if mode is not None:
+        tracking.check_mode(mode)
     size = study.profile(profile)
     if series is not None and (unknown := series - set(size.series)):
         raise InputError(
@@ -165,27 +169,32 @@ def expand(study: Study, profile: str = "default", series: set[str] | None = Non
             for name, part in size.series.items():
                 wanted = series is None or name in series
                 if wanted and all(place[key] in allowed for key, allowed in part.items()):
-                    expanded.append(_study_run(study, size, name, point, seed, composed))
+                    expanded.append(_study_run(study, profile, name, point, seed, mode, composed))
     _check_folders(expanded)
     return expanded
 
 
 def _study_run(
     study: Study,
-    size: Profile,
+    profile: str,
     series: str,
     point: Mapping[str, Any],
     seed: int,
+    mode: str | None,
     composed: dict[tuple[str, ...], DictConfig],
 ) -> StudyRun:
     """Return one run; `composed` keeps the configuration of each place, which is slow to compose, for all seeds."""
     place = [f"{key}={value}" for key, value in point.items()]
-    seedless = (*study.base, *study.series[series], *place, *size.overrides)
+    seedless = (*study.base, *study.series[series], *place, *study.profile(profile).overrides)
     if seedless not in composed:
         composed[seedless] = runs.compose(list(seedless))
     overrides, config = (*seedless, f"seed={seed}"), composed[seedless].copy()
     config.seed = seed
-    label = " ".join([series, *(f"{axis(key)}={value}" for key, value in point.items()), f"seed={seed}"])
+    config.tracking.mode = mode or config.tracking.mode
+    places = [f"{axis(key)}={value}" for key, value in point.items()]
+    if config.tracking.mode != "disabled" or mode:
+        overrides += tracking.label(config.tracking, study.name, profile, series, places)
+    label = " ".join([series, *places, f"seed={seed}"])
     return StudyRun(study.name, series, label, point, seed, overrides, config, runs.folder(config))
 
 

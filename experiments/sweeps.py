@@ -65,9 +65,12 @@ class Sweep:
     folder: Path
 
     @classmethod
-    def of(cls, study: str, profile: str, series: set[str] | None = None) -> Sweep:
-        """Return the sweep of conf/study/<study>.yaml in `profile`, or of the named series of it."""
-        planned = tuple(studies.expand(studies.load(study), profile, series))
+    def of(cls, study: str, profile: str, series: set[str] | None = None, mode: str | None = None) -> Sweep:
+        """Return the sweep of conf/study/<study>.yaml in `profile`, or of the named series of it.
+
+        mode: of W&B, for the runs that are submitted; None: as the study says.
+        """
+        planned = tuple(studies.expand(studies.load(study), profile, series, mode))
         root = runs.ROOT / planned[0].config.paths.runs / "sweeps"
         return cls(study, profile, planned, root / f"{study}-{profile}")
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +17,43 @@ from foldopt.checks import require_positive, require_type
 from foldopt.errors import InputError
 
 MODES = ("offline", "online", "disabled")
+LONGEST_TAG = 64  # for wandb
 log = logging.getLogger("foldopt.run")
 
 
 def check(tracking: DictConfig) -> None:
     """Raise InputError for settings of W&B that cannot be."""
-    if tracking.mode not in MODES:
-        raise InputError(f"tracking.mode={tracking.mode!r} is unknown; choose one of {MODES}.")
+    check_mode(tracking.mode)
     require_positive("tracking.init_timeout", tracking.init_timeout)
-    for name, kind in (("project", str), ("entity", str | None), ("group", str | None)):
+    for name, kind in (("project", str), *((name, str | None) for name in ("entity", "group", "job_type"))):
         require_type(f"tracking.{name}", tracking[name], kind)
     if not (isinstance(tracking.tags, ListConfig) and all(isinstance(tag, str) for tag in tracking.tags)):
         raise InputError(f"tracking.tags={tracking.tags}: expected a list of texts, such as [first,second].")
+    if wrong := [tag for tag in tracking.tags if not 1 <= len(tag) <= LONGEST_TAG]:
+        raise InputError(f"tracking.tags={wrong}: W&B takes tags of 1 to {LONGEST_TAG} characters.")
+
+
+def check_mode(mode: Any) -> None:
+    """Raise InputError for a mode that is not one of MODES."""
+    if mode not in MODES:
+        raise InputError(f"tracking.mode={mode!r} is unknown; choose one of {MODES}.")
+
+
+def label(settings: DictConfig, study: str, profile: str, series: str, places: Sequence[str]) -> tuple[str, ...]:
+    """Let W&B show a run as part of its study: complete `settings`, and return them as overrides of run.py.
+
+    The group is the study and the job type the series, unless `settings` have their own; the tags are those there and
+    the series, the profile and the places in the grid, so that seeds have the same ones.
+    """
+    settings.group = settings.group or study
+    settings.job_type = settings.job_type or series
+    settings.tags = _tags([*settings.tags, series, profile, *places])
+    values = {name: settings[name] for name in ("mode", "group", "job_type")} | {"tags": list(settings.tags)}
+    return tuple(f"tracking.{name}={json.dumps(value, ensure_ascii=False)}" for name, value in values.items())
+
+
+def _tags(tags: Sequence[str]) -> list[str]:
+    return list(dict.fromkeys(tag[:LONGEST_TAG] for tag in tags))
 
 
 class Tracker:
@@ -59,14 +86,16 @@ class Tracker:
     @staticmethod
     def _start(wandb: Any, cfg: DictConfig, folder: Path, run_id: str, mode: str) -> Any:
         t = cfg.tracking
+        chosen = [cfg[part].name for part in ("task", "backend", "model") if part in cfg]
         settings = wandb.Settings(
             silent=True, console="off", init_timeout=t.init_timeout, x_disable_stats=True, x_disable_meta=True
         )
-        return wandb.init(
+        run = wandb.init(
             project=t.project,
             entity=t.entity,
             group=t.group,
-            tags=list(t.tags),
+            job_type=t.job_type,
+            tags=_tags([*t.tags, *chosen]),
             name=folder.name,
             id=run_id[:12],
             resume="allow" if mode == "online" else None,
@@ -75,6 +104,9 @@ class Tracker:
             config=OmegaConf.to_container(cfg, resolve=True),
             settings=settings,
         )
+        run.define_metric("epoch")
+        run.define_metric("*", step_metric="epoch")
+        return run
 
     def log(self, rows: list[dict[str, Any]]) -> None:
         """Log the rows of one epoch as <split>/<column>."""
@@ -89,6 +121,28 @@ class Tracker:
         for epoch, part in metrics.groupby("epoch"):
             if self._run is not None and epoch >= self._run.step:
                 self.log([row.dropna().to_dict() for _, row in part.iterrows()])
+
+    def summarize(self, final: Mapping[str, Mapping[str, Any]]) -> None:
+        """Put the groups of metrics of summary.json's `final` into the W&B run's summary, as <group>/<column>."""
+        if self._run is None:
+            return
+        values = {f"{group}/{name}": v for group, metrics in final.items() for name, v in metrics.items()}
+        with self._unless_lost():
+            self._run.summary.update({k: v for k, v in values.items() if not k.endswith("/split")})
+
+    def log_files(self, name: str, kind: str, files: Mapping[str, Path]) -> None:
+        """Log files, by the names that they get, as one W&B artifact of type `kind`."""
+        if self._run is None:
+            return
+        import wandb
+
+        try:
+            artifact = wandb.Artifact(name, kind)
+            for title, path in files.items():
+                artifact.add_file(str(path), title, skip_cache=True, policy="immutable")
+            self._run.log_artifact(artifact)
+        except (OSError, ValueError, wandb.errors.Error) as error:
+            log.warning("W&B cannot take %s (%s); the files are where they were", name, error)
 
     def finish(self, exit_code: int) -> None:
         """Close the run; 0 marks it finished."""
@@ -108,3 +162,33 @@ class Tracker:
             self._run = None
             with contextlib.suppress(ConnectionError):  # what it has to say of the dead service
                 wandb.teardown()
+
+
+def log_figures(settings: DictConfig, root: Path, files: Sequence[Path], folder: Path) -> bool:
+    """Log a study's figures and tables, `files` under `root`, as an artifact of a W&B run of its own.
+
+    `folder` keeps the run, whose name is its own, with copies of the files: those under `root` may be others when
+    `wandb sync` sends it. Offline the same files are logged once; online they are offered again, and the server knows
+    them. Returns whether W&B was called.
+    """
+    if settings.mode == "disabled":
+        return False
+    contents = {str(path.relative_to(root)): path.read_bytes() for path in sorted(files)}
+    digest = hashlib.sha256(folder.name.encode())
+    for title, content in contents.items():
+        digest.update(title.encode() + hashlib.sha256(content).digest())
+    run_id = digest.hexdigest()
+    copies = folder / "files" / run_id[:12]
+    if settings.mode == "offline" and any(folder.glob(f"wandb/*run-*-{run_id[:12]}")):
+        return False
+    try:
+        for title, content in contents.items():
+            (copies / title).parent.mkdir(parents=True, exist_ok=True)
+            (copies / title).write_bytes(content)
+    except OSError as error:
+        log.warning("W&B gets no figures: %s cannot be written (%s)", copies, error)
+        return False
+    tracker = Tracker(OmegaConf.create({"tracking": settings}), folder, run_id)
+    tracker.log_files(folder.name, "figures", {title: copies / title for title in contents})
+    tracker.finish(0)
+    return True

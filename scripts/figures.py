@@ -9,6 +9,7 @@ from rich.console import Console
 
 from experiments import studies
 from experiments.reproduction import make_figures
+from experiments.tracking import MODES
 from experiments.verification import verify
 
 
@@ -18,9 +19,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--study", action="append", choices=studies.names(), help="default: all")
     parser.add_argument("--profile", default="default", choices=studies.PROFILES, help="size of the studies")
     parser.add_argument("--check", action="store_true", help="write nothing; fail where results/ has other numbers")
+    parser.add_argument("--tracking", choices=MODES, help="log them to W&B; default: as the study says")
     options = parser.parse_args(arguments)
-    do = verify if options.check else make_figures
-    return do(options.study or studies.names(), options.profile, Console())
+    names = options.study or studies.names()
+    if options.check:
+        return verify(names, options.profile, Console())
+    return make_figures(names, options.profile, Console(), options.tracking)
 
 
 if __name__ == "__main__":

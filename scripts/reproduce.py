@@ -10,6 +10,7 @@ from rich.console import Console
 
 from experiments import report, studies
 from experiments.reproduction import reproduce
+from experiments.tracking import MODES
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -18,8 +19,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--study", action="append", choices=studies.names(), help="default: all")
     parser.add_argument("--profile", choices=studies.PROFILES, help="size; default: by the hardware and data at hand")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes of one thread each")
+    parser.add_argument("--tracking", choices=MODES, help="of the runs left to do by W&B; default: as the study says")
     options = parser.parse_args(arguments)
-    code = reproduce(options.study or studies.names(), options.profile, options.workers, Console())
+    names = options.study or studies.names()
+    code = reproduce(names, options.profile, options.workers, Console(), options.tracking)
     if code < 128:  # not stopped
         print("\n".join(report.make(options.profile or "default").lines()))
     return code

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from experiments import runs, studies
 from experiments.sweeps import STATES, Sweep, work
+from experiments.tracking import MODES
 from foldopt.errors import FoldoptError
 
 COMMANDS = {
@@ -46,6 +47,8 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("study", nargs="+", choices=studies.names(), metavar="STUDY", help="of conf/study")
         command.add_argument("--profile", default="default", choices=studies.PROFILES, help="size of the studies")
         command.add_argument("--series", action="append", help="of the study; default: all")
+        if name in ("submit", "retry", "collect"):
+            command.add_argument("--tracking", choices=MODES, help="by W&B; default: as the study says")
         if name in ("submit", "retry"):
             command.add_argument("--runs-per-job", type=int, default=1, help="one after the other; 1 where left out")
             command.add_argument(
@@ -63,7 +66,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _do(options: argparse.Namespace, study: str, console: Console) -> int:
-    sweep = Sweep.of(study, options.profile, set(options.series) if options.series else None)
+    mode = getattr(options, "tracking", None)  # not an option of status and cancel
+    sweep = Sweep.of(study, options.profile, set(options.series) if options.series else None, mode)
     match options.command:
         case "submit":
             return _submit(sweep, ("failed", "stopped", "missing"), options, console)
@@ -72,7 +76,7 @@ def _do(options: argparse.Namespace, study: str, console: Console) -> int:
         case "status":
             return _status(sweep, console)
         case "collect":
-            return _collect(sweep, console)
+            return _collect(sweep, mode, console)
     ended = sweep.cancel()
     console.print(f"{study} ({options.profile}): {len(ended)} job arrays cancelled")
     return 0
@@ -103,14 +107,14 @@ def _status(sweep: Sweep, console: Console) -> int:
     return 1 if count["failed"] else 0
 
 
-def _collect(sweep: Sweep, console: Console) -> int:
+def _collect(sweep: Sweep, mode: str | None, console: Console) -> int:
     from experiments.reproduction import make_figures  # plots, which no other command needs
 
     path, finished = sweep.collect()
     console.print(f"{path}: the metrics of {finished} of {len(sweep.planned)} runs")
     if finished < len(sweep.planned):
         return max(1, _status(sweep, console))
-    return make_figures([sweep.study], sweep.profile, console)
+    return make_figures([sweep.study], sweep.profile, console, mode)
 
 
 if __name__ == "__main__":
