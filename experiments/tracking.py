@@ -191,4 +191,8 @@ def log_figures(settings: DictConfig, root: Path, files: Sequence[Path], folder:
     tracker = Tracker(OmegaConf.create({"tracking": settings}), folder, run_id)
     tracker.log_files(folder.name, "figures", {title: copies / title for title in contents})
     tracker.finish(0)
+    import wandb
+
+    with contextlib.suppress(OSError, wandb.errors.Error):
+        wandb.teardown()  # its service ends with this process; worker processes started later are to have their own
     return True

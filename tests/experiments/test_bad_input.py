@@ -55,8 +55,10 @@ def rows():
     add("portfolio", "", "tracking.mode", "sometimes", "choose one of ('offline', 'online', 'disabled')")
     add("portfolio", "", "tracking.init_timeout", 0, -5, "long", ABOVE)
     add("portfolio", "", "tracking.project", 5, None, "expected text")
-    add("portfolio", "", "tracking.entity", 5, "expected text or null")
+    for key in ("entity", "group", "job_type"):
+        add("portfolio", "", f"tracking.{key}", 5, "expected text or null")
     add("portfolio", "", "tracking.tags", "one", "expected a list of texts")
+    add("portfolio", "", "tracking.tags", [""], ["x" * 65], "takes tags of 1 to 64 characters")
     for key in ("degree", "n_train", "n_val", "n_test", "n_assets", "n_features"):
         add("portfolio", "", f"task.{key}", 0, 2.5, f"{key}=")
     add("portfolio", "", "task.tau", 0, NAN, "small", "tau=")

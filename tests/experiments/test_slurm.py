@@ -1,9 +1,12 @@
 """What needs no Slurm: how settings become options of sbatch, and what is said where there is none."""
 
+import json
+
 import pytest
 
-from experiments import runs, slurm
+from experiments import runs, slurm, sweeps
 from foldopt.errors import InputError
+from scripts.sweep import main
 
 
 def test_settings_become_options_of_sbatch():
@@ -33,3 +36,23 @@ def test_a_machine_without_slurm_is_called_that(monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(slurm.SlurmError, match="squeue is not there: this machine is no login node"):
         slurm.tasks(["mine"])
+
+
+def test_the_runs_of_a_sweep_can_be_tracked(monkeypatch, tmp_path):
+    of = sweeps.Sweep.of.__func__
+
+    def here(cls, study, *choices):
+        found = of(cls, study, *choices)
+        return cls(found.study, found.profile, found.planned, tmp_path)
+
+    monkeypatch.setattr(sweeps.Sweep, "of", classmethod(here))
+    monkeypatch.setattr(slurm, "tasks", lambda names: [])
+    monkeypatch.setattr(slurm, "max_array_size", lambda: 1000)
+    monkeypatch.setattr(slurm, "submit", lambda script: None)
+    monkeypatch.setattr(runs, "status", lambda folder: "missing")
+    assert main(["submit", "figure_6", "--profile", "smoke", "--tracking", "online"]) == 0
+    (file,) = tmp_path.glob("*/tasks.json")
+    for (run,) in json.loads(file.read_text()):
+        settings = runs.compose(run["overrides"]).tracking
+        assert (settings.mode, settings.group) == ("online", "figure_6")
+        assert "smoke" in settings.tags

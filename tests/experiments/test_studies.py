@@ -8,7 +8,7 @@ from foldopt.errors import InputError
 RAW = {
     "name": "tiny",
     "title": "Tiny",
-    "base": ["task=portfolio"],
+    "base": ["task=portfolio", "tracking.mode=disabled"],
     "grid": {"task.degree": [1, 3], "model": ["mlp", "mlp_bn"]},
     "series": {
         "fold": {"title": "fold", "overrides": ["backend=fold"]},
@@ -39,6 +39,7 @@ def test_overrides_reach_the_configuration():
     run = studies.expand(studies.parse(RAW, "tiny.yaml"))[-1]
     assert run.overrides == (
         "task=portfolio",
+        "tracking.mode=disabled",
         "backend=fold",
         "task.degree=3",
         "model=mlp_bn",
@@ -48,6 +49,31 @@ def test_overrides_reach_the_configuration():
     assert run.label == "fold degree=3 model=mlp_bn seed=2"
     assert (run.config.task.degree, run.config.train.epochs, run.config.seed) == (3, 2, 2)
     assert run.folder == runs.folder(run.config)
+
+
+def test_tracking_a_study_groups_its_runs_and_moves_none():
+    untracked = studies.expand(studies.parse(RAW, "tiny.yaml"))
+    tracked = studies.expand(studies.parse(RAW, "tiny.yaml"), mode="online")
+    assert [run.folder for run in tracked] == [run.folder for run in untracked]
+    assert runs.identity(tracked[0].config) == runs.identity(untracked[0].config)
+    settings = runs.compose(list(tracked[-1].overrides)).tracking
+    assert settings == tracked[-1].config.tracking
+    assert (settings.mode, settings.group, settings.job_type) == ("online", "tiny", "fold")
+    assert settings.tags == ["fold", "default", "degree=3", "model=mlp_bn"], "of all seeds"
+    assert all(run.config.tracking.group is None for run in untracked)
+
+
+def test_a_study_keeps_its_own_group_and_tags():
+    own = ["tracking.mode=offline", "tracking.group=mine", "tracking.tags=[first, second]"]
+    run = studies.expand(studies.parse({**RAW, "base": [*RAW["base"], *own]}, "tiny.yaml"))[0]
+    settings = runs.compose(list(run.overrides)).tracking
+    assert (settings.mode, settings.group, settings.job_type) == ("offline", "mine", "fold")
+    assert settings.tags[:3] == ["first", "second", "fold"]
+
+
+def test_a_study_is_not_tracked_in_an_unknown_mode():
+    with pytest.raises(InputError, match=r"tracking.mode='sometimes' is unknown; choose one of"):
+        studies.expand(studies.parse(RAW, "tiny.yaml"), mode="sometimes")
 
 
 def test_series_can_be_restricted():

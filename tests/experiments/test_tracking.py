@@ -2,19 +2,26 @@
 
 import contextlib
 import os
+import re
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import psutil
 import pytest
 import wandb
 
-from experiments import runs
+from experiments import reproduction, runs, studies, tracking
 from experiments.execution import execute
 from experiments.trainer import Trainer
+from tests.experiments import wandb_files
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -35,6 +42,100 @@ def test_offline_runs_are_kept_for_wandb_sync(tiny, console):
     names = tracked(runs.folder(cfg))
     assert len(names) == 1
     assert names[0].endswith(runs.identity(cfg)[:12])
+    kept = wandb_files.read(runs.folder(cfg))
+    assert (kept["group"], kept["job_type"], kept["exit_code"]) == ("", "", 0)
+    assert kept["tags"] == ["portfolio", "two_stage", "mlp"]
+
+
+@pytest.fixture
+def study(monkeypatch, tmp_path):
+    """Let a small study take the place of figure_4c: one run, a figure and its table."""
+    raw = {
+        "name": "figure_4c",
+        "title": "Small",
+        "base": [
+            *("task=portfolio", "task.n_train=64", "task.n_val=16", "task.n_test=32", "train.epochs=3", "train.lr=0.1"),
+            *(
+                "device=cpu",
+                "tracking.mode=disabled",
+                "tracking.tags=[mine]",
+                f"paths.runs={tmp_path / 'results/runs'}",
+            ),
+        ],
+        "grid": {"task.degree": [3]},
+        "series": {"two_stage": {"title": "two-stage", "overrides": ["backend=two_stage"]}},
+        "profiles": {"smoke": {"seeds": 1, "series": {"two_stage": {}}}},
+    }
+
+    def figure(study, planned, artifacts, command, run_command):
+        artifacts.write("figures/figure_4c.png", b"a picture")
+        artifacts.csv("figures/figure_4c", runs.load_metrics(planned[0].folder)[["epoch", "split", "regret"]])
+
+    monkeypatch.setattr(studies, "load", lambda name: studies.parse(raw, "a test"))
+    monkeypatch.setattr(reproduction, "FIGURES", {"figure_4c": [figure]})
+    monkeypatch.setattr(reproduction, "MEASUREMENTS", {})
+    monkeypatch.setattr(reproduction, "output_root", lambda profile: tmp_path / "results")
+    return studies.load("figure_4c")
+
+
+def test_a_tracked_study_can_be_read_back_and_is_what_wandb_sync_would_send(study, console, tmp_path, monkeypatch):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    assert reproduction.reproduce(["figure_4c"], "smoke", 1, console, "offline") == 0
+    (run,) = studies.expand(study, "smoke", mode="offline")
+
+    kept = wandb_files.read(run.folder)
+    assert kept["id"] == runs.identity(run.config)[:12]
+    assert (kept["group"], kept["job_type"], kept["exit_code"]) == ("figure_4c", "two_stage", 0)
+    assert kept["tags"] == ["mine", "two_stage", "smoke", "degree=3", "portfolio", "mlp"]
+    assert kept["config"]["task"]["degree"] == 3
+    assert kept["config"]["train"] == dict(run.config.train)
+    metrics = runs.load_metrics(run.folder)
+    assert [row["epoch"] for row in kept["history"]] == [row["_step"] for row in kept["history"]] == [0, 1, 2, 3]
+    for split, part in metrics.groupby("split"):
+        logged = [row[f"{split}/mse"] for row in kept["history"] if f"{split}/mse" in row]
+        assert logged == pytest.approx(part["mse"].dropna().tolist())
+    assert kept["steps"]["*"] == "epoch", "the x-axis of every metric"
+    for group, final in runs.load_summary(run.folder)["final"].items():
+        assert {name: kept["summary"][f"{group}/{name}"] for name in final if name != "split"} == pytest.approx(
+            {name: value for name, value in final.items() if name != "split"}
+        )
+    val = metrics[(metrics["split"] == "val") & (metrics["epoch"] > 0)]
+    assert kept["summary"]["val_at_best_val/regret"] == pytest.approx(val["regret"].min())
+
+    reports = tmp_path / "results/runs/reports/figure_4c-smoke"
+    report = wandb_files.read(reports)
+    assert (report["group"], report["job_type"], report["history"]) == ("figure_4c", "report", [])
+    assert report["tags"] == ["mine", "two_stage", "smoke", "degree=3"], "what all of its runs have"
+    artifact = report["artifacts"]["figure_4c-smoke"]
+    assert artifact["type"] == "figures"
+    assert set(artifact["files"]) == {
+        *("figures/figure_4c.png", "figures/figure_4c.csv", "provenance/figure_4c.json"),
+    }
+    for name, path in artifact["files"].items():
+        assert Path(path).is_relative_to(reports), "figures made later change nothing"
+        assert Path(path).read_bytes() == (tmp_path / "results" / name).read_bytes()
+
+    command = re.search(r"^wandb sync results/runs/.*", (ROOT / "README.md").read_text(), re.MULTILINE)[0]
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    sync = ["bash", "-c", f"{command} --dry-run"]
+    done = subprocess.run(sync, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert "Would sync 2 run(s)" in done.stdout + done.stderr
+    for kept_id in (kept["id"], report["id"]):
+        assert f"run-{kept_id}.wandb" in done.stdout + done.stderr
+
+    assert reproduction.reproduce(["figure_4c"], "smoke", 1, console, "offline") == 0
+    assert len(tracked(run.folder)) == len(tracked(reports)) == 1, "nothing is logged again"
+
+
+def test_figures_that_wandb_does_not_take_cost_nothing(tiny, tmp_path, caplog):
+    settings = tiny("tracking.mode=offline").tracking
+    (tmp_path / "a.csv").write_text("x")
+    given = (settings, tmp_path, [tmp_path / "a.csv"])
+    tracking.log_figures(*given, tmp_path / "no name: of an artifact")
+    assert "W&B cannot take no name: of an artifact" in caplog.text
+    (tmp_path / "in the way").write_text("")
+    assert not tracking.log_figures(*given, tmp_path / "in the way")
+    assert "W&B gets no figures" in caplog.text
 
 
 @pytest.mark.parametrize("key", ["0" * 40, None], ids=["unreachable", "no key"])
