@@ -164,7 +164,7 @@ def _track(study: Study, planned: Sequence[StudyRun], profile: str, artifacts: A
     common = [tag for tag in config.tracking.tags if all(tag in run.config.tracking.tags for run in planned)]
     settings = OmegaConf.merge(config.tracking, {"job_type": "report", "tags": common})
     if files and tracking.log_figures(settings, artifacts.root, files, folder):
-        console.print(f"W&B: {len(files)} files of {study.name} as an artifact, {settings.mode}", markup=False)
+        console.print(f"W&B: {len(files)} files of {study.name} are an artifact", markup=False)
 
 
 def provenance(planned: Sequence[StudyRun]) -> str:

@@ -153,8 +153,6 @@ def expand(
     `series` restricts the runs to the named series; `mode` is that of W&B, None: the study's own. Two runs that share a
     folder raise InputError, as one would silently stand for the other.
     """
-    if mode is not None:
-        tracking.check_mode(mode)
     size = study.profile(profile)
     if series is not None and (unknown := series - set(size.series)):
         raise InputError(
@@ -190,9 +188,9 @@ def _study_run(
         composed[seedless] = runs.compose(list(seedless))
     overrides, config = (*seedless, f"seed={seed}"), composed[seedless].copy()
     config.seed = seed
-    config.tracking.mode = mode or config.tracking.mode
+    config.tracking.mode = config.tracking.mode if mode is None else mode
     places = [f"{axis(key)}={value}" for key, value in point.items()]
-    if config.tracking.mode != "disabled" or mode:
+    if mode is not None or config.tracking.mode != "disabled":
         overrides += tracking.label(config.tracking, study.name, profile, series, places)
     label = " ".join([series, *places, f"seed={seed}"])
     return StudyRun(study.name, series, label, point, seed, overrides, config, runs.folder(config))

@@ -23,7 +23,8 @@ log = logging.getLogger("foldopt.run")
 
 def check(tracking: DictConfig) -> None:
     """Raise InputError for settings of W&B that cannot be."""
-    check_mode(tracking.mode)
+    if tracking.mode not in MODES:
+        raise InputError(f"tracking.mode={tracking.mode!r} is unknown; choose one of {MODES}.")
     require_positive("tracking.init_timeout", tracking.init_timeout)
     for name, kind in (("project", str), *((name, str | None) for name in ("entity", "group", "job_type"))):
         require_type(f"tracking.{name}", tracking[name], kind)
@@ -33,18 +34,13 @@ def check(tracking: DictConfig) -> None:
         raise InputError(f"tracking.tags={wrong}: W&B takes tags of 1 to {LONGEST_TAG} characters.")
 
 
-def check_mode(mode: Any) -> None:
-    """Raise InputError for a mode that is not one of MODES."""
-    if mode not in MODES:
-        raise InputError(f"tracking.mode={mode!r} is unknown; choose one of {MODES}.")
-
-
 def label(settings: DictConfig, study: str, profile: str, series: str, places: Sequence[str]) -> tuple[str, ...]:
     """Let W&B show a run as part of its study: complete `settings`, and return them as overrides of run.py.
 
     The group is the study and the job type the series, unless `settings` have their own; the tags are those there and
     the series, the profile and the places in the grid, so that seeds have the same ones.
     """
+    check(settings)
     settings.group = settings.group or study
     settings.job_type = settings.job_type or series
     settings.tags = _tags([*settings.tags, series, profile, *places])
@@ -130,10 +126,10 @@ class Tracker:
         with self._unless_lost():
             self._run.summary.update({k: v for k, v in values.items() if not k.endswith("/split")})
 
-    def log_files(self, name: str, kind: str, files: Mapping[str, Path]) -> None:
-        """Log files, by the names that they get, as one W&B artifact of type `kind`."""
+    def log_files(self, name: str, kind: str, files: Mapping[str, Path]) -> bool:
+        """Log files, by the names that they get, as one W&B artifact of type `kind`; return whether W&B took them."""
         if self._run is None:
-            return
+            return False
         import wandb
 
         try:
@@ -143,6 +139,8 @@ class Tracker:
             self._run.log_artifact(artifact)
         except (OSError, ValueError, wandb.errors.Error) as error:
             log.warning("W&B cannot take %s (%s); the files are where they were", name, error)
+            return False
+        return True
 
     def finish(self, exit_code: int) -> None:
         """Close the run; 0 marks it finished."""
@@ -169,7 +167,7 @@ def log_figures(settings: DictConfig, root: Path, files: Sequence[Path], folder:
 
     `folder` keeps the run, whose name is its own, with copies of the files: those under `root` may be others when
     `wandb sync` sends it. Offline the same files are logged once; online they are offered again, and the server knows
-    them. Returns whether W&B was called.
+    them. Returns whether they were logged.
     """
     if settings.mode == "disabled":
         return False
@@ -189,10 +187,10 @@ def log_figures(settings: DictConfig, root: Path, files: Sequence[Path], folder:
         log.warning("W&B gets no figures: %s cannot be written (%s)", copies, error)
         return False
     tracker = Tracker(OmegaConf.create({"tracking": settings}), folder, run_id)
-    tracker.log_files(folder.name, "figures", {title: copies / title for title in contents})
+    taken = tracker.log_files(folder.name, "figures", {title: copies / title for title in contents})
     tracker.finish(0)
     import wandb
 
     with contextlib.suppress(OSError, wandb.errors.Error):
-        wandb.teardown()  # its service ends with this process; worker processes started later are to have their own
-    return True
+        wandb.teardown()  # worker processes that are started later are to have a service of their own, not this one
+    return taken

@@ -71,7 +71,10 @@ def test_a_study_keeps_its_own_group_and_tags():
     assert settings.tags[:3] == ["first", "second", "fold"]
 
 
-def test_a_study_is_not_tracked_in_an_unknown_mode():
+def test_what_a_study_has_for_wandb_is_checked():
+    raw = {**RAW, "base": [*RAW["base"], "tracking.tags=mine"]}
+    with pytest.raises(InputError, match=r"tracking.tags=mine: expected a list of texts"):
+        studies.expand(studies.parse(raw, "tiny.yaml"), mode="offline")
     with pytest.raises(InputError, match=r"tracking.mode='sometimes' is unknown; choose one of"):
         studies.expand(studies.parse(RAW, "tiny.yaml"), mode="sometimes")
 

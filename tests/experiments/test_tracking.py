@@ -106,6 +106,7 @@ def test_a_tracked_study_can_be_read_back_and_is_what_wandb_sync_would_send(stud
     report = wandb_files.read(reports)
     assert (report["group"], report["job_type"], report["history"]) == ("figure_4c", "report", [])
     assert report["tags"] == ["mine", "two_stage", "smoke", "degree=3"], "what all of its runs have"
+    assert "WANDB_SERVICE" not in os.environ, "what starts later has a service of its own"
     artifact = report["artifacts"]["figure_4c-smoke"]
     assert artifact["type"] == "figures"
     assert set(artifact["files"]) == {
@@ -131,7 +132,7 @@ def test_figures_that_wandb_does_not_take_cost_nothing(tiny, tmp_path, caplog):
     settings = tiny("tracking.mode=offline").tracking
     (tmp_path / "a.csv").write_text("x")
     given = (settings, tmp_path, [tmp_path / "a.csv"])
-    tracking.log_figures(*given, tmp_path / "no name: of an artifact")
+    assert not tracking.log_figures(*given, tmp_path / "no name: of an artifact")
     assert "W&B cannot take no name: of an artifact" in caplog.text
     (tmp_path / "in the way").write_text("")
     assert not tracking.log_figures(*given, tmp_path / "in the way")
