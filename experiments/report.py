@@ -24,6 +24,8 @@ FIGURES: Mapping[str, str] = {
     "figure_4c": "Figure 4(c): portfolio optimization, test regret through training",
     "figure_6": "Figure 6: the learned denoiser, qpth beside folding",
     "unrolling_cost": "What unrolling costs",
+    "scaling": "How time and memory grow with n, batch and iterations",
+    "forward_tolerance": "Sensitivity of training to the forward solver's tolerance",
     "figure_7": "Figure 7: top-5 classification with noisy labels",
     "figure_7_stand_in": "Figure 7, on stand-in images and not CIFAR-100: top-5 classification with noisy labels",
     "multilabel_gradients": "Errors of the gradients in training",
@@ -32,6 +34,13 @@ FIGURES: Mapping[str, str] = {
 TABLES: Mapping[str, str] = {
     "linear_solvers": "Solvers of the adjoint equation on the layers of all four studies",
     "topk_layers": "Layers of the multilabel study",
+    "scaling": "Exponents of growth of every backend",
+    "figure_4a_paired": "Paired tests, Figure 4(a)",
+    "figure_4b_paired": "Paired tests, Figure 4(b): the learned denoiser against the classical one of the same λ",
+    "figure_4c_paired": "Paired tests, Figure 4(c)",
+    "figure_6_paired": "Paired tests, Figure 6",
+    "figure_7_paired": "Paired tests, Figure 7",
+    "figure_7_paired_stand_in": "Paired tests, Figure 7, on stand-in images and not CIFAR-100",
 }
 CLASSES = dict(zip(VERDICTS, ("confirmed", "conditional", "refuted", "untested"), strict=True))
 STYLE = """

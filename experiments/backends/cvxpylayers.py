@@ -29,8 +29,8 @@ class CvxpyLayersBackend:
         linear_solver: LinearSolver,
         scaling: str,
         solver: str,
-        forward_tol: float | None,
         solver_args: dict[str, Any],
+        forward_tol: float | None = None,
     ) -> None:
         arguments = dict(solver_args)
         if forward_tol is not None:

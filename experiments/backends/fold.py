@@ -31,9 +31,9 @@ class FoldBackend(LayerBackend):
         linear_solver: LinearSolver,
         optimizer: str,
         forward: str,
-        forward_tol: float | None,
         tol: float | None,
         on_failure: str,
+        forward_tol: float | None = None,
     ) -> None:
         solve, update = solver_and_step(task.problem, optimizer, forward, forward_tol)
         options = {

@@ -24,10 +24,10 @@ class UnfoldBackend(LayerBackend):
         linear_solver: LinearSolver,
         optimizer: str,
         forward: str,
-        forward_tol: float | None,
         iterations: int,
         tol: float | None,
         on_failure: str,
+        forward_tol: float | None = None,
     ) -> None:
         solve, update = solver_and_step(task.problem, optimizer, forward, forward_tol)
         options = {

@@ -1,7 +1,7 @@
 import pytest
 from omegaconf import open_dict
 
-from experiments import runs
+from experiments import components, runs
 from foldopt.errors import InputError
 
 
@@ -53,6 +53,7 @@ def test_an_option_that_came_later_keeps_the_identity_of_runs_made_without_it():
     older = cfg.copy()
     with open_dict(older):
         del older.backend["forward_tol"]
+    assert components.build(older).task.n_inputs == 100
     assert runs.identity(older) == runs.identity(cfg)
     cfg.backend.forward_tol = 1e-3
     assert runs.identity(older) != runs.identity(cfg)

@@ -129,7 +129,7 @@ def test_gurobi_in_a_layer_loses_only_the_samples_that_it_fails_on(seed):
 
     problem._gurobi._model = (Limited(), *problem._gurobi._model[1:])
     task = type("Task", (), {"problem": problem})
-    backend = FoldBackend(task, linear_solver("auto"), "auto", "gurobi", None, None, "zero")
+    backend = FoldBackend(task, linear_solver("auto"), "auto", "gurobi", None, "zero")
     c = c.requires_grad_()
     x = backend(c)
     good = [i for i in range(8) if i not in bad]

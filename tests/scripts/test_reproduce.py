@@ -54,6 +54,19 @@ def test_a_study_with_failed_runs_gets_no_figure_and_the_exit_code_says_so(monke
     assert "FAILED" in console.file.getvalue()
 
 
+def test_a_figure_that_cannot_be_made_is_explained_and_stops_no_other(monkeypatch, made, console):
+    def broken(study, planned, artifacts, command, run_command):
+        raise KeyError("centred_filter")
+
+    executing(monkeypatch)
+    monkeypatch.setitem(reproduction.FIGURES, "figure_4c", (broken,))
+    assert reproduction.reproduce(["figure_4c", "portfolio_settings"], "default", 1, console) == 1
+    assert made == ["make portfolio-settings", "make solver-table"]
+    said = console.file.getvalue()
+    assert "No figures or tables of figure_4c:" in said
+    assert "KeyError: 'centred_filter'" in said
+
+
 def test_a_stop_makes_nothing(monkeypatch, made, console):
     executing(monkeypatch, stopped_by=2)
     assert reproduction.reproduce(["figure_4c"], "default", 1, console) == 130
