@@ -29,8 +29,8 @@ ROOT = Path(__file__).resolve().parent.parent
 CONF = ROOT / "conf"
 DAMAGED = "Restore it, or delete the folder to execute this run anew."
 NOT_IDENTITY = ("device", "deterministic", "paths", "progress", "tracking")
-# Keys that came after runs had been made without them, and the value that says the same as their absence: the default of
-# the argument too, so that those runs can still be built.
+# Keys that came after runs had been made without them, and the value that says the same as their absence. It is the
+# default of the argument too, so that those runs can still be built.
 ADDED: Mapping[str, Any] = {"backend.forward_tol": None}
 COLUMNS = (
     "epoch",

@@ -44,7 +44,8 @@ def draw(study: Study, curves: pd.DataFrame, classical: pd.Series, caption: str)
         for (suffix, how), row in zip(STRUCTURES.items(), axes, strict=True):
             for reading, panel in zip(READINGS, row, strict=True):
                 name = reading + suffix
-                _draw_panel(panel, curves[curves["series"] == name], classical[reading])
+                weights = sorted(curves.loc[curves["series"].str.startswith(reading), "weight"].unique())
+                _draw_panel(panel, curves[curves["series"] == name], weights, classical[reading])
                 panel.set_title(f"{study.titles[name]},\n{how}", fontsize=7.5)
             row[0].set_ylabel("Test MSE")
         for panel in axes[-1]:
@@ -53,10 +54,11 @@ def draw(study: Study, curves: pd.DataFrame, classical: pd.Series, caption: str)
     return figure
 
 
-def _draw_panel(panel: Axes, curves: pd.DataFrame, classical: float) -> None:
-    weights = sorted(curves["weight"].unique())
+def _draw_panel(panel: Axes, curves: pd.DataFrame, weights: Sequence[float], classical: float) -> None:
     for weight, color in zip(weights, style.COLORS, strict=False):
-        style.curve(panel, curves[curves["weight"] == weight], color=color, linewidth=1.6, label=f"λ = {weight:g}")
+        shown = curves[curves["weight"] == weight]
+        if not shown.empty:
+            style.curve(panel, shown, color=color, linewidth=1.6, label=f"λ = {weight:g}")
     dashes = (0, (4, 2))
     panel.axhline(classical, color="0.35", linewidth=0.9, linestyle=dashes, label="classical, best λ", zorder=1)
     style.plain_log(panel.yaxis, subs=(1, 1.5, 2, 3, 5, 7))
