@@ -26,14 +26,14 @@ NEEDS: Mapping[str, tuple[Callable[[], bool], str]] = {
 
 @dataclass(frozen=True)
 class Profile:
-    """One size of a study: the number of seeds, overrides, and which series run on which part of the grid and seeds.
+    """One size of a study: the number of seeds, overrides, and which series run on which parts of the grid and seeds.
 
     needs: what must be at hand for this size to be chosen without being asked for, see `NEEDS`.
     """
 
     seeds: int
     overrides: tuple[str, ...]
-    series: Mapping[str, Mapping[str, tuple[Any, ...]]]
+    series: Mapping[str, tuple[Mapping[str, tuple[Any, ...]], ...]]
     needs: tuple[str, ...] = ()
 
 
@@ -111,14 +111,16 @@ def parse(raw: Mapping[str, Any], source: str) -> Study:
     profiles = {}
     for profile_name, content in raw["profiles"].items():
         places = {**grid, "seed": range(int(content["seeds"]))}
-        for series, part in content["series"].items():
-            _check_part(f"{source}: profiles.{profile_name}.series.{series}", series, part, raw["series"], places)
+        series = {name: part if isinstance(part, list) else [part] for name, part in content["series"].items()}
+        for name, parts in series.items():
+            for part in parts:
+                _check_part(f"{source}: profiles.{profile_name}.series.{name}", name, part, raw["series"], places)
         profiles[profile_name] = Profile(
             seeds=int(content["seeds"]),
             overrides=tuple(content.get("overrides", ())),
             series={
-                series: {key: tuple(values) for key, values in part.items()}
-                for series, part in content["series"].items()
+                name: tuple({key: tuple(values) for key, values in part.items()} for part in parts)
+                for name, parts in series.items()
             },
             needs=tuple(content.get("needs", ())),
         )
@@ -164,9 +166,9 @@ def expand(
         for values in product(*study.grid.values()):
             point = dict(zip(study.grid, values, strict=True))
             place = {**point, "seed": seed}
-            for name, part in size.series.items():
+            for name, parts in size.series.items():
                 wanted = series is None or name in series
-                if wanted and all(place[key] in allowed for key, allowed in part.items()):
+                if wanted and any(all(place[key] in some for key, some in part.items()) for part in parts):
                     expanded.append(_study_run(study, profile, name, point, seed, mode, composed))
     _check_folders(expanded)
     return expanded

@@ -18,7 +18,8 @@ def _portfolio(results: Results) -> Finding:
     apart = int((tests.loc[("fold", "cvxpylayers_paper"), "p_adjusted"] < 0.05).sum())
 
     def excess(series: str) -> tuple[float, float]:
-        ratios = [mean[(*place, series)] / mean[(*place, "fold")] for place in places]
+        found = [place for place in places if (*place, series) in table.index]
+        ratios = [mean[(*place, series)] / mean[(*place, "fold")] for place in found]
         return min(ratios), max(ratios)
 
     paper, normalized = excess("cvxpylayers_paper"), excess("cvxpylayers_normalized")

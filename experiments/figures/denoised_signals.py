@@ -26,8 +26,8 @@ SIGNALS = 3
 def make(study: Study, planned: Sequence[StudyRun], artifacts: Artifacts, command: str, run_command: str) -> None:
     """Write figures/denoised_signals and figures/denoising_operators, .png and .pdf, from the trained models.
 
-    Of seed 0, the first reading and the smallest lambda that ran with every structure, where learning changes most;
-    arguments as for `figure_4b.make`.
+    Of seed 0, the first reading and the smallest lambda that ran with every structure; arguments as for
+    `figure_4b.make`.
     """
     require_finished(planned, run_command)
     folders = {(run.series, run.point["task.weight"]): run.folder for run in planned if run.seed == 0}
