@@ -67,6 +67,7 @@ PAIRINGS: Mapping[str, Pairing] = {
         "top5", ("temperature",), tuple((name, EXACT) for name in ("cvxpylayers", "pgd", "pgd_a", "sqp", "perturbed"))
     ),
 }
+HEADERS = {"n_variables": "n", "weight": "λ", "temperature": "τ", "setting": "Learned"}
 UNITS = {"seed": "seeds", "interaction": "matrices Q, means over the seeds"}
 
 
@@ -82,7 +83,15 @@ def make(study: Study, planned: Sequence[StudyRun], artifacts: Artifacts, comman
     artifacts.csv(name, table)
     artifacts.markdown(
         name,
-        (*(key.replace("_", " ") for key in pairing.by), "Series", "Against", "Pairs", "Difference", "p", "adjusted p"),
+        (
+            *(HEADERS.get(key, key.capitalize()) for key in pairing.by),
+            "Series",
+            "Against",
+            "Pairs",
+            "Difference",
+            "p",
+            "adjusted p",
+        ),
         _rows(study, table, pairing),
         f"Difference of {pairing.value.replace('_', ' ')} on the test split after the last epoch, with its 95% "
         f"confidence interval, over pairs of equal {UNITS[pairing.unit]}; two-sided paired t test, p adjusted for all "
@@ -94,7 +103,7 @@ def _rows(study: Study, table: pd.DataFrame, pairing: Pairing) -> Iterator[list[
     for row in table.to_dict("records"):
         difference = f"{row['difference']:+.3g} ± {row['ci95']:.2g}"
         yield [
-            *(str(row[key]) if isinstance(row[key], str) else f"{row[key]:g}" for key in pairing.by),
+            *(f"{row[key]:g}" if isinstance(row[key], (int, float)) else row[key] for key in pairing.by),
             *(study.titles.get(row[key], row[key]) for key in ("series", "against")),
             str(row["pairs"]),
             f"**{difference}**" if row["p_adjusted"] < LEVEL else difference,
