@@ -25,6 +25,7 @@ def check(tracking: DictConfig) -> None:
     """Raise InputError for settings of W&B that cannot be."""
     if tracking.mode not in MODES:
         raise InputError(f"tracking.mode={tracking.mode!r} is unknown; choose one of {MODES}.")
+    require_positive("tracking.finish_timeout", tracking.finish_timeout)
     require_positive("tracking.init_timeout", tracking.init_timeout)
     for name, kind in (("project", str), *((name, str | None) for name in ("entity", "group", "job_type"))):
         require_type(f"tracking.{name}", tracking[name], kind)
@@ -86,6 +87,7 @@ class Tracker:
         settings = wandb.Settings(
             silent=True, console="off", init_timeout=t.init_timeout, x_disable_stats=True, x_disable_meta=True
         )
+        settings.finish_timeout, settings.finish_timeout_raises = t.finish_timeout, True
         run = wandb.init(
             project=t.project,
             entity=t.entity,
@@ -143,10 +145,13 @@ class Tracker:
         return True
 
     def finish(self, exit_code: int) -> None:
-        """Close the run; 0 marks it finished."""
+        """Close the run; 0 marks it finished. What the server does not take in time stays for `wandb sync`."""
         if self._run is not None:
             with self._unless_lost():
-                self._run.finish(exit_code=exit_code)
+                try:
+                    self._run.finish(exit_code=exit_code)
+                except TimeoutError:
+                    log.warning("W&B's server has not taken all of this run; it is kept, send it later: wandb sync")
             self._run = None
 
     @contextlib.contextmanager

@@ -31,7 +31,8 @@ class PortfolioSolution(NamedTuple):
 
     x: (B, n). nu: (B, 1). lam: (B, n + 1), the risk limit's multiplier first. iterations: (B,) int, pivots or Newton
     steps. residual: (B,), the KKT residual relative to the size of c (primal residuals as they are).
-    ok: (B,) bool, residual small; the others hold NaN.
+    ok: (B,) bool, residual small; the others hold NaN. Those are samples whose multipliers no float can hold, as where
+    max |c| is denormal, and some where the risk limit is within 1e-4 of the smallest variance.
     """
 
     x: Tensor
@@ -238,7 +239,7 @@ def smallest_variance(V: Tensor) -> Tensor:
 
 
 def _pivot(c: Tensor, V: Tensor, gamma: Tensor, support: Tensor) -> PortfolioSolution:
-    best = _vertex(c, V, gamma)
+    best = _best_assets(torch.zeros_like(c).scatter(1, c.argmax(1, keepdim=True), 1.0), c, V, gamma)
     iterations = torch.zeros(len(c), dtype=torch.long, device=c.device)
     for _ in range(MAX_PIVOTS):
         todo = (~best.ok).nonzero()[:, 0]
@@ -250,13 +251,10 @@ def _pivot(c: Tensor, V: Tensor, gamma: Tensor, support: Tensor) -> PortfolioSol
     return best._replace(iterations=iterations)
 
 
-def _vertex(c: Tensor, V: Tensor, gamma: Tensor) -> PortfolioSolution:
-    """All in the best asset: the solution where that asset alone is within the risk limit, whose multiplier is 0."""
-    best = c.argmax(1, keepdim=True)
-    x = torch.zeros_like(c).scatter(1, best, 1.0)
-    nu = c.gather(1, best)
-    lam = torch.cat([torch.zeros_like(nu), nu - c], 1)
-    return _certified(x, nu, lam, c, V, gamma)
+def _best_assets(x: Tensor, c: Tensor, V: Tensor, gamma: Tensor) -> PortfolioSolution:
+    """Return x, (B, n), if all in it is in the assets of largest c and within the risk limit, whose multiplier is 0."""
+    nu = c.amax(1, keepdim=True)
+    return _certified(x, nu, torch.cat([torch.zeros_like(nu), nu - c], 1), c, V, gamma)
 
 
 def _on_support(c: Tensor, V: Tensor, gamma: Tensor, support: Tensor) -> tuple[PortfolioSolution, Tensor]:
@@ -287,7 +285,7 @@ def _on_support(c: Tensor, V: Tensor, gamma: Tensor, support: Tensor) -> tuple[P
 
 
 def _interior(c: Tensor, V: Tensor, gamma: Tensor, indices: Tensor) -> PortfolioSolution:
-    """Solve by interior point; keep its answer where the closed form on its support is no solution (ties)."""
+    """Solve by interior point; keep its answer where neither closed form that it suggests is the solution (ties)."""
     infeasible = indices[gamma <= smallest_variance(V) * (1 + 1e-9)].tolist()
     if infeasible:
         raise InfeasibleError(
@@ -297,15 +295,18 @@ def _interior(c: Tensor, V: Tensor, gamma: Tensor, indices: Tensor) -> Portfolio
         )
     n = c.shape[1]
     size = c.abs().amax(1, keepdim=True)
-    size = torch.where(size > 0, size, 1.0)
     ones, eye = c.new_ones(1, n), torch.eye(n, dtype=c.dtype, device=c.device)
     risk = (2 * (V / gamma[:, None, None])[:, None], c.new_zeros(1, n), c.new_ones(1))
-    found = solve_qcqp(c.new_zeros(n, n), -c / size, ones, ones[0, :1], -eye, c.new_zeros(n), risk, tol=1e-12)
+    cost = -c / torch.where(size > 0, size, 1.0)
+    found = solve_qcqp(c.new_zeros(n, n), cost, ones, ones[0, :1], -eye, c.new_zeros(n), risk, tol=1e-12)
     lam = found.inequality_dual * size
-    rough = _certified(found.x, found.equality_dual * size, lam, c, V, gamma, tol=1e-7)
+    chosen = _certified(found.x, found.equality_dual * size, lam, c, V, gamma, tol=1e-7)
     exact, _ = _on_support(c, V, gamma, found.x > found.inequality_dual[:, 1:])
-    chosen = [torch.where(exact.ok.view(-1, *[1] * (e.dim() - 1)), e, r) for e, r in zip(exact, rough, strict=True)]
-    return PortfolioSolution(*chosen)._replace(iterations=found.iterations)
+    tied = torch.where(c >= c.amax(1, keepdim=True) - 1e-12 * size, found.x, 0)
+    for better in (exact, _best_assets(tied / tied.sum(1, keepdim=True), c, V, gamma)):
+        parts = zip(better, chosen, strict=True)
+        chosen = PortfolioSolution(*(torch.where(better.ok.view(-1, *[1] * (e.dim() - 1)), e, r) for e, r in parts))
+    return chosen._replace(iterations=found.iterations)
 
 
 def _certified(

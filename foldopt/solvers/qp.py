@@ -51,8 +51,25 @@ def solve_qp(
     if active is None:
         active = torch.zeros_like(h, dtype=torch.bool)
     u = unit(H, q, b, h)
-    x, nu, lam, active, ok, singular = _KKT.apply(H, q / u, A, b / u, G, h / u, active)
-    return QPSolution(u * x, u * nu, u * lam, active, ok, singular)
+    q, b, h = q / u, b / u, h / u
+    s = _unit_of_cost(H, q, b, h)
+    x, nu, lam, active, ok, singular = _KKT.apply(H / s[:, :, None], q / s, A, b, G, h, active)
+    return QPSolution(u * x, u * (s * nu), u * (s * lam), active, ok, singular)
+
+
+def _unit_of_cost(H: Tensor, q: Tensor, b: Tensor, h: Tensor) -> Tensor:
+    """Return the size of the cost in which each program is solved, (B, 1): a power of 2 where it is far from 1, else 1.
+
+    The KKT matrix has H beside A and G: where H is far larger or smaller than these, it would seem singular. H that is
+    tiny beside q decides nothing and is left as it is.
+    """
+    with torch.no_grad():
+        curvature = H.flatten(1).abs().amax(1)
+        slope = largest(q) / torch.stack([largest(b), largest(h), torch.ones_like(curvature)]).amax(0)
+        size = torch.maximum(curvature, slope)
+        far = ((size < 1e-3) | (size > 1e3)) & (size > 0) & size.isfinite()
+        power = torch.exp2(size.log2().round())
+        return torch.where(far & ((curvature == 0) | (curvature >= 1e-10 * size)), power, 1.0).to(q)[:, None]
 
 
 def _check(H: Tensor, q: Tensor, A: Tensor, b: Tensor, G: Tensor, h: Tensor) -> None:

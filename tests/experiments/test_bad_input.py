@@ -53,7 +53,8 @@ def rows():
         add("portfolio", "", f"train.{key}", 0, -1.0, NAN, INF, "fast", ABOVE)
     add("portfolio", "", "train.schedule", "linear", None, "choose one of ('constant', 'cosine')")
     add("portfolio", "", "tracking.mode", "sometimes", "choose one of ('offline', 'online', 'disabled')")
-    add("portfolio", "", "tracking.init_timeout", 0, -5, "long", ABOVE)
+    for key in ("init_timeout", "finish_timeout"):
+        add("portfolio", "", f"tracking.{key}", 0, -5, "long", ABOVE)
     add("portfolio", "", "tracking.project", 5, None, "expected text")
     for key in ("entity", "group", "job_type"):
         add("portfolio", "", f"tracking.{key}", 5, "expected text or null")

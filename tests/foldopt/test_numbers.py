@@ -1,38 +1,21 @@
-"""Projections, proximal operators, exact solvers and steps over scales, ties, zeros, duplicates and denormals."""
+"""Projections, proximal operators, solvers and steps over scales, ties, zeros, duplicates and denormals."""
 
 import pytest
 import torch
-from hypothesis import Phase, assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import foldopt
-from experiments.problems.topk import solve_topk
 from foldopt import projections, prox
 from foldopt.errors import InputError
 from foldopt.solvers.interior_point import solve_qcqp
 from foldopt.solvers.qp import solve_qp
 from foldopt.updates import ADMM, SQP, DualProximalGradient, ProjectedGradient, ProximalGradient, SmoothProgram
+from tests.drawn import F64, normal, not_finite, points, properties, scales, seeds
 
-F32, F64 = torch.float32, torch.float64
+F32 = torch.float32
 N = 5
 EPS = {F32: torch.finfo(F32).eps, F64: torch.finfo(F64).eps}
-properties = settings(derandomize=True, deadline=None, max_examples=10, database=None, phases=[Phase.generate])
-scales = st.integers(-8, 8).map(lambda k: 10.0**k)
-units = st.one_of(st.sampled_from([0.0, -0.0, 1.0, -1.0, 0.5, 1e-300, 5e-324]), st.floats(-1, 1))
-
-
-@st.composite
-def points(draw, rows=3, scales=scales):
-    """(rows, N) at one scale, of few values, so that ties, zeros and denormals are frequent."""
-    values = draw(st.lists(units, min_size=1, max_size=6))
-    picked = draw(st.lists(st.sampled_from(values), min_size=rows * N, max_size=rows * N))
-    return draw(scales) * torch.tensor(picked, dtype=F64).view(rows, N)
-
-
-def normal(seed, *shape):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
-
-
 A, G = normal(1, 2, N), normal(3, 4, N)
 
 
@@ -141,7 +124,7 @@ def test_float32_is_within_its_rounding_of_float64(name, x, k):
 @given(
     x=points(),
     place=st.tuples(st.integers(0, 2), st.integers(0, N - 1)),
-    bad=st.sampled_from([torch.nan, torch.inf, -torch.inf]),
+    bad=not_finite,
 )
 def test_nan_or_inf_raises_and_inside_a_layer_stays_in_its_sample(name, x, place, bad):
     sound = CALLS[name](x, 1.0)
@@ -173,7 +156,7 @@ def _step(name, row):
 
 @pytest.mark.parametrize("name", CALLS)
 @properties
-@given(x=points(scales=st.just(1.0)), d=st.integers(0, 10**6).map(lambda seed: normal(seed, 3, N)), k=scales)
+@given(x=points(scales=st.just(1.0)), d=seeds.map(lambda seed: normal(seed, 3, N)), k=scales)
 def test_gradients_agree_with_finite_differences(name, x, d, k):
     x, h, call = (k * x).requires_grad_(), 1e-5 * k, CALLS[name]
     y = call(x, k)
@@ -190,7 +173,7 @@ def test_gradients_agree_with_finite_differences(name, x, d, k):
 @st.composite
 def programs(draw):
     """A feasible QP: curvature, slope and solution at scales of their own; some rows of G twice, some of H singular."""
-    seed, a, k = draw(st.integers(0, 10**6)), draw(scales), draw(scales)
+    seed, a, k = draw(seeds), draw(scales), draw(scales)
     root = normal(seed, 3, N, draw(st.sampled_from([N, N - 2])))
     H = a * (root @ root.mT + 1e-3 * torch.eye(N, dtype=F64))
     inside, q = k * normal(seed + 1, 3, N), a * k * normal(seed + 2, 3, N)
@@ -271,17 +254,3 @@ def test_gradient_steps_fix_the_solution_and_only_it(c, stepsize, k):
     D = torch.eye(N, dtype=F64)
     w = dual.dual(prox.soft_threshold(c, k), D, c)
     assert (dual(w, D, c) - w).abs().amax() <= 20 * EPS[F64] * size
-
-
-@properties
-@given(c=points(), k=st.integers(1, N - 1))
-def test_the_smooth_top_k_is_feasible_and_optimal(c, k):
-    log_x, free = solve_topk(c, k)
-    x = log_x.exp()
-    assert (log_x <= 0).all()
-    rounding = EPS[F64] * (100 + c.abs().amax(1))
-    assert ((x.sum(1) - k).abs() <= 10 * k * rounding).all()
-    multiplier = c - log_x  # one number on the free entries, at least that at the bound
-    theta = torch.where(free, multiplier, -torch.inf).amax(1, keepdim=True)
-    assert ((multiplier - theta).abs()[free] <= (10 * rounding[:, None]).expand_as(c)[free]).all()
-    assert (multiplier >= theta - 10 * rounding[:, None])[~free].all()
