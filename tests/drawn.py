@@ -1,4 +1,4 @@
-"""Numbers for property tests: of one scale and few values, so that ties, zeros, duplicates and denormals are frequent."""
+"""Numbers for property tests: at one scale and of few values, so that ties, zeros and denormals are frequent."""
 
 import torch
 from hypothesis import Phase, settings

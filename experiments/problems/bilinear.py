@@ -98,8 +98,8 @@ class BilinearProblem:
         self.sigma = float(torch.linalg.matrix_norm(centred - centred.mean(1, keepdim=True), 2))
         if self.sigma <= 1e-12 * float(self.Q.abs().max()):
             raise InputError(
-                f"Q of shape {tuple(Q.shape)}: x'Qy is a sum of functions of x and of y here, so that the program is two "
-                "linear ones; add them to c and d."
+                f"Q of shape {tuple(Q.shape)}: x'Qy is a sum of functions of x and of y here, so that the program is "
+                "two linear ones; add them to c and d."
             )
         self.kappa, self.kind, self.time_limit = float(kappa), smoothing, float(time_limit)
         self.smoothing = SMOOTHINGS[smoothing](kappa * self.sigma / (4 if smoothing == "entropy" else 1))

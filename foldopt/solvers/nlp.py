@@ -41,9 +41,9 @@ def solve_nlp(
     Args:
         program: the functions. start: (B, n), float64 to reach the default tolerance. params: those of the functions.
         tol: the largest KKT residual that counts as solved: stationarity, infeasibility and complementarity, relative
-            to the sizes of the gradient, x and the multipliers.
+            to 1 and the sizes of the gradient, x and the multipliers. Where these are far below 1, so must tol be.
 
-    A sample that is not solved has ok False and its last iterate. Raises InputError if start is not (B, n).
+    A sample that is not solved, such as one with NaN or inf, has ok False and its last iterate. Raises InputError if start is not (B, n).
     """
     if start.dim() != 2 or not start.is_floating_point():
         raise InputError(f"start has shape {tuple(start.shape)} and dtype {start.dtype}, expected floating (B, n).")
@@ -95,12 +95,17 @@ def _violation(h: Tensor, g: Tensor) -> Tensor:
 
 
 def _model_step(data: SQPData, lam: Tensor, penalty: Tensor) -> QPSolution:
-    """Solve the quadratic model, made convex; where its constraints are inconsistent, their l1 relaxation."""
+    """Solve the quadratic model, made convex; where its constraints are inconsistent, their l1 relaxation.
+
+    A sample that is not finite is not ok, and the others do not see it.
+    """
+    sound = torch.stack([part.flatten(1).isfinite().all(1) for part in data]).all(0)
+    data = SQPData(*(torch.where(sound.view(-1, *[1] * (part.dim() - 1)), part, 0) for part in data))
     guess = lam > -data.g
     hessian, gradient = _convexified(data, guess)
     found = solve_qp(hessian, gradient, data.jacobian_h, -data.h, data.jacobian_g, -data.g, guess)
     if found.ok.all():
-        return found
+        return found._replace(ok=sound)
     n, p, m = data.gradient.shape[1], data.h.shape[1], data.g.shape[1]
     total = n + p + m
     # Variables (d, s, t): |Jh d + h| <= s and Jg d + g <= t, t >= 0, with the penalty on s and t.
@@ -116,7 +121,7 @@ def _model_step(data: SQPData, lam: Tensor, penalty: Tensor) -> QPSolution:
     upper, lam_g, lower = relaxed.lam[:, : 2 * p + m].split([p, m, p], 1)
     pairs = zip(found[:3], (relaxed.x[:, :n], upper - lower, lam_g), strict=True)
     x, nu, lam = (torch.where(found.ok[:, None], a, b) for a, b in pairs)
-    return found._replace(x=x, nu=nu, lam=lam, ok=found.ok | relaxed.ok)
+    return found._replace(x=x, nu=nu, lam=lam, ok=(found.ok | relaxed.ok) & sound)
 
 
 def _convexified(data: SQPData, active: Tensor) -> tuple[Tensor, Tensor]:

@@ -268,7 +268,7 @@ def test_too_many_vertices_are_refused_with_a_remedy():
         ({"starts": 0}, "starts=0"),
         ({"time_limit": 0}, "time_limit=0"),
         ({"Q": torch.zeros(2, 3)}, r"Q of shape \(2, 3\): expected a finite square"),
-        ({"Q": torch.ones(8, 8)}, "the program is two linear ones"),
+        ({"Q": torch.ones(8, 8)}, "so that the program is two linear ones"),
     ],
 )
 def test_bad_arguments_are_named(options, match):

@@ -2,12 +2,16 @@
 
 import pytest
 import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
 
+import foldopt
 from foldopt import SmoothProgram
 from foldopt.errors import InputError
 from foldopt.solvers.multipliers import recover_multipliers
 from foldopt.solvers.nlp import solve_nlp
 from foldopt.solvers.scipy_nlp import solve_scipy
+from tests.drawn import normal, not_finite, points, properties, scales, seeds
 from tests.foldopt.programs import F64, PROGRAMS, made
 
 
@@ -93,3 +97,102 @@ def test_multipliers_of_dependent_constraints_are_stationary():
     torch.testing.assert_close(gradient + torch.einsum("bmn,bm->bn", jacobian, lam), torch.zeros_like(gradient))
     assert (lam >= 0).all()
     assert lam[0, 2] == 0
+
+
+@st.composite
+def scaled_programs(draw):
+    """An indefinite objective of scale a, two variables alike or not, on a capped simplex of scale k."""
+    a, k, Q = draw(scales), draw(scales), normal(draw(seeds), 5, 5)
+    if draw(st.booleans()):
+        Q[1] = Q[0]
+        Q[:, 1] = Q[:, 0]
+    Q, q = a * (Q + Q.T), a * k * draw(points(scales=st.just(1.0)))
+    program = SmoothProgram(
+        lambda x, q: torch.einsum("bi,ij,bj->b", x, Q, x) / 2 + (q * x).sum(1),
+        lambda x, q: x.sum(1, keepdim=True) - 2.5 * k,
+        lambda x, q: torch.cat([-x, x - k], 1),
+    )
+    return program, Q, q, a, k
+
+
+def relative_kkt(found, Q, q, a, k):
+    """The largest violation of the KKT conditions in units of the program's own scales."""
+    x, lower, upper = found.x, *found.lam.chunk(2, 1)
+    size = 1 + torch.cat([found.nu, found.lam], 1).abs().amax(1, keepdim=True) / (a * k)
+    slack = torch.cat([x, k - x], 1)
+    return torch.cat(
+        [
+            (x @ Q + q + found.nu - lower + upper).abs() / (a * k) / size,
+            (x.sum(1, keepdim=True) - 2.5 * k).abs() / k,
+            (-slack).clamp(min=0) / k,
+            (-found.lam).clamp(min=0) / (a * k) / size,
+            (found.lam * slack).abs() / (a * k * k) / size,
+        ],
+        1,
+    ).amax(1)
+
+
+@properties
+@given(scaled_programs())
+def test_the_kkt_conditions_hold_at_every_scale_with_a_tolerance_of_that_scale(instance):
+    program, Q, q, a, k = instance
+    start = torch.full((3, 5), 0.5 * k, dtype=F64)
+    found = solve_nlp(program, start, q, tol=1e-10 * min(1, k, a * k))
+    assert found.ok.all()
+    assert (relative_kkt(found, Q, q, a, k) <= 1e-6).all()
+
+
+@properties
+@given(scaled_programs(), seeds)
+def test_gradients_at_every_scale_agree_with_finite_differences(instance, seed):
+    program, _, q, a, k = instance
+    tol = 1e-10 * min(1, k, a * k)
+
+    def solve(q, start):
+        found = solve_nlp(program, start, q, tol=tol)
+        return found.x, found.nu, found.lam
+
+    start = solve(q, torch.full((3, 5), 0.5 * k, dtype=F64))[0]
+    layer = foldopt.f_sqp(program, lambda q: solve(q, start), on_failure="zero")
+    leaf, g, d = q.clone().requires_grad_(), normal(seed, 3, 5), normal(seed + 1, 3, 5)
+    x = layer(leaf)[0]
+    (pulled,) = torch.autograd.grad((g * x).sum(), leaf)
+    h = 1e-6 * a * k
+    ahead, behind = (solve(q + sign * h * d, start)[0] for sign in (1, -1))
+    curved = (ahead + behind - 2 * x.detach()).abs().amax(1)
+    smooth = layer.last.backward.ok & (curved <= 1e-3 * (ahead - behind).abs().amax(1) + 1e-11 * k)
+    assume(smooth.any())
+    got, expected = a * (pulled * d).sum(1), a * (g * (ahead - behind)).sum(1) / (2 * h)
+    torch.testing.assert_close(got[smooth], expected[smooth], rtol=1e-3, atol=1e-3)
+
+
+@properties
+@given(scaled_programs(), st.integers(0, 2), not_finite, st.booleans())
+def test_a_sample_that_is_not_finite_is_not_ok_and_leaves_the_others_alone(instance, row, bad, everywhere):
+    """In the gradient, or in the Hessian and the constraints as well."""
+    program, _, q, a, k = instance
+    spoilt = SmoothProgram(
+        lambda x, q, s: program.objective(s * x, q),
+        lambda x, q, s: program.equalities(s * x, q),
+        lambda x, q, s: program.inequalities(s * x, q),
+    )
+    start, s, tol = torch.full((3, 5), 0.5 * k, dtype=F64), torch.ones(3, 1, dtype=F64), 1e-10 * min(1, k, a * k)
+    alone = solve_nlp(spoilt, start, q, s, tol=tol)
+    s, q = s.clone(), q.clone()
+    (s if everywhere else q)[row, 0] = bad
+    found = solve_nlp(spoilt, start, q, s, tol=tol, max_iter=30)
+    others = [i for i in range(3) if i != row]
+    assert not found.ok[row]
+    assert found.ok[others].all()
+    assert torch.equal(found.x[others], alone.x[others])
+
+
+def test_float32_needs_a_tolerance_that_it_can_reach():
+    program, start, params = started(PROGRAMS[0])
+    expected = solve_nlp(program, start, *params).x
+    start, params = start.float(), [p.float() for p in params]
+    assert solve_nlp(program, start, *params, max_iter=20).ok.double().mean() < 0.5
+    found = solve_nlp(program, start, *params, tol=1e-4)
+    assert found.x.dtype == torch.float32
+    assert found.ok.all()
+    torch.testing.assert_close(found.x.double(), expected, rtol=1e-2, atol=1e-2)
