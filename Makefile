@@ -124,5 +124,7 @@ peers: .venv/peers/.installed ## what other libraries answer when asked for deri
 clean: ## remove the environment and caches (run folders stay)
 	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .coverage .hypothesis build *.egg-info
 
+# Without hashes: pip refuses an editable install beside hashed requirements, which environment.yml has; and the index
+# that makes the lock may serve other builds of torch than the index of those who install from it.
 lock: ## pin the newest versions that pyproject.toml allows
 	$(PY) -m uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --no-emit-index-url --no-annotate --no-header -o requirements.lock

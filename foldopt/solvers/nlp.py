@@ -43,7 +43,8 @@ def solve_nlp(
         tol: the largest KKT residual that counts as solved: stationarity, infeasibility and complementarity, relative
             to 1 and the sizes of the gradient, x and the multipliers. Where these are far below 1, so must tol be.
 
-    A sample that is not solved, such as one with NaN or inf, has ok False and its last iterate. Raises InputError if start is not (B, n).
+    A sample that is not solved, such as one with NaN or inf, has ok False and its last iterate. Raises InputError if
+    start is not (B, n).
     """
     if start.dim() != 2 or not start.is_floating_point():
         raise InputError(f"start has shape {tuple(start.shape)} and dtype {start.dtype}, expected floating (B, n).")
