@@ -250,6 +250,7 @@ class _Answers(BaseHTTPRequestHandler):
         "viewer": {**named, "username": "me", "flags": "{}", "teams": {"edges": []}},
         "serverInfo": {"features": [], "cliVersionInfo": {}},
         "upsertBucket": {"bucket": bucket, "inserted": True},
+        "createRunFiles": {"runID": "1", "uploadHeaders": [], "files": []},
         "model": {**named, "bucket": None},
     }
 
