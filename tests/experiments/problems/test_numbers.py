@@ -204,14 +204,16 @@ def test_denoised_signals_satisfy_their_optimality_conditions_and_the_step_fixes
 def test_gradients_of_denoised_signals_agree_with_finite_differences(instance, seed):
     problem, D, d = instance
     layer = foldopt.fold(lambda D, d, _: problem.exact(D, d).w, DenoisingStep(), on_failure="zero")
-    h = 1e-5 * (d.abs().amax(1, keepdim=True) + problem.weight * D.abs().max())
+    # Entries merge and part at differences of the size of the weight: steps are small beside it, and not lost in d.
+    largest, reach = d.abs().amax(1, keepdim=True), problem.weight * D.abs().max()
+    h = 1e-5 * torch.where(largest > 1e-290, torch.minimum(largest, reach), reach)
 
     def denoised(d):
         params = problem.params((D, d))
         return problem.decisions(layer(*params), *params)
 
     got, expected, smooth = slopes_and_differences(denoised, d, h, normal(seed, *d.shape), normal(seed + 1, *d.shape))
-    smooth &= layer.last.ok
+    smooth &= layer.last.ok & (h > 1e-11 * largest)[:, 0]
     assume(smooth.any())
     torch.testing.assert_close(got[smooth], expected[smooth], rtol=1e-3, atol=1e-3)
 
