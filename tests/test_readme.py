@@ -93,7 +93,7 @@ def test_every_column_is_explained():
         *("figure_4c", "portfolio_settings", "solver_accuracy", "figure_4a"),
         *("bilinear_kappa", "bilinear_certificates"),
         *("figure_4b", "figure_4b_best", "denoising_cost", "denoising_ratios", "peers"),
-        *("figure_3", "figure_7_stand_in", "topk_layers", "layer_share"),
+        *("figure_3", "figure_7_stand_in", "topk_layers", "layer_share", "scaling"),
     ],
 )
 def test_tables_are_the_committed_ones(table):

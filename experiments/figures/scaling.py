@@ -43,7 +43,7 @@ LAYERS: Mapping[str, Layer] = {
         ("fold", "unfold", "unroll", "qpth", "cvxpylayers"),
     ),
     "multilabel": Layer(
-        "multilabel, 100 classes",
+        "multilabel",
         (*MULTILABEL, "task.temperature=1"),
         None,
         ("exact", "fold", "unfold", "cvxpylayers"),
@@ -91,10 +91,10 @@ PROFILES = {
 }
 
 
-def measure(settings: Settings) -> pd.DataFrame:
+def measure(settings: Settings, layers: Sequence[str] = tuple(LAYERS)) -> pd.DataFrame:
     """Return one row per layer, axis, value, backend and repetition: seconds forward and backward, and peak bytes."""
     return pd.DataFrame(
-        row for layer in LAYERS for backend in LAYERS[layer].backends for row in _series(layer, backend, settings)
+        row for layer in layers for backend in LAYERS[layer].backends for row in _series(layer, backend, settings)
     )
 
 
@@ -257,7 +257,9 @@ def _draw_panel(
             label=label,
             **{"linestyle": "-", **BACKENDS[backend][2]},
         )
-    panel.set(xscale="log", yscale="log")
+    style.plain_log(panel.xaxis, subs=(1, 2, 5))
+    low, high = part.loc[part[column] > 0, column].agg(["min", "max"])
+    style.plain_log(panel.yaxis, subs=(1,) if high > 50 * low else (1, 2, 5))
     panel.tick_params(labelsize=6)
     style.grid(panel)
     panel.legend(fontsize=5.5, frameon=False, loc="upper left", handlelength=1.2, labelspacing=0.15, ncols=2)

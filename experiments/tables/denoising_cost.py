@@ -52,17 +52,13 @@ class Settings:
     """How much is measured; profile: whose readings and lambdas. learned: deviation of the noise on D."""
 
     profile: str
-    repeats: int = 3
+    repeats: int = 5
     batch_size: int = 32
     learned: float = 0.02
     seed: int = 0
 
 
-PROFILES = {
-    "smoke": Settings("smoke", repeats=1),
-    "default": Settings("default"),
-    "paper": Settings("paper", repeats=9),
-}
+PROFILES = {"smoke": Settings("smoke", repeats=1), "default": Settings("default"), "paper": Settings("paper", 9)}
 
 
 class Bench:

@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 
 from experiments.figures import scaling
+from experiments.measurements import in_own_process
 
 
 def law(backend, exponent, values, least=1e6):
@@ -29,24 +30,16 @@ def test_exponents_of_power_laws_are_found_from_the_three_largest_values():
     assert np.isnan(fitted.loc["lfpi", "memory_slope"]), "too little memory to be seen"
 
 
-def test_unfolding_keeps_every_iteration_and_folding_none():
-    """A whole measurement of one layer, whose series end at the limit."""
-    settings = dataclasses.replace(
-        scaling.PROFILES["smoke"],
-        batches=(16, 512),
-        iterations=(20, 200),
-        usual_batch=64,
-        usual_iterations=20,
-        limit=100.0,
-    )
-    rows = pd.DataFrame(
-        row for name in ("fold", "unfold") for row in scaling._series("multilabel", name, settings)
-    ).assign(seconds=lambda t: t["seconds_forward"] + t["seconds_backward"])
+def test_unfolding_keeps_every_iteration_and_series_end_at_the_limit():
+    """One layer, measured as make does it: in a process of its own, whose memory nothing else uses."""
+    small = {"batches": (2, 4), "iterations": (20, 200), "usual_batch": 64}
+    settings = dataclasses.replace(scaling.PROFILES["smoke"], **small, limit=1e3)
+    rows = in_own_process(scaling.measure, settings, ("multilabel",))
     assert set(rows.loc[rows["backend"] == "fold", "axis"]) == {"batch"}
     memory = rows[rows["axis"] == "iterations"].set_index("value")["peak_bytes"]
     assert memory[200] > 5 * memory[20]
-    short = list(scaling._series("multilabel", "unfold", dataclasses.replace(settings, limit=0.0)))
-    assert [(row["axis"], row["value"]) for row in short] == [("batch", 16), ("iterations", 20)]
+    stopped = in_own_process(scaling.measure, dataclasses.replace(settings, limit=0.0), ("multilabel",))
+    assert set(stopped["value"]) == {2, 20}
 
 
 def test_the_figure_and_the_table_show_every_layer(tmp_path, monkeypatch):
