@@ -166,6 +166,8 @@ def test_a_sweep_survives_preemption_and_a_lost_node_and_equals_local_runs(slurm
 
 
 def test_what_is_cancelled_stays_stopped_until_it_is_retried(slurm, here, sweep):
+    study = here / "conf/study/short.yaml"  # with runs that no machine ends before they are cancelled
+    study.write_text(study.read_text().replace("train.epochs=3", "train.epochs=5000"))
     sweep("submit", "short", "--series", "fold", "-s", "partition=low", "-s", "timeout_min=30")
     out = sweep("status", "short")
     assert "2 missing" in out

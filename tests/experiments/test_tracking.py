@@ -285,7 +285,7 @@ def answering():
 
 def test_a_server_that_hangs_at_the_end_costs_little_time_and_no_data(tiny, console, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)
-    limits = ["tracking.init_timeout=60", "tracking.finish_timeout=4"]
+    limits = ["tracking.init_timeout=180", "tracking.finish_timeout=4"]
     cfg = tiny("tracking.mode=online", *limits, "train.epochs=1", "backend=two_stage")
     folder, seconds = runs.folder(cfg), []
     with answering() as server:
