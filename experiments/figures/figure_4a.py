@@ -80,21 +80,21 @@ def draw(study: Study, last: pd.DataFrame, caption: str) -> Figure:
 
 
 def _draw_groups(panel: Axes, study: Study, rows: pd.DataFrame) -> None:
+    matrices = sorted(rows.loc[rows["series"].isin(PAIR), "interaction"].unique())
     for offset, series in zip((-0.2, 0.2), PAIR, strict=True):
         part = aggregate(rows[rows["series"] == series], ["interaction"], "regret")
         spread = part["ci95"].to_numpy()
+        place = np.searchsorted(matrices, part["interaction"]) + offset
         panel.bar(
-            part["interaction"] + 1 + offset,
+            place,
             part["mean"],
             0.38,
             color=COLORS[series],
             alpha=0.85,
             label=study.titles[series],
         )
-        panel.errorbar(
-            part["interaction"] + 1 + offset, part["mean"], spread, fmt="none", ecolor="0.55", elinewidth=1, capsize=1.5
-        )
-    panel.set_xticks(range(1, int(rows["interaction"].max()) + 2))
+        panel.errorbar(place, part["mean"], spread, fmt="none", ecolor="0.55", elinewidth=1, capsize=1.5)
+    panel.set_xticks(range(len(matrices)), [str(matrix + 1) for matrix in matrices])
     panel.set_ylabel("Test regret")
     panel.set_ylim(bottom=0)
     panel.grid(visible=True, axis="y", color="0.9", linewidth=0.6)

@@ -52,7 +52,7 @@ def draw(study: Study, table: pd.DataFrame, caption: str) -> Figure:
                 shown = table[table["series"] == series]
                 line = {"marker": "o", "markersize": 3, "linewidth": 1.4, **LINES[series]}
                 style.curve(panel, shown, x="forward_tol", label=study.titles[series], **line)
-            panel.set(xscale="log", title=task, xlabel="Tolerance of the forward solver", ylabel=label)
+            panel.set(xscale="log", title=task.capitalize(), xlabel="Tolerance of the forward solver", ylabel=label)
             panel.invert_xaxis()
             style.grid(panel)
             panel.legend(fontsize=6.5, frameon=False, loc="best")
@@ -64,6 +64,6 @@ def _caption(planned: Sequence[StudyRun], command: str) -> str:
     config = planned[0].config
     return (
         f"{config.task.n_train} training and {config.task.n_test} test samples, after {config.train.epochs} epochs; "
-        f"{style.seeds_note(planned)}. Tolerances as the solvers define them:\nSCS's "
-        f"eps, FDPG's residual of the dual. Folding takes every solution as it is. Made by: {command}"
+        f"{style.seeds_note(planned)}. Tolerances as the solvers define them:\n"
+        f"SCS's eps, FDPG's residual of the dual. Folding takes every solution as it is. Made by: {command}"
     )

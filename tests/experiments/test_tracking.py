@@ -1,6 +1,7 @@
 """Weights & Biases: offline by default, offline when online cannot be reached, nothing when disabled."""
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -19,6 +20,7 @@ import wandb
 
 from experiments import reproduction, runs, studies, tracking
 from experiments.execution import execute
+from experiments.tracking import Tracker
 from experiments.trainer import Trainer
 from tests.experiments import wandb_files
 
@@ -31,6 +33,8 @@ def _no_account(monkeypatch, tmp_path):
     monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "config"))
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.delenv("WANDB_MODE", raising=False)
+    yield
+    wandb.teardown()  # what it read of the environment of this test
 
 
 def tracked(folder):
@@ -236,6 +240,79 @@ def test_a_server_that_refuses_or_hangs_costs_little_time_and_no_data(tiny, cons
         assert key.encode() not in content, f"{path} holds the key"
         assert licence.encode() not in content, f"{path} holds the licence"
     assert key not in console.file.getvalue()
+
+
+class _Answers(BaseHTTPRequestHandler):
+    """As much of W&B's server as a run needs; once `hangs` is set it takes requests and never answers."""
+
+    protocol_version = "HTTP/1.1"
+    named = {"id": "1", "name": "run", "entityName": "me", "entity": {"id": "1", "name": "me"}}  # noqa: RUF012
+    bucket = {**named, "displayName": "run", "config": "{}", "historyLineCount": 0, "project": named}  # noqa: RUF012
+    data = {  # noqa: RUF012
+        "viewer": {**named, "username": "me", "flags": "{}", "teams": {"edges": []}},
+        "serverInfo": {"features": [], "cliVersionInfo": {}},
+        "upsertBucket": {"bucket": bucket, "inserted": True},
+        "createRunFiles": {"runID": "1", "uploadHeaders": [], "files": []},
+        "model": {**named, "bucket": None},
+    }
+
+    def do_POST(self):
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if self.server.hangs.is_set():
+            self.server.ends.wait(120)
+            self.close_connection = True
+            return
+        content = json.dumps({"data": self.data} if self.path.endswith("graphql") else {}).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    do_GET = do_POST  # noqa: N815
+
+    def log_message(self, *_):
+        pass
+
+
+@contextlib.contextmanager
+def answering():
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Answers) as server:
+        server.hangs, server.ends, server.daemon_threads = threading.Event(), threading.Event(), True
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.ends.set()
+        server.shutdown()
+
+
+def test_a_server_that_hangs_at_the_end_costs_little_time_and_no_data(tiny, console, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)
+    limits = ["tracking.init_timeout=60", "tracking.finish_timeout=4"]
+    cfg = tiny("tracking.mode=online", *limits, "train.epochs=1", "backend=two_stage")
+    folder, seconds = runs.folder(cfg), []
+    with answering() as server:
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}")
+        finish = Tracker.finish
+
+        def hung(self, exit_code):
+            server.hangs.set()
+            begin = time.monotonic()
+            finish(self, exit_code)
+            seconds.append(time.monotonic() - begin)
+
+        monkeypatch.setattr(Tracker, "finish", hung)
+        assert execute(cfg, console) == 0
+        begin = time.monotonic()
+        wandb.teardown()  # as at the end of the process
+        seconds.append(time.monotonic() - begin)
+    assert max(seconds) < 30, "4 s each, and what a busy machine adds"
+    said = (folder / "log.txt").read_text()
+    assert "tracked offline" not in said
+    assert "send it later: wandb sync" in said
+    assert runs.load_summary(folder)["status"] == "finished"
+    assert len(runs.load_metrics(folder)) == 5
+    (kept,) = folder.glob("wandb/run-*/*.wandb")
+    assert b"test/regret" in kept.read_bytes()
 
 
 @pytest.fixture
