@@ -18,7 +18,7 @@ help: ## list the targets
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "foldopt needs Python 3.11 or newer, $(PYTHON) is " + sys.version)'
 	$(PYTHON) -m venv .venv
 	$(PY) -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
-	$(PY) -m uv pip install --quiet --python $(PY) --no-deps -r requirements.lock
+	$(PY) -m uv pip install --quiet --compile-bytecode --python $(PY) --no-deps -r requirements.lock
 	$(PY) -m uv pip install --quiet --python $(PY) --no-deps -e .
 	@touch $@
 

@@ -6,6 +6,7 @@ solution is a fixed point of the two, found by maximizing over the blocks in tur
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
@@ -18,6 +19,7 @@ SWEEPS = (3, 12)  # over the blocks: from all starts, then from those kept
 KEPT = 2
 MAX_NEWTON = 40
 BETWEEN = 8  # sweeps in the place of a Newton step that does not help
+MAX_FULL = 8  # up to this total `Quadratic.rough` is the faster projection
 TOLERANCE = 1e-10  # of the residual; Newton goes on to a tenth of it
 
 
@@ -30,6 +32,10 @@ class Smoothing(Protocol):
 
     def block(self, s: Tensor, total: int) -> Tensor:
         """Return argmax s'x - h(x) over 0 <= x <= 1, sum x = total, for every row of s (B, n); differentiable."""
+        ...
+
+    def rough(self, s: Tensor, total: int) -> Tensor:
+        """Return `block` to at least five digits and without derivatives, fast: what the sweeps before Newton need."""
         ...
 
     def slopes(self, x: Tensor) -> Tensor:
@@ -50,6 +56,23 @@ class Quadratic:
     def block(self, s: Tensor, total: int) -> Tensor:
         """Return the projection of s / weight on the capped simplex."""
         return capped_simplex(s / self.weight, total)
+
+    @torch.no_grad()
+    def rough(self, s: Tensor, total: int) -> Tensor:
+        """Return the projection by one sort per row: the largest entries are full until the rest is below 1."""
+        x = s / self.weight
+        if total > MAX_FULL:
+            return capped_simplex(x, total)
+        ordered = x.sort(dim=1, descending=True).values
+        x, ordered = x - ordered[:, :1], ordered - ordered[:, :1]  # as small as they can be
+        theta = ordered.new_empty(len(x), 1)
+        for full in range(total):
+            free = ordered[:, full:]
+            mean = (free.cumsum(1) - (total - full)) / torch.arange(1, free.shape[1] + 1, device=x.device)
+            last = (free > mean).sum(1, keepdim=True) - 1
+            found = mean.gather(1, last.clamp(min=0))
+            theta = torch.where(ordered[:, full - 1 : full] - theta > 1, found, theta) if full else found
+        return (x - theta).clamp(0, 1)
 
     def slopes(self, x: Tensor) -> Tensor:
         """Return 1 / weight where x is between its bounds, 0 at them."""
@@ -79,14 +102,22 @@ class Entropy:
             theta = theta + (((s - theta) / self.weight).sigmoid().sum(1, keepdim=True) - total) / rate
         return ((s - theta) / self.weight).sigmoid()
 
+    @torch.no_grad()
+    def rough(self, s: Tensor, total: int) -> Tensor:
+        """Return `block` with a sum that is right to 1e-5."""
+        return ((s - self._threshold(s, total, 1e-5)) / self.weight).sigmoid()
+
     def slopes(self, x: Tensor) -> Tensor:
         """Return x (1 - x) / weight."""
         return x * (1 - x) / self.weight
 
-    def _threshold(self, s: Tensor, total: int) -> Tensor:
-        """Return theta (B, 1) by Newton's method, bisecting where that leaves the bracket of the root."""
+    def _threshold(self, s: Tensor, total: int, tol: float = 0.0) -> Tensor:
+        """Return theta (B, 1) by Newton's method, bisecting where that leaves the bracket of the root.
+
+        tol: error of the sum at which to stop before the root is found to rounding.
+        """
         ends = s.topk(total + 1, dim=1).values
-        n = s.shape[1]
+        n, eps = s.shape[1], torch.finfo(s.dtype).eps
         spread = self.weight * torch.tensor(float(n * max(total, n - total))).log()
         low, high = ends[:, -1:] - spread, ends[:, :1] + spread
         theta = ends[:, -2:].mean(1, keepdim=True)
@@ -97,8 +128,8 @@ class Entropy:
             new = theta + excess / self.slopes(x).sum(1, keepdim=True)
             new = torch.where((new >= low) & (new <= high), new, (low + high) / 2)
             moved, theta = (new - theta).abs(), torch.where(excess == 0, theta, new)
-            eps = torch.finfo(s.dtype).eps
-            if ((moved <= 8 * eps * (theta.abs() + self.weight)) | (excess.abs() <= 32 * eps * n)).all():
+            close = max(tol, 32 * eps * n)
+            if ((moved <= 8 * eps * (theta.abs() + self.weight)) | (excess.abs() <= close)).all():
                 break
         return theta
 
@@ -213,7 +244,7 @@ def maximize(
     B, K, n = starts.shape
 
     def climb(x: Tensor, c: Tensor, d: Tensor, sweeps: int) -> Tensor:
-        return _climb(Q, x, c, d, totals, smoothing, sweeps)
+        return _climb(Q, x, c, d, totals, smoothing.rough, sweeps)
 
     def repeated(t: Tensor, times: int) -> Tensor:
         return t.repeat_interleave(times, dim=0)
@@ -237,10 +268,16 @@ def maximize(
 
 
 def _climb(
-    Q: Tensor, x: Tensor, c: Tensor, d: Tensor, totals: tuple[int, int], smoothing: Smoothing, sweeps: int
+    Q: Tensor,
+    x: Tensor,
+    c: Tensor,
+    d: Tensor,
+    totals: tuple[int, int],
+    block: Callable[[Tensor, int], Tensor],
+    sweeps: int,
 ) -> Tensor:
     for _ in range(sweeps):
-        x = smoothing.block(c + smoothing.block(d + x @ Q, totals[1]) @ Q.mT, totals[0])
+        x = block(c + block(d + x @ Q, totals[1]) @ Q.mT, totals[0])
     return x
 
 
@@ -278,7 +315,7 @@ def _newton(
         closer = (ahead - trial).abs().amax(1) < size / 2
         x[todo[closer]] = trial[closer]
         if not closer.all():
-            x[todo[~closer]] = _climb(Q, moved[~closer], C[~closer], D[~closer], totals, smoothing, BETWEEN)
+            x[todo[~closer]] = _climb(Q, moved[~closer], C[~closer], D[~closer], totals, smoothing.block, BETWEEN)
         iterations[todo] += 1
     return x, iterations
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 FDPGState = tuple[Tensor, Tensor, Tensor, Tensor]
 MAX_PIVOTS = 60
-GUESS = 20  # steps of FDPG before the first pivot
+GUESS = 40  # steps of FDPG before the first pivot
 EARLY = (1, 2, 4, 8)  # iterations of FDPG at which its residual is looked at, beside every 20th
 TOLERANCE = 1e-11
 
@@ -237,7 +237,7 @@ class DenoisingProblem:
         while True:
             new = torch.addmm(move, y, keep).clamp_(-self.weight, self.weight)
             t_new = (1 + (1 + 4 * t * t) ** 0.5) / 2
-            w, y, t = new, new + (t - 1) / t_new * (new - w), t_new
+            w, y, t = new, torch.lerp(w, new, 1 + (t - 1) / t_new), t_new
             yield w
 
     def qp(self, D: Tensor, d: Tensor, weight: Tensor, ridge: float) -> tuple[Tensor, ...]:

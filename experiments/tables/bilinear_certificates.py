@@ -30,7 +30,7 @@ class Settings:
     """How much is verified: (n, kappa) pairs, instances of each from the study's targets, seconds for Gurobi."""
 
     places: tuple[tuple[int, float], ...] = ((6, 0.5), (8, 0.9), (20, 0.9), (50, 0.9), (20, 2.0), (50, 1.25))
-    instances: int = 12
+    instances: int = 8
     time_limit: float = 5.0
 
 

@@ -63,7 +63,7 @@ class Settings:
     """How much is measured: instances per degree and kind, in batches, for one seed."""
 
     degrees: tuple[int, ...] = (1, 2, 3)
-    batches: int = 4
+    batches: int = 2
     batch_size: int = 32
     seed: int = 0
 
