@@ -12,13 +12,14 @@ UV_VERSION := 0.13.9
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-# The lock pins every package, so it is installed as it stands (--no-deps): qpth's own pin of numpy is overridden there.
+# The lock pins every package and the hashes of its files, so it is installed as it stands (--no-deps): qpth's own pin of
+# numpy is overridden there.
 .venv/.installed: requirements.lock pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "make needs $(PYTHON); name yours with: make PYTHON=python3"; exit 1; }
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "foldopt needs Python 3.11 or newer, $(PYTHON) is " + sys.version)'
 	$(PYTHON) -m venv .venv
 	$(PY) -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
-	$(PY) -m uv pip install --quiet --compile-bytecode --python $(PY) --no-deps -r requirements.lock
+	$(PY) -m uv pip install --quiet --compile-bytecode --python $(PY) --no-deps --require-hashes -r requirements.lock
 	$(PY) -m uv pip install --quiet --python $(PY) --no-deps -e .
 	@touch $@
 
@@ -114,7 +115,7 @@ unrolling-cost: .venv/.installed ## time and memory of unrolling the denoiser as
 
 .venv/peers/.installed: .venv/.installed
 	$(PYTHON) -m venv .venv/peers
-	$(PY) -m uv pip install --quiet --python .venv/peers --no-deps -r requirements.lock
+	$(PY) -m uv pip install --quiet --python .venv/peers --no-deps --require-hashes -r requirements.lock
 	$(PY) -m uv pip install --quiet --python .venv/peers --override <(echo 'numpy>=2') torchdeq==0.1.0 proxsuite==0.8.0
 	@touch $@
 
@@ -124,7 +125,5 @@ peers: .venv/peers/.installed ## what other libraries answer when asked for deri
 clean: ## remove the environment and caches (run folders stay)
 	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .coverage .hypothesis build *.egg-info
 
-# Without hashes: pip refuses an editable install beside hashed requirements, which environment.yml has; and the index
-# that makes the lock may serve other builds of torch than the index of those who install from it.
-lock: ## pin the newest versions that pyproject.toml allows
-	$(PY) -m uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --no-emit-index-url --no-annotate --no-header -o requirements.lock
+lock: ## pin the newest versions that pyproject.toml allows, with the hashes of their files
+	$(PY) -m uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --no-emit-index-url --no-annotate --no-header --generate-hashes --upgrade -o requirements.lock

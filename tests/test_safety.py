@@ -3,6 +3,9 @@
 import ast
 import os
 import pickle
+import re
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -71,3 +74,25 @@ def test_an_archive_that_is_not_the_published_one_is_not_extracted(tmp_path, mon
         cifar100.load(cache)
     assert not (tmp_path / "outside.txt").exists()
     assert not (cache / CIFAR100.base_folder).exists()
+
+
+def test_the_lock_pins_every_package_by_hash(tmp_path):
+    lock = (ROOT / "requirements.lock").read_text()
+    assert "://" not in lock, "an address of an index"
+    packages = re.split(r"\n(?! )", lock.strip())
+    assert len(packages) > 100
+    for package in packages:
+        assert re.match(r"[\w.-]+==\S+", package)
+        assert re.search(r"--hash=sha256:[0-9a-f]{64}", package), package
+    installs = re.findall(r"uv pip install.*requirements\.lock", (ROOT / "Makefile").read_text())
+    assert installs
+    assert all("--require-hashes" in command for command in installs)
+
+    pinned = next(package for package in packages if package.startswith("rich=="))
+    (tmp_path / "bare").write_text(pinned.split(" ")[0] + "\n")
+    command = [sys.executable, "-m", "uv", "pip", "install", "--dry-run", "--reinstall", "--offline", "--no-deps"]
+    options = ["--require-hashes", "--python", sys.executable, "-r", str(tmp_path / "bare")]
+    refused = subprocess.run([*command, *options], capture_output=True, text=True)
+    assert refused.returncode != 0
+    assert "hash" in refused.stderr
+    assert "rich" in refused.stderr
