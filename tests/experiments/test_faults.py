@@ -4,7 +4,6 @@ import contextlib
 import io
 import itertools
 import os
-import random
 import resource
 import signal
 import sys
@@ -14,6 +13,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from rich.console import Console
 
 from experiments import runs
@@ -24,9 +25,11 @@ from experiments.execution import execute
 from experiments.executor import execute as execute_all
 from experiments.studies import StudyRun
 from foldopt.errors import InputError
+from tests.drawn import properties
 
 QUICK = ["task.n_train=16", "task.n_val=4", "task.n_test=4", "train.epochs=3", "train.batch_size=8", "device=cpu"]
 RUNS = 26  # of two kills each
+parts = st.floats(0, 1)
 
 
 def composed(path, *overrides):
@@ -96,16 +99,16 @@ def finished_equal(cfg, undisturbed):
     assert ended["regret"] == expected["regret"]
 
 
-@pytest.mark.parametrize("seed", range(RUNS))
-def test_a_kill_at_any_moment_changes_no_number(tmp_path, undisturbed, seed):
+@pytest.mark.parametrize("order", [(True, False), (False, True)], ids=["timer-file", "file-timer"])
+@settings(properties, max_examples=RUNS // 2)
+@given(moments=st.tuples(parts, parts), torn=parts)
+def test_a_kill_at_any_moment_changes_no_number(tmp_path_factory, undisturbed, order, moments, torn):
     """Each run is killed twice: by a timer, mostly in computing, and while it opens, writes or renames a file."""
-    rng = random.Random(seed)
-    cfg = composed(tmp_path)
+    cfg = composed(tmp_path_factory.mktemp("killed"))
     folder = runs.folder(cfg)
-    for by_timer in rng.sample([True, False], 2):
-        moment, torn = rng.random(), rng.random()
+    for by_timer, moment in zip(order, moments, strict=True):
 
-        def run(by_timer=by_timer, moment=moment, torn=torn):
+        def run(by_timer=by_timer, moment=moment):
             if by_timer:
                 signal.setitimer(signal.ITIMER_REAL, 0.005 + 0.25 * moment)
             else:
