@@ -7,7 +7,7 @@ TRACKED = $(if $(TRACKING),--tracking $(TRACKING))
 UV_VERSION := 0.13.9
 
 .PHONY: help test endurance coverage lint format reproduce sweep slurm figures report verify bilinear-kappa bilinear-certificates figure-3 figure-4a figure-4b figure-4c figure-6 \
-	figure-7 topk-layers layer-share portfolio-settings solver-table linear-solvers scaling forward-tolerance denoising-cost unrolling-cost peers clean lock
+	figure-7 topk-layers layer-share portfolio-settings solver-table linear-solvers scaling forward-tolerance denoising-cost unrolling-cost bench peers clean lock
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -109,6 +109,9 @@ scaling: .venv/.installed ## growth of every backend in n, batch and iterations:
 
 forward-tolerance: .venv/.installed ## sensitivity of training to the forward solver's tolerance, from the run folders
 	$(PY) -m scripts.figures --study forward_tolerance --profile $(PROFILE)
+
+bench: .venv/.installed ## time, memory and accuracy of every layer beside its peers, against the targets (some 20 minutes)
+	$(PY) -m scripts.bench --profile $(PROFILE)
 
 unrolling-cost: .venv/.installed ## time and memory of unrolling the denoiser as its iterations grow (a figure)
 	$(PY) -m scripts.measure unrolling-cost --profile $(PROFILE)

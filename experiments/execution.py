@@ -190,11 +190,15 @@ def _write_summary(
         "host": socket.gethostname(),
         "device": f"{device} ({name})",
         "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "versions": {package: _version(package) for package in PACKAGES},
-        "git": _git(),
+        **made_with(),
     }
     runs.write_atomically(path / "summary.json", json.dumps(summary, indent=2) + "\n")
+
+
+def made_with() -> dict[str, Any]:
+    """Return the versions of Python and of the packages that numbers depend on, and the state of the git checkout."""
+    versions = {package: _version(package) for package in PACKAGES}
+    return {"python": platform.python_version(), "versions": versions, "git": _git()}
 
 
 def _version(package: str) -> str | None:

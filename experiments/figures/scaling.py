@@ -73,7 +73,7 @@ class Settings:
 
     repeats: int = 3
     sizes: tuple[int, ...] = (12, 25, 50, 100, 200)
-    batches: tuple[int, ...] = (8, 32, 128, 512)
+    batches: tuple[int, ...] = (8, 32, 128)
     iterations: tuple[int, ...] = (10, 30, 100, 300)
     usual_n: int = 50
     usual_batch: int = 32

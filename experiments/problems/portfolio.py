@@ -239,16 +239,21 @@ def smallest_variance(V: Tensor) -> Tensor:
 
 
 def _pivot(c: Tensor, V: Tensor, gamma: Tensor, support: Tensor) -> PortfolioSolution:
-    best = _best_assets(torch.zeros_like(c).scatter(1, c.argmax(1, keepdim=True), 1.0), c, V, gamma)
+    vertex = _best_assets(torch.zeros_like(c).scatter(1, c.argmax(1, keepdim=True), 1.0), c, V, gamma)
+    pivoted = todo = (~vertex.ok).nonzero()[:, 0]
     iterations = torch.zeros(len(c), dtype=torch.long, device=c.device)
+    state = tuple(part.clone() for part in vertex.state)
     for _ in range(MAX_PIVOTS):
-        todo = (~best.ok).nonzero()[:, 0]
         if not len(todo):
             break
         iterations[todo] += 1
-        now, support[todo] = _on_support(c[todo], V[todo], gamma[todo], support[todo])
-        best = PortfolioSolution(*(a.index_copy(0, todo, b) for a, b in zip(best, now, strict=True)))
-    return best._replace(iterations=iterations)
+        point, following, settled = _on_support(c[todo], V[todo], gamma[todo], support[todo])
+        for whole, part in zip((*state, support), (*point, following), strict=True):
+            whole[todo] = part
+        todo = todo[~settled]
+    found = _certified(*(part[pivoted] for part in (*state, c, V, gamma)))
+    whole = (a.index_copy(0, pivoted, b) for a, b in zip(vertex, found, strict=True))
+    return PortfolioSolution(*whole)._replace(iterations=iterations)
 
 
 def _best_assets(x: Tensor, c: Tensor, V: Tensor, gamma: Tensor) -> PortfolioSolution:
@@ -257,8 +262,10 @@ def _best_assets(x: Tensor, c: Tensor, V: Tensor, gamma: Tensor) -> PortfolioSol
     return _certified(x, nu, torch.cat([torch.zeros_like(nu), nu - c], 1), c, V, gamma)
 
 
-def _on_support(c: Tensor, V: Tensor, gamma: Tensor, support: Tensor) -> tuple[PortfolioSolution, Tensor]:
-    """Return the closed form on each support (B, n) with the risk limit active, and the supports to try next.
+def _on_support(c: Tensor, V: Tensor, gamma: Tensor, support: Tensor) -> tuple[SQPState, Tensor, Tensor]:
+    """Return the closed form on each support (B, n) with the risk limit active: (x, nu, lam).
+
+    Also the supports to try next, and whether that is not necessary, up to rounding, (B,).
 
     There V x = t (c - nu) with 1/t = 2 lam_0 / gamma, so x = w + t d with w the portfolio of smallest variance 1/a and
     d = P (c - (b/a) 1), P the inverse of V on the support, a = 1'P1, b = 1'Pc; t makes the variance gamma.
@@ -278,10 +285,11 @@ def _on_support(c: Tensor, V: Tensor, gamma: Tensor, support: Tensor) -> tuple[P
     nu = b / a - 1 / (t * a)
     reduced = nu + torch.einsum("bij,bj->bi", V, x) / t - c
     lam = torch.cat([gamma[:, None] / (2 * t), torch.where(support, 0.0, reduced)], 1)
-    solution = _certified(x, nu, lam, c, V, gamma)
     following = torch.where(support, x > 0, reduced < 0)
     lost = ~x.isfinite().all(1) | ~following.any(1)
-    return solution, following | lost[:, None]
+    close = TOLERANCE * torch.maximum(c.abs().amax(1), lam[:, 0])[:, None]
+    settled = torch.where(support, x >= -TOLERANCE, reduced >= -close).all(1)
+    return (x, nu, lam), following | lost[:, None], settled
 
 
 def _interior(c: Tensor, V: Tensor, gamma: Tensor, indices: Tensor) -> PortfolioSolution:
@@ -301,7 +309,8 @@ def _interior(c: Tensor, V: Tensor, gamma: Tensor, indices: Tensor) -> Portfolio
     found = solve_qcqp(c.new_zeros(n, n), cost, ones, ones[0, :1], -eye, c.new_zeros(n), risk, tol=1e-12)
     lam = found.inequality_dual * size
     chosen = _certified(found.x, found.equality_dual * size, lam, c, V, gamma, tol=1e-7)
-    exact, _ = _on_support(c, V, gamma, found.x > found.inequality_dual[:, 1:])
+    point, *_ = _on_support(c, V, gamma, found.x > found.inequality_dual[:, 1:])
+    exact = _certified(*point, c, V, gamma)
     tied = torch.where(c >= c.amax(1, keepdim=True) - 1e-12 * size, found.x, 0)
     for better in (exact, _best_assets(tied / tied.sum(1, keepdim=True), c, V, gamma)):
         parts = zip(better, chosen, strict=True)

@@ -31,7 +31,7 @@ class Settings:
 
     places: tuple[tuple[int, float], ...] = ((6, 0.5), (8, 0.9), (20, 0.9), (50, 0.9), (20, 2.0), (50, 1.25))
     instances: int = 8
-    time_limit: float = 5.0
+    time_limit: float = 3.0
 
 
 PROFILES = {

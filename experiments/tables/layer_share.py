@@ -32,7 +32,7 @@ class Settings:
     depth: int = 40
     growth: int = 40
     batch_size: int = 64
-    repeats: int = 3
+    repeats: int = 2
     device: str = "auto"
 
 

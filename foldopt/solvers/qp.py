@@ -53,7 +53,7 @@ def solve_qp(
     u = unit(H, q, b, h)
     q, b, h = q / u, b / u, h / u
     s = _unit_of_cost(H, q, b, h)
-    x, nu, lam, active, ok, singular = _KKT.apply(H / s[:, :, None], q / s, A, b, G, h, active)
+    x, nu, lam, active, ok, singular, *_ = _KKT.apply(H / s[:, :, None], q / s, A, b, G, h, active)
     return QPSolution(u * x, u * (s * nu), u * (s * lam), active, ok, singular)
 
 
@@ -172,7 +172,10 @@ def _rows(data: QPParts, index: Tensor) -> QPParts:
 
 
 class _KKT(torch.autograd.Function):
-    """Forward: active-set guess, else interior point and polish. Backward: one solve with the same KKT matrix."""
+    """Forward: active-set guess, else interior point and polish. Backward: one solve with the same KKT matrix.
+
+    Its factorization is kept where the guess was right in every sample.
+    """
 
     @staticmethod
     def forward(H: Tensor, q: Tensor, A: Tensor, b: Tensor, G: Tensor, h: Tensor, active: Tensor) -> tuple[Tensor, ...]:
@@ -190,26 +193,30 @@ class _KKT(torch.autograd.Function):
             for whole, better, rough in zip((x, nu, lam), polished[:3], (point.x.to(q), nu_ip, lam_ip), strict=True):
                 whole[hard] = torch.where(good, torch.where(exact, better, rough), torch.nan)
             active[hard], ok[hard], singular[hard] = found, good[:, 0], polished[4]
+            factor = factor._replace(lu=factor.lu[:0], pivots=factor.pivots[:0])
         else:
             active = active.clone()
-        return x, nu, lam, active, ok, singular
+        return x, nu, lam, active, ok, singular, factor.lu, factor.pivots
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
         H, _, A, _, G, _, _ = inputs
-        x, nu, lam, active, ok, singular = output
-        ctx.mark_non_differentiable(active, ok, singular)
-        ctx.save_for_backward(H, A, G, x, nu, lam, active, ok)
+        x, nu, lam, *others = output
+        ctx.mark_non_differentiable(*others)
+        ctx.save_for_backward(H, A, G, x, nu, lam, *others)
 
     @staticmethod
     def backward(ctx: Any, gx: Tensor, gnu: Tensor, glam: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        H, A, G, x, nu, lam, active, ok = ctx.saved_tensors
+        H, A, G, x, nu, lam, active, ok, singular, lu, pivots = ctx.saved_tensors
         if not ok.all():
             x, nu, lam = (torch.where(ok[:, None], t, 0) for t in (x, nu, lam))
         n, p, m = H.shape[1], A.shape[1], G.shape[1]
-        K = _kkt_matrix(H, A, G, active)
         g = torch.cat([gx, gnu, torch.where(active, glam, 0)], 1)
-        w = _solve_symmetric(K, g)
+        known = len(lu) > 0 and not singular.any()
+        factor = _Factor(lu, pivots, singular, None) if known else _Factor.of(_kkt_matrix(H, A, G, active).detach())
+        w = factor.solve(g.detach())
+        if torch.is_grad_enabled():  # for the second order
+            w = _LinearSolve.apply(_kkt_matrix(H, A, G, active), g, factor, w)
         if not ok.all():
             w = torch.where((ok | (g == 0).all(1))[:, None], w, torch.nan)
         wx, wnu, wlam = w.split([n, p, m], 1)
@@ -227,15 +234,6 @@ class _KKT(torch.autograd.Function):
 
 def _outer(a: Tensor, b: Tensor) -> Tensor:
     return a[:, :, None] * b[:, None, :]
-
-
-def _solve_symmetric(K: Tensor, g: Tensor) -> Tensor:
-    """Solve K w = g, differentiably if gradients are being recorded (second order)."""
-    factor = _Factor.of(K.detach())
-    w = factor.solve(g.detach())
-    if not torch.is_grad_enabled():
-        return w
-    return _LinearSolve.apply(K, g, factor, w)
 
 
 class _LinearSolve(torch.autograd.Function):

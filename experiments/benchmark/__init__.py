@@ -1,0 +1,1 @@
+"""What `make bench` measures: every layer against its peers, in the same run, beside its accuracy."""

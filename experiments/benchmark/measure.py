@@ -1,0 +1,166 @@
+"""Times, memory and errors of a layer's contenders, taking turns."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from experiments import runs
+from experiments.benchmark.layers import LAYERS, OURS, REFERENCE, Layer, Leaves, Place, Solve
+from experiments.components import make
+from experiments.measurements import peak_memory, seconds
+from foldopt.errors import FoldoptError
+
+FLOOR, NETWORK = "lu", "network"  # beside the contenders: the bare linear solve, and a step of the study's network
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How much is measured.
+
+    factors: of the batch and of n. rounds: of every contender at every place, fewer where they take more than `budget`
+    seconds together. limit: seconds of one pass; who is expected to take more is not asked.
+    """
+
+    layer: str
+    threads: int
+    factors: tuple[int, ...] = (1, 4, 16)
+    rounds: int = 9
+    budget: float = 2.0
+    limit: float = 8.0
+    seed: int = 0
+
+
+def measure(settings: Settings) -> pd.DataFrame:
+    """Return one row per place, contender and round: seconds and bytes per batch, errors.
+
+    Columns variant, n, batch, contender, samples (that it was given), seconds_forward, seconds_backward, peak_bytes,
+    error_x, error_vjp (relative to `REFERENCE`, inf for samples without an answer), and why there is no number.
+    """
+    torch.set_num_threads(settings.threads)
+    layer = LAYERS[settings.layer]
+    expected: dict[str, float] = {}
+    rows = []
+    for place in layer.places(settings.factors):
+        found = list(_at(layer, place, expected, settings))
+        rows += [{"variant": place.variant, "n": place.n, "batch": place.batch, **row} for row in found]
+        if place == layer.places((1,))[0]:
+            for row in found:
+                if "seconds_forward" in row:
+                    expected[row["contender"]] = row["seconds_forward"] + row["seconds_backward"]
+    return pd.DataFrame(rows)
+
+
+def _at(layer: Layer, place: Place, expected: Mapping[str, float], settings: Settings) -> Iterator[dict]:
+    growth = place.n * place.batch / (layer.n * layer.batch)
+    asked = {}
+    for name, contender in layer.contenders.items():
+        missing = [package for package in contender.needs if not contender.installed()]
+        if missing:
+            yield {"contender": name, "why": f"{', '.join(missing)} is not installed"}
+        elif growth * expected.get(name, 0.0) > settings.limit:
+            yield {"contender": name, "why": f"would take more than {settings.limit:g} s"}
+        else:
+            asked[name] = contender
+    leaves, solves = layer.problem(place, list(asked), settings.seed)
+    generator = torch.Generator().manual_seed(settings.seed)
+    x = solves[REFERENCE](leaves)
+    cotangent = torch.randn(x.shape, generator=generator, dtype=x.dtype)
+    calls: dict[str, partial] = {}
+    exact = {}
+    for name, contender in asked.items():
+        samples = min(contender.most or place.batch, place.batch)
+        given = tuple(t[:samples] if len(t) == place.batch else t for t in leaves)
+        if samples not in exact:
+            exact[samples] = _pass(solves[REFERENCE], given, cotangent[:samples])[:2]
+        calls[name] = partial(_measured, solves[name], given, cotangent[:samples], exact[samples])
+    calls[FLOOR] = partial(_linear_solve, place.batch, layer.system(place.n), generator)
+    if layer.key != "n" and OURS in asked:
+        calls[NETWORK] = _network_step(layer, place)
+    yield from _taking_turns(calls, settings)
+
+
+def _taking_turns(calls: Mapping[str, partial], settings: Settings) -> Iterator[dict]:
+    """Yield the rows of `calls`, every round in another order, after one call of each that does not count."""
+    memory, spent, refused = {}, dict.fromkeys(calls, 0.0), set()
+    for name, call in calls.items():
+        try:
+            begin = time.perf_counter()
+            call()
+            slow = time.perf_counter() - begin > settings.budget
+            memory[name] = 0 if slow else peak_memory(call)
+        except FoldoptError as error:
+            refused.add(name)
+            yield {"contender": name, "why": str(error).split("\n")[0][:200]}
+    names = [name for name in calls if name not in refused]
+    for number in range(settings.rounds):
+        turn = number % len(names)
+        for name in names[turn:] + names[:turn]:
+            if spent[name] > settings.budget:
+                continue
+            row = calls[name]()
+            spent[name] += row["seconds_forward"] + row["seconds_backward"]
+            yield {"contender": name, **row, "peak_bytes": memory[name]}
+
+
+def _pass(solve: Solve, leaves: Leaves, cotangent: Tensor) -> tuple[Tensor, Tensor, float, float]:
+    fresh = tuple(t.detach().requires_grad_() for t in leaves)
+    x, forward = seconds(lambda: solve(fresh))
+    if not x.requires_grad:
+        return x, torch.zeros(0), forward, 0.0
+    gradients, backward = seconds(lambda: torch.autograd.grad(x, fresh, cotangent, allow_unused=True))
+    parts = zip(gradients, fresh, strict=True)
+    vjp = torch.cat([torch.zeros_like(t).flatten() if g is None else g.flatten() for g, t in parts])
+    return x.detach(), vjp, forward, backward
+
+
+def _measured(solve: Solve, leaves: Leaves, cotangent: Tensor, exact: tuple[Tensor, Tensor]) -> dict[str, float]:
+    x, vjp, forward, backward = _pass(solve, leaves, cotangent)
+    return {
+        "samples": len(cotangent),
+        "seconds_forward": forward,
+        "seconds_backward": backward,
+        "error_x": _error(x, exact[0]),
+        "error_vjp": _error(vjp, exact[1]),
+    }
+
+
+def _error(found: Tensor, exact: Tensor) -> float:
+    """Return the relative error, inf for NaN; of two empty tensors 0."""
+    return float(((found - exact).norm() / exact.norm()).nan_to_num(nan=torch.inf)) if len(exact) else 0.0
+
+
+def _linear_solve(batch: int, size: int, generator: torch.Generator) -> dict[str, float]:
+    """Return the time of a batch of general linear systems, the floor of a backward pass."""
+    M = torch.randn(batch, size, size, generator=generator, dtype=torch.float64) + size * torch.eye(size)
+    g = torch.ones(batch, size, 1, dtype=torch.float64)
+    _, taken = seconds(lambda: torch.linalg.solve(M, g))
+    return {"samples": batch, "seconds_forward": 0.0, "seconds_backward": taken, "error_x": 0.0, "error_vjp": 0.0}
+
+
+def _network_step(layer: Layer, place: Place) -> partial:
+    """Return what takes a training step of the study's network alone, the layer's gradient being given."""
+    parts = layer.built(place, layer.contenders[OURS].overrides)
+    cfg = runs.compose([*layer.overrides])
+    optimizer = make(cfg.optimizer, "optimizer", params=parts.model.parameters(), lr=cfg.train.lr)
+    samples = parts.task.splits["train"]
+
+    def step() -> dict[str, float]:
+        outputs, forward = seconds(lambda: parts.model(samples["inputs"]))
+
+        def back() -> None:
+            optimizer.zero_grad(set_to_none=True)
+            outputs.backward(torch.ones_like(outputs))
+            optimizer.step()
+
+        _, backward = seconds(back)
+        given = {"samples": place.batch, "error_x": 0.0, "error_vjp": 0.0}
+        return {**given, "seconds_forward": forward, "seconds_backward": backward}
+
+    return partial(step)

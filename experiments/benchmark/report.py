@@ -1,0 +1,273 @@
+"""The table of targets, the tables of all contenders, the figure and the JSON of a benchmark."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from experiments.artifacts import Artifacts, output_root
+from experiments.benchmark.layers import LAYERS, OURS, Layer
+from experiments.benchmark.measure import FLOOR, NETWORK, Settings, measure
+from experiments.execution import made_with
+from experiments.figures import style
+from experiments.measurements import measured_once
+
+KEYS = ["layer", "threads", "variant", "n", "batch", "contender"]
+CONES = ("clarabel", "scs", "scs_tight")
+BESIDE = {FLOOR: "batched LU of the backward pass's size", NETWORK: "step of the network alone"}
+EXACT = 1e-7  # an error below this is no worse than any other
+PROFILES: Mapping[str, dict] = {
+    "smoke": {"factors": (1,), "rounds": 1, "budget": 0.1, "limit": 2.0},
+    "default": {},
+    "paper": {"rounds": 15, "budget": 10.0, "limit": 60.0},
+}
+
+
+@dataclass(frozen=True)
+class Target:
+    """How many times as long `against` takes as `ours`, at least, in every variant at the study's size.
+
+    part: "total", "forward" or "backward". Where `at_most`, it is `ours` that takes at most so many times as long.
+    """
+
+    layer: str
+    against: tuple[str, ...]
+    factor: float
+    part: str = "total"
+    ours: str = OURS
+    at_most: bool = False
+
+
+TARGETS = (
+    Target("portfolio", CONES, 20),
+    Target("denoising", ("qpth",), 100),
+    Target("multilabel", CONES, 1000),
+    Target("multilabel", CONES, 50, "backward"),
+    Target("multilabel", CONES, 50, "backward", ours="sqp"),
+    Target("vertex", ("gurobi",), 5000, "forward"),
+    Target("bilinear", ("gurobi",), 500, "forward"),
+    Target("qp", ("qpth",), 5),
+    Target("qp", ("cvxpylayers",), 50),
+    *(Target(name, (FLOOR,), 3, "backward", at_most=True) for name in LAYERS if name != "vertex"),
+    *(Target(name, (NETWORK,), 5, at_most=True) for name in ("portfolio", "denoising", "bilinear")),
+)
+
+
+def medians(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return one row per place and contender, times and bytes per sample, with the ratio of its time to `OURS`."""
+    measured = rows.dropna(subset=["seconds_forward"])
+    table = measured.drop(columns="why").groupby(KEYS, sort=False, dropna=False).median().reset_index()
+    for part in ("forward", "backward"):
+        table[part] = table.pop(f"seconds_{part}") / table["samples"]
+    table["total"] = table["forward"] + table["backward"]
+    ours = table[table["contender"] == OURS].set_index(KEYS[:-1])["total"].rename("ours")
+    table = table.join(ours, on=KEYS[:-1])
+    table["ratio"] = table["total"] / table.pop("ours")
+    return table
+
+
+def judged(table: pd.DataFrame, threads: int) -> pd.DataFrame:
+    """Return one row per target that could be measured: ratio, whether it holds, and the errors on both sides.
+
+    A target of speed does not hold where ours is less accurate than who it is compared with, beyond `EXACT`.
+    """
+    rows = []
+    for target in TARGETS:
+        layer = LAYERS[target.layer]
+        part = table[(table["layer"] == target.layer) & (table["threads"] == threads)]
+        part = part[(part["n"] == layer.n) & (part["batch"] == layer.batch)]
+        ours = part[part["contender"] == target.ours].set_index("variant")
+        theirs = part[part["contender"].isin(target.against)]
+        if ours.empty or theirs.empty:
+            continue
+        own = ours[target.part].reindex(theirs["variant"]).to_numpy()
+        ratios = own / theirs[target.part] if target.at_most else theirs[target.part] / own
+        place = ratios.idxmax() if target.at_most else ratios.idxmin()
+        worst, peer = ratios[place], theirs.loc[place]
+        best = ours.loc[peer["variant"]]
+        accurate = all(best[error] <= max(peer[error], EXACT) for error in ("error_x", "error_vjp"))
+        holds = worst <= target.factor if target.at_most else bool(worst >= target.factor and accurate)
+        rows.append(
+            {
+                **asdict(target),
+                "against": peer["contender"],
+                "variant": peer["variant"],
+                "measured": worst,
+                "holds": bool(holds),
+                **{
+                    f"{error}_{side}": row[error]
+                    for error in ("error_x", "error_vjp")
+                    for side, row in (("ours", best), ("theirs", peer))
+                },
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def exponents(table: pd.DataFrame) -> dict[tuple[str, str], float]:
+    """Return, by layer and axis ("batch" or "n"), the exponent of the time of a batch of `OURS` on one thread."""
+    found = {}
+    ours = table[(table["contender"] == OURS) & (table["threads"] == table["threads"].min())]
+    for name, layer in LAYERS.items():
+        part = ours[(ours["layer"] == name) & (ours["variant"] == next(iter(layer.variants)))]
+        for axis, other, usual in (("batch", "n", layer.n), ("n", "batch", layer.batch)):
+            line = part[part[other] == usual].sort_values(axis)
+            if len(line) > 1:
+                seconds = line["total"] * line["batch"]
+                found[name, axis] = float(np.polyfit(np.log(line[axis].astype(float)), np.log(seconds), 1)[0])
+    return found
+
+
+def machine() -> dict[str, str | int]:
+    """Return what the numbers were measured on."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return {"cpu": names[0] if names else platform.processor() or platform.machine(), "cores": os.cpu_count() or 1}
+
+
+def make(profile: str, names: Sequence[str], command: str) -> tuple[Artifacts, pd.DataFrame]:
+    """Measure the layers in `names` where that is not done yet, and write results/bench and the figure.
+
+    Returns what was written, and `judged`. Every layer is measured in a process of its own, and kept: what was measured
+    when this is stopped is not measured again.
+    """
+    frames = []
+    for threads in sorted({1, os.cpu_count() or 1}):
+        for name in names:
+            settings = Settings(name, threads, **PROFILES[profile])
+            rows = measured_once(f"bench-{name}-{threads}", settings, measure, machine(), made_with()["versions"])
+            frames.append(rows.assign(layer=name, threads=threads))
+    rows = pd.concat(frames, ignore_index=True)
+    rows["variant"] = rows["variant"].fillna("")
+    table = medians(rows)
+    artifacts = Artifacts(output_root(profile))
+    content = {"machine": machine(), **made_with(), "rows": json.loads(table.to_json(orient="records"))}
+    artifacts.write("bench/bench.json", (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+    threads = int(table["threads"].max())
+    verdicts = judged(table, threads)
+    where, repeats = machine(), Settings("", 1, **PROFILES[profile]).rounds
+    note = (
+        f"{where['cpu']}, {where['cores']} cores; float64; medians of up to {repeats} rounds, in which all take turns."
+    )
+    artifacts.markdown(
+        "bench/targets",
+        ("Layer", "Part", "Against", "Where", "Measured", "Target", "Holds", "Error of x, ours / theirs", "Of the vjp"),
+        _verdict_rows(verdicts),
+        f"How many times as long the other takes, in the variant where that is least; ≤: how many times as long ours "
+        f"takes, where that is most. {note} {threads} threads. Errors are relative, against folding with a direct "
+        f"solver. Made by: `{command}`",
+    )
+    artifacts.markdown(
+        "bench/layers",
+        (
+            "Layer",
+            "n",
+            "Batch",
+            "Who",
+            "Threads",
+            "Forward (µs)",
+            "Backward (µs)",
+            "Ratio",
+            "Memory (MB)",
+            "Error of x",
+            "Of the vjp",
+        ),
+        _layer_rows(rows, table),
+        f"Microseconds per sample; ratio: to folding, forward and backward; memory: the highest, of a batch. {note} "
+        f"Made by: `{command}`",
+    )
+    figure = draw(table, f"{note}\nMade by: {command}")
+    artifacts.figure("bench", figure)
+    plt.close(figure)
+    return artifacts, verdicts
+
+
+def title(layer: Layer, contender: str) -> str:
+    """Return what a contender, or what is measured beside them, is called."""
+    return BESIDE[contender] if contender in BESIDE else layer.contenders[contender].title
+
+
+def _verdict_rows(verdicts: pd.DataFrame) -> Iterator[list[str]]:
+    for row in verdicts.itertuples():
+        layer = LAYERS[row.layer]
+        ours = "" if row.ours == OURS else f", {title(layer, row.ours)}"
+        yield [
+            layer.title + ours,
+            row.part,
+            title(layer, row.against),
+            row.variant,
+            f"{row.measured:,.3g}×",
+            f"{'≤ ' if row.at_most else ''}{row.factor:,g}×",
+            "yes" if row.holds else "**no**",
+            *(
+                f"{getattr(row, f'{error}_ours'):.0e} / {getattr(row, f'{error}_theirs'):.0e}"
+                for error in ("error_x", "error_vjp")
+            ),
+        ]
+
+
+def _layer_rows(rows: pd.DataFrame, table: pd.DataFrame) -> Iterable[list[str]]:
+    refused = rows[rows["seconds_forward"].isna()]
+    for name, layer in LAYERS.items():
+        for row in table[table["layer"] == name].itertuples():
+            variant = f"{layer.title}, {row.variant}" if row.variant else layer.title
+            yield [
+                *(variant, f"{row.n}", f"{row.batch}", title(layer, row.contender), f"{row.threads}"),
+                *(f"{1e6 * row.forward:.3g}", f"{1e6 * row.backward:.3g}", f"{row.ratio:.3g}"),
+                *(f"{row.peak_bytes / 1e6:.0f}", f"{row.error_x:.0e}", f"{row.error_vjp:.0e}"),
+            ]
+        for row in refused[refused["layer"] == name].itertuples():
+            variant = f"{layer.title}, {row.variant}" if row.variant else layer.title
+            place = (variant, f"{row.n}", f"{row.batch}", title(layer, row.contender), f"{row.threads}")
+            yield [*place, row.why, *[""] * 5]
+
+
+def draw(table: pd.DataFrame, caption: str) -> Figure:
+    """Return the figure: a panel per layer, a bar per contender at the study's size, with how long it takes to ours."""
+    threads = table["threads"].max()
+    shown = [name for name in LAYERS if name in set(table["layer"])]
+    with plt.rc_context(style.STYLE):
+        columns = 2
+        rows = -(-len(shown) // columns)
+        figure, axes = plt.subplots(rows, columns, figsize=(7.4, 2.3 * rows), squeeze=False, layout="constrained")
+        for panel in axes.flat[len(shown) :]:
+            panel.set_axis_off()
+        for name, panel in zip(shown, axes.flat, strict=False):
+            layer = LAYERS[name]
+            first = next(iter(layer.variants))
+            part = table[(table["layer"] == name) & (table["threads"] == threads) & (table["variant"] == first)]
+            part = part[(part["n"] == layer.n) & (part["batch"] == layer.batch)].sort_values("total", ascending=False)
+            colors = [_color(layer, contender) for contender in part["contender"]]
+            micro = 1e6 * part["total"]
+            panel.barh(range(len(part)), micro, color=colors, height=0.7)
+            panel.set_yticks(range(len(part)), [title(layer, c) for c in part["contender"]], fontsize=6)
+            for place, (value, ratio) in enumerate(zip(micro, part["ratio"], strict=True)):
+                panel.text(1.1 * value, place, f"{ratio:.3g}×", va="center", fontsize=5.5)
+            panel.set_xscale("log")
+            panel.set_xlim(0.5 * micro.min(), 6 * micro.max())
+            panel.set_title(
+                f"{layer.title}{', ' if first else ''}{first}, n = {layer.n}, batch {layer.batch}", fontsize=7
+            )
+            panel.tick_params(axis="x", labelsize=6)
+            panel.set_xlabel("µs per sample, forward and backward", fontsize=6.5)
+            style.grid(panel)
+        figure.supxlabel(caption, **style.CAPTION)
+    return figure
+
+
+def _color(layer: Layer, contender: str) -> str:
+    if contender == OURS:
+        return "k"
+    if contender in BESIDE:
+        return "0.8"
+    return style.COLORS[4] if layer.contenders[contender].peer else style.COLORS[5]

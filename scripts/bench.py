@@ -1,0 +1,32 @@
+"""Measure every layer against its peers, in the same run, and write the table of targets, all numbers and a figure."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from rich.console import Console
+
+from experiments import studies
+from experiments.benchmark import report
+from experiments.benchmark.layers import LAYERS
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse the command line and measure; return the exit code."""
+    parser = argparse.ArgumentParser(prog="scripts/bench.py", description=__doc__)
+    parser.add_argument("--layer", action="append", choices=LAYERS, help="default: all")
+    parser.add_argument("--profile", default="default", choices=studies.PROFILES, help="how long it is measured")
+    options = parser.parse_args(arguments)
+    console = Console()
+    names = options.layer or list(LAYERS)
+    command = "make bench" + ("" if options.profile == "default" else f" PROFILE={options.profile}")
+    artifacts, _ = report.make(options.profile, names, command)
+    console.print((artifacts.root / "bench" / "targets.md").read_text(), markup=False, highlight=False, soft_wrap=True)
+    for line in artifacts.lines():
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,157 @@
+"""The benchmark: what it measures of a layer, and how it judges targets and growth."""
+
+import dataclasses
+
+import pandas as pd
+import pytest
+import torch
+
+from experiments.benchmark import layers, measure, report
+from experiments.benchmark.layers import LAYERS, Contender, Place
+from foldopt.errors import SolverError
+
+
+def small(name, contenders, n, batch):
+    layer = LAYERS[name]
+    kept = {key: layer.contenders[key] for key in contenders}
+    first = next(iter(layer.variants))
+    return dataclasses.replace(layer, n=n, batch=batch, contenders=kept, variants={first: layer.variants[first]})
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    threads = torch.get_num_threads()
+
+    def call(layer, **settings):
+        monkeypatch.setitem(LAYERS, "tried", layer)
+        chosen = {"factors": (1,), "rounds": 3, "budget": 5.0, **settings}
+        return measure.measure(measure.Settings("tried", 1, **chosen))
+
+    yield call
+    torch.set_num_threads(threads)
+
+
+def test_all_layers_name_what_is_ours_and_what_errors_are_relative_to():
+    for layer in LAYERS.values():
+        assert {layers.OURS, layers.REFERENCE} <= set(layer.contenders)
+    for target in report.TARGETS:
+        known = {*LAYERS[target.layer].contenders, measure.FLOOR, measure.NETWORK}
+        assert {target.ours, *target.against} <= known | set(report.CONES)
+
+
+@pytest.mark.parametrize(
+    ("name", "contenders"),
+    [
+        ("portfolio", ("fold", "direct", "gmres", "clarabel")),
+        ("denoising", ("fold", "direct", "qpth")),
+        ("bilinear", ("fold", "direct", "block")),
+        ("qp", ("fold", "direct", "qpth", "cvxpylayers")),
+    ],
+)
+def test_contenders_take_turns_and_agree(measured, name, contenders):
+    rows = measured(small(name, contenders, 12, 3))
+    beside = {measure.FLOOR} if name == "qp" else {measure.FLOOR, measure.NETWORK}
+    assert set(rows["contender"]) == {*contenders, *beside}
+    assert (rows.groupby("contender").size() == 3).all()
+    assert (rows["seconds_backward"] > 0).all()
+    exact = rows[rows["contender"].isin(["fold", "direct", "gmres", "block"])]
+    assert (exact[["error_x", "error_vjp"]] < 1e-8).all(axis=None)
+    assert (rows[["error_x", "error_vjp"]] < 1e-2).all(axis=None), rows
+
+
+def test_the_vertex_is_that_of_gurobi_and_has_no_backward_pass(measured):
+    rows = measured(small("vertex", ("fold", "direct", "gurobi"), 6, 4))
+    own = rows[rows["contender"].isin(["fold", "gurobi"])]
+    assert (own["error_x"] < 1e-6).all()
+    assert (own["seconds_backward"] == 0).all()
+
+
+def test_growth_is_of_batch_and_of_n():
+    places = LAYERS["portfolio"].places((1, 4))
+    assert places == [Place("", 20, 32), Place("", 20, 128), Place("", 80, 32)]
+    assert LAYERS["multilabel"].places((1, 4)) == [
+        Place("τ = 1", 100, 64),
+        Place("τ = 0.05", 100, 64),
+        Place("τ = 1", 100, 256),
+    ], "its n is the number of classes"
+
+
+def test_who_is_missing_too_slow_or_refuses_is_said(measured, monkeypatch):
+    absent = Contender("absent", ("backend=fold",), needs=("no_such_package",))
+    layer = small("bilinear", ("fold", "direct", "unfold"), 6, 4)
+    layer = dataclasses.replace(layer, contenders={**layer.contenders, "absent": absent})
+
+    def refuse(self, *_):
+        raise SolverError("no answer")
+
+    monkeypatch.setattr("experiments.backends.unfold.UnfoldBackend.__call__", refuse)
+    rows = measured(layer, factors=(1, 4), limit=0.0)
+    why = rows.dropna(subset=["why"]).groupby("contender")["why"].first()
+    assert why["absent"] == "no_such_package is not installed"
+    assert why["unfold"] == "no answer"
+    grown = rows[rows["batch"] == 16]
+    assert (grown.loc[grown["contender"] == "fold", "why"] == "would take more than 0 s").all()
+
+
+def rows_of(**content):
+    rows = []
+    for (contender, variant), (forward, backward, error) in content["times"].items():
+        row = {"layer": content["layer"], "threads": 1, "variant": variant, "contender": contender}
+        row |= {"n": content["n"], "batch": content["batch"], "samples": content["batch"], "peak_bytes": 0, "why": None}
+        row |= {"seconds_forward": forward, "seconds_backward": backward, "error_x": error, "error_vjp": error}
+        rows += [row, row]
+    return pd.DataFrame(rows)
+
+
+def test_a_target_is_judged_where_the_ratio_is_least_and_needs_the_accuracy():
+    times = {
+        ("fold", "λ = 2"): (1e-3, 1e-3, 0.0),
+        ("qpth", "λ = 2"): (0.2, 0.1, 1e-6),
+        ("fold", "λ = 1"): (1e-3, 1e-3, 0.0),
+        ("qpth", "λ = 1"): (0.1, 0.12, 1e-6),
+        ("lu", "λ = 2"): (0.0, 2e-4, 0.0),
+        ("lu", "λ = 1"): (0.0, 1e-3, 0.0),
+    }
+    rows = rows_of(layer="denoising", n=100, batch=32, times=times)
+    table = report.medians(rows)
+    assert table.set_index(["contender", "variant"]).loc[("qpth", "λ = 2"), "ratio"] == pytest.approx(150)
+    verdicts = report.judged(table, 1).set_index("against")
+    assert verdicts.loc["qpth", "variant"] == "λ = 1"
+    assert verdicts.loc["qpth", "measured"] == pytest.approx(110)
+    assert verdicts.loc["qpth", "holds"]
+    assert verdicts.loc["lu", "measured"] == pytest.approx(5), "where it is most"
+    assert not verdicts.loc["lu", "holds"]
+
+    rows.loc[rows["contender"] == "fold", ["error_x", "error_vjp"]] = 1e-3
+    assert not report.judged(report.medians(rows), 1).set_index("against").loc["qpth", "holds"], "faster, less accurate"
+
+
+def test_growth_is_fitted_for_a_batch():
+    places = [(20, 32, 1e-3), (20, 128, 4e-3), (80, 32, 16e-3)]
+    rows = pd.concat(
+        rows_of(layer="portfolio", n=n, batch=batch, times={("fold", ""): (seconds, 0.0, 0.0)})
+        for n, batch, seconds in places
+    )
+    found = report.exponents(report.medians(rows))
+    assert found == {("portfolio", "batch"): pytest.approx(1.0), ("portfolio", "n"): pytest.approx(2.0)}
+
+
+def test_tables_json_and_figure_are_written(tmp_path, monkeypatch):
+    def made(name, settings, *_):
+        layer = LAYERS[settings.layer]
+        each = [*layer.contenders, measure.FLOOR]
+        times = {(who, variant): (1e-3, 1e-3, 0.0) for who in each for variant in layer.variants}
+        return rows_of(layer=settings.layer, n=layer.n, batch=layer.batch, times=times).drop(
+            columns=["layer", "threads"]
+        )
+
+    monkeypatch.setattr(report, "measured_once", made)
+    monkeypatch.setattr(report, "output_root", lambda profile: tmp_path)
+    _, verdicts = report.make("smoke", list(LAYERS), "make bench PROFILE=smoke")
+    assert len(verdicts) == len(report.TARGETS) - 3, "no network was measured"
+    text = (tmp_path / "bench/targets.md").read_text()
+    assert "| **no** |" in text
+    assert "Made by: `make bench PROFILE=smoke`" in text
+    assert "qpth" in (tmp_path / "bench/layers.md").read_text()
+    assert '"cores"' in (tmp_path / "bench/bench.json").read_text()
+    assert (tmp_path / "figures/bench.png").stat().st_size > 30_000
