@@ -17,8 +17,11 @@ from foldopt.errors import InputError
 from foldopt.fixed_point import fixed_point_vjp
 from foldopt.fold import FoldedLayer, fold
 from foldopt.linear_solve import LFPI, SOLVERS, Direct, LinearSolveInfo
+from foldopt.linear_solve.phi import Phi
 from foldopt.step import Recorded, StepFunction, Tensors, as_tuple, flatten, record, state_vjp, unflatten, vjp_of
 from foldopt.unroll import unfold, unroll
+
+ASSEMBLED = 400  # columns up to which Phi is assembled where it is multiplied with hundreds of times
 
 
 class GradientCheck(NamedTuple):
@@ -139,7 +142,7 @@ def spectral_radius(recorded: Recorded, iterations: int = 400) -> Tensor:
 
     The mean makes it right for complex eigenvalues too. recorded: a step recorded at its fixed point (`foldopt.step`).
     """
-    vjp = state_vjp(recorded)
+    vjp = _many_products(recorded)
     v = _random(flatten(recorded.state), torch.Generator().manual_seed(0))
     v = v / torch.linalg.vector_norm(v, dim=1, keepdim=True)
     growth = v.new_zeros(len(v))
@@ -150,6 +153,15 @@ def spectral_radius(recorded: Recorded, iterations: int = 400) -> Tensor:
         if k >= iterations // 2:
             growth = growth + size.log()
     return (growth / (iterations - iterations // 2)).exp()
+
+
+def _many_products(recorded: Recorded) -> Callable[[Tensor], Tensor]:
+    """Return v -> Phi^T v, for hundreds of them: with Phi as a matrix, unless it has too many columns for that."""
+    vjp, state = state_vjp(recorded), flatten(recorded.state).detach()
+    if state.shape[1] > ASSEMBLED:
+        return vjp
+    phi = Phi.assembled(vjp, state).matrix()
+    return lambda v: (v[:, None, :] @ phi)[:, 0]
 
 
 @dataclass
@@ -240,9 +252,8 @@ def stepsize_study(
         with _lenient(core):
             at = _examined(layer, core, params)
         g = _random(flatten(at.solution), torch.Generator().manual_seed(seed))
-        lfpi, gmres, anderson = (
-            SOLVERS[name]()(state_vjp(at.recorded), g)[1] for name in ("lfpi", "gmres", "anderson")
-        )
+        product = _many_products(at.recorded)
+        lfpi, gmres, anderson = (SOLVERS[name]()(product, g)[1] for name in ("lfpi", "gmres", "anderson"))
         rows.append(
             StepsizeRow(
                 float(stepsize),
