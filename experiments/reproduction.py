@@ -7,6 +7,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from omegaconf import OmegaConf
 from rich.console import Console
 
@@ -145,6 +146,7 @@ def measurements() -> list[str]:
 
 
 def _outputs(study: Study, planned: Sequence[StudyRun], profile: str, console: Console) -> None:
+    torch.set_num_threads(1)  # as the runs: more would change digits, and wait for each other beside other work
     artifacts = Artifacts(output_root(profile))
     command = make_command(study.name.replace("_", "-"), profile)
     makers = FIGURES.get(study.name, ())
