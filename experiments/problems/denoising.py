@@ -54,16 +54,16 @@ class DenoisingStep(DualProximalGradient):
         super().__init__(lambda v, t, D, d, weight: soft_threshold(v, t * weight))
 
     def _step(self, D: Tensor) -> Tensor:
-        return stepsize(D)
+        return DualSystem.of(D).stepsize
 
     def inverse(self, g: Tensor, transposed: bool, w: Tensor, D: Tensor, d: Tensor, weight: Tensor) -> Tensor:
         """Return v = Phi^T v + g, or v = Phi v + g if `transposed`, (B, m).
 
         Rows of Phi are zero where the step ends at a bound and those of I - s D D' elsewhere, on the free set.
         """
-        s = self._step(D)
+        dual = DualSystem.of(D)
+        s = dual.stepsize
         free = (w - s * self.primal(w, D, d) @ D.mT).abs() <= weight
-        dual = DualSystem(D)
         if transposed:
             fixed = torch.where(free, 0, g)
             return fixed + dual.solve(g / s - fixed @ dual.M, free)
@@ -114,8 +114,12 @@ class DualSystem:
     few: those where the solution jumps. Raises InputError if the rows of D are dependent.
     """
 
+    _last: ClassVar[DualSystem | None] = None
+
     def __init__(self, D: Tensor) -> None:
-        self.M = D @ D.mT
+        self.D = D.detach().clone()
+        self.M = self.D @ self.D.mT
+        self.stepsize = stepsize(self.D)
         root, info = torch.linalg.cholesky_ex(self.M)
         pivots = root.diagonal().square()
         if int(info) or float(pivots.min()) <= 1e-13 * float(pivots.max()):
@@ -124,6 +128,14 @@ class DualSystem:
                 "unique. Lower train.lr, or start from another D."
             )
         self.inverse = torch.cholesky_inverse(root)
+
+    @classmethod
+    def of(cls, D: Tensor) -> DualSystem:
+        """Return the system of D: the last one if that had the same D, as a forward pass and its backward pass have."""
+        last = cls._last
+        if last is None or last.D.dtype != D.dtype or last.D.device != D.device or not torch.equal(last.D, D):
+            cls._last = last = cls(D)
+        return last
 
     def solve(self, r: Tensor, free: Tensor) -> Tensor:
         """Return z, (B, m), with (M z)_F = r_F on each sample's free set F, (B, m) bool, and zero elsewhere."""
@@ -197,11 +209,11 @@ class DenoisingProblem:
         Raises InputError for wrong shapes, NaN or inf (with the batch indices), and dependent rows of D.
         """
         D, d = _checked(D, d)
-        dual = DualSystem(D)
+        dual = DualSystem.of(D)
         q = d @ D.mT
         if warm is not None and warm.shape != q.shape:
             raise InputError(f"warm has shape {tuple(warm.shape)}, expected {tuple(q.shape)}.")
-        guess = self._descent(dual.M, q, stepsize(D)) if warm is None else iter([warm.to(q, copy=True)])
+        guess = self._descent(dual.M, q, dual.stepsize) if warm is None else iter([warm.to(q, copy=True)])
         w = next(islice(guess, GUESS if warm is None else 0, None))
         side = self._sides(w)
         iterations = torch.zeros(len(d), dtype=torch.long, device=d.device)
