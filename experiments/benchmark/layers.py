@@ -21,6 +21,7 @@ F64 = torch.float64
 Leaves = tuple[Tensor, ...]
 Solve = Callable[[Leaves], Tensor]
 OURS, REFERENCE = "fold", "direct"
+LARGEST = 60_000_000
 
 
 @dataclass(frozen=True)
@@ -69,11 +70,15 @@ class Layer:
     system: Callable[[int], int]
 
     def places(self, factors: Sequence[int]) -> list[Place]:
-        """Return every variant at the study's size, and the first one at `factors` times its batch, and its n."""
+        """Return every variant at the study's size, and the first one at `factors` times its batch, and its n.
+
+        Sizes of which the matrices of a batch, n by n, have more than `LARGEST` entries are left out.
+        """
         first = next(iter(self.variants))
         grown = [Place(first, self.n, factor * self.batch) for factor in factors if factor > 1]
         if self.key:
-            grown += [Place(first, factor * self.n, self.batch) for factor in factors if factor > 1]
+            sizes = [factor * self.n for factor in factors if factor > 1]
+            grown += [Place(first, n, self.batch) for n in sizes if self.batch * n * n <= LARGEST]
         return [*(Place(variant, self.n, self.batch) for variant in self.variants), *grown]
 
     def problem(self, place: Place, names: Collection[str], seed: int) -> tuple[Leaves, Mapping[str, Solve]]:
@@ -258,7 +263,7 @@ LAYERS: Mapping[str, Layer] = {
     ),
     "bilinear": Layer(
         "bilinear, f-PGD",
-        ("task=bilinear", "task.kappa=0.9", "task.time_limit=20"),
+        ("task=bilinear", "task.kappa=0.9", "task.time_limit=10"),
         "task.n_variables",
         50,
         32,

@@ -186,6 +186,14 @@ def make(profile: str, names: Sequence[str], command: str) -> tuple[Artifacts, p
         f"Microseconds per sample; ratio: to folding, forward and backward; memory: the highest, of a batch. {note} "
         f"Made by: `{command}`",
     )
+    grown = {key: f"{exponent:.2f}" for key, exponent in exponents(table).items()}
+    artifacts.markdown(
+        "bench/growth",
+        ("Layer", "Time, batch", "Time, n"),
+        [[LAYERS[name].title, *(grown.get((name, axis), "–") for axis in ("batch", "n"))] for name in names],
+        f"Exponents of the time of folding, forward and backward, on one thread; 1 is linear. {note} "
+        f"Made by: `{command}`",
+    )
     figure = draw(table, f"{note}\nMade by: {command}")
     artifacts.figure("bench", figure)
     plt.close(figure)
@@ -224,7 +232,11 @@ def _layer_rows(rows: pd.DataFrame, table: pd.DataFrame) -> Iterable[list[str]]:
             yield [
                 *(variant, f"{row.n}", f"{row.batch}", title(layer, row.contender), f"{row.threads}"),
                 *(f"{1e6 * row.forward:.3g}", f"{1e6 * row.backward:.3g}", f"{row.ratio:.3g}"),
-                *(f"{row.peak_bytes / 1e6:.0f}", f"{row.error_x:.0e}", f"{row.error_vjp:.0e}"),
+                *(
+                    "–" if pd.isna(row.peak_bytes) else f"{row.peak_bytes / 1e6:.0f}",
+                    f"{row.error_x:.0e}",
+                    f"{row.error_vjp:.0e}",
+                ),
             ]
         for row in refused[refused["layer"] == name].itertuples():
             variant = f"{layer.title}, {row.variant}" if row.variant else layer.title

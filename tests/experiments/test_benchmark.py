@@ -153,5 +153,6 @@ def test_tables_json_and_figure_are_written(tmp_path, monkeypatch):
     assert "| **no** |" in text
     assert "Made by: `make bench PROFILE=smoke`" in text
     assert "qpth" in (tmp_path / "bench/layers.md").read_text()
+    assert "| QPLayer | – | – |" in (tmp_path / "bench/growth.md").read_text(), "one place has no growth"
     assert '"cores"' in (tmp_path / "bench/bench.json").read_text()
     assert (tmp_path / "figures/bench.png").stat().st_size > 30_000
