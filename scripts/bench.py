@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 
 from rich.console import Console
@@ -17,11 +18,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="scripts/bench.py", description=__doc__)
     parser.add_argument("--layer", action="append", choices=LAYERS, help="default: all")
     parser.add_argument("--profile", default="default", choices=studies.PROFILES, help="how long it is measured")
+    parser.add_argument("--threads", type=int, action="append", help="default: 1, and as many as there are cores")
     options = parser.parse_args(arguments)
     console = Console()
     names = options.layer or list(LAYERS)
+    threads = sorted(set(options.threads or (1, os.cpu_count() or 1)))
     command = "make bench" + ("" if options.profile == "default" else f" PROFILE={options.profile}")
-    artifacts, _ = report.make(options.profile, names, command)
+    command += f' THREADS="{" ".join(map(str, threads))}"' if options.threads else ""
+    artifacts, _ = report.make(options.profile, names, threads, command)
     console.print((artifacts.root / "bench" / "targets.md").read_text(), markup=False, highlight=False, soft_wrap=True)
     for line in artifacts.lines():
         console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -135,26 +135,28 @@ def machine() -> dict[str, str | int]:
     return {"cpu": names[0] if names else platform.processor() or platform.machine(), "cores": os.cpu_count() or 1}
 
 
-def make(profile: str, names: Sequence[str], command: str) -> tuple[Artifacts, pd.DataFrame]:
+def make(
+    profile: str, names: Sequence[str], threads: Sequence[int], command: str, say: Callable[[str], None] = print
+) -> tuple[Artifacts, pd.DataFrame]:
     """Measure the layers in `names` where that is not done yet, and write results/bench and the figure.
 
-    Returns what was written, and `judged`. Every layer is measured in a process of its own, and kept: what was measured
-    when this is stopped is not measured again.
+    say: what is being measured. Returns what was written, and `judged`. Every layer is measured in a process of its
+    own, and kept: what was measured when this is stopped is not measured again.
     """
     frames = []
-    for threads in sorted({1, os.cpu_count() or 1}):
+    for count in threads:
         for name in names:
-            settings = Settings(name, threads, **PROFILES[profile])
-            rows = measured_once(f"bench-{name}-{threads}", settings, measure, machine(), made_with()["versions"])
-            frames.append(rows.assign(layer=name, threads=threads))
+            say(f"Measuring: {LAYERS[name].title}, {_threads(count)}")
+            settings = Settings(name, count, **PROFILES[profile])
+            rows = measured_once(f"bench-{name}-{count}", settings, measure, machine(), made_with()["versions"])
+            frames.append(rows.assign(layer=name, threads=count))
     rows = pd.concat(frames, ignore_index=True)
     rows["variant"] = rows["variant"].fillna("")
     table = medians(rows)
     artifacts = Artifacts(output_root(profile))
     content = {"machine": machine(), **made_with(), "rows": json.loads(table.to_json(orient="records"))}
     artifacts.write("bench/bench.json", (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
-    threads = int(table["threads"].max())
-    verdicts = judged(table, threads)
+    verdicts = judged(table, max(threads))
     where, repeats = machine(), Settings("", 1, **PROFILES[profile]).rounds
     note = (
         f"{where['cpu']}, {where['cores']} cores; float64; medians of up to {repeats} rounds, in which all take turns."
@@ -164,8 +166,8 @@ def make(profile: str, names: Sequence[str], command: str) -> tuple[Artifacts, p
         ("Layer", "Part", "Against", "Where", "Measured", "Target", "Holds", "Error of x, ours / theirs", "Of the vjp"),
         _verdict_rows(verdicts),
         f"How many times as long the other takes, in the variant where that is least; ≤: how many times as long ours "
-        f"takes, where that is most. {note} {threads} threads. Errors are relative, against folding with a direct "
-        f"solver. Made by: `{command}`",
+        f"takes, where that is most. {note} {_threads(max(threads))}. Errors are "
+        f"relative, against folding with a direct solver. Made by: `{command}`",
     )
     artifacts.markdown(
         "bench/layers",
@@ -198,6 +200,10 @@ def make(profile: str, names: Sequence[str], command: str) -> tuple[Artifacts, p
     artifacts.figure("bench", figure)
     plt.close(figure)
     return artifacts, verdicts
+
+
+def _threads(count: int) -> str:
+    return "one thread" if count == 1 else f"{count} threads"
 
 
 def title(layer: Layer, contender: str) -> str:

@@ -147,7 +147,7 @@ def test_tables_json_and_figure_are_written(tmp_path, monkeypatch):
 
     monkeypatch.setattr(report, "measured_once", made)
     monkeypatch.setattr(report, "output_root", lambda profile: tmp_path)
-    _, verdicts = report.make("smoke", list(LAYERS), "make bench PROFILE=smoke")
+    _, verdicts = report.make("smoke", list(LAYERS), [1], "make bench PROFILE=smoke")
     assert len(verdicts) == len(report.TARGETS) - 3, "no network was measured"
     text = (tmp_path / "bench/targets.md").read_text()
     assert "| **no** |" in text
