@@ -90,7 +90,7 @@ def _at(layer: Layer, place: Place, expected: Mapping[str, float], settings: Set
             exact[samples] = _pass(reference, given, cotangent[:samples])[:2]
         calls[name] = partial(_measured, solves[name], given, cotangent[:samples], exact[samples])
     calls[FLOOR] = partial(_linear_solve, place.batch, layer.system(place.n), generator)
-    if layer.key != "n":
+    if layer.key not in (None, "n"):  # a synthetic study: its size is ours to choose
         calls[NETWORK] = _network_step(layer, place)
     yield from _taking_turns(calls, settings)
 

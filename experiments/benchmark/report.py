@@ -166,7 +166,7 @@ def make(
         ("Layer", "Part", "Against", "Where", "Measured", "Target", "Holds", "Error of x, ours / theirs", "Of the vjp"),
         _verdict_rows(verdicts),
         f"How many times as long the other takes, in the variant where that is least; ≤: how many times as long ours "
-        f"takes, where that is most. {note} {_threads(max(threads))}. Errors are "
+        f"takes, where that is most; {_threads(max(threads))}. {note} Errors are "
         f"relative, against folding with a direct solver. Made by: `{command}`",
     )
     artifacts.markdown(
