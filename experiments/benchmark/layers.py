@@ -21,7 +21,7 @@ F64 = torch.float64
 Leaves = tuple[Tensor, ...]
 Solve = Callable[[Leaves], Tensor]
 OURS, REFERENCE = "fold", "direct"
-LARGEST = 60_000_000
+LARGEST = 60_000_000  # entries of a batch of n x n matrices; several of them are in memory at a time
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer and its contenders, of which `OURS` is what a user gets and `REFERENCE` what errors are relative to.
+    """A layer and its contenders: `OURS` is what a user gets, errors are relative to `REFERENCE`, where there is one.
 
     key: of n in the task, None where the data has it. n, batch: the study's. variants: overrides by name. system: n ->
     the size of the linear system behind its backward pass.
@@ -81,6 +81,11 @@ class Layer:
             grown += [Place(first, n, self.batch) for n in sizes if self.batch * n * n <= LARGEST]
         return [*(Place(variant, self.n, self.batch) for variant in self.variants), *grown]
 
+    def identity(self) -> dict[str, object]:
+        """Return what the numbers depend on beside the size."""
+        contenders = {name: (c.overrides, c.most) for name, c in self.contenders.items()}
+        return {"overrides": self.overrides, "variants": self.variants, "contenders": contenders}
+
     def problem(self, place: Place, names: Collection[str], seed: int) -> tuple[Leaves, Mapping[str, Solve]]:
         """Return the parameters that it is given at `place`, and how each of the contenders in `names` solves it."""
         built = {name: self.built(place, self.contenders[name].overrides) for name in (REFERENCE, *names)}
@@ -104,10 +109,9 @@ class Vertices(Layer):
 
     def problem(self, place: Place, names: Collection[str], seed: int) -> tuple[Leaves, Mapping[str, Solve]]:
         """Return the parameters, and enumeration and Gurobi."""
-        task = self.built(place, self.contenders[REFERENCE].overrides).task
+        task = self.built(place, self.contenders[OURS].overrides).task
         leaves = parameters_in_training(task, 0.3, torch.Generator().manual_seed(seed))
-        enumerated = partial(_vertex, task.problem)
-        return leaves, {OURS: enumerated, REFERENCE: enumerated, "gurobi": lambda cd: task.problem.gurobi(*cd, False).x}
+        return leaves, {OURS: partial(_vertex, task.problem), "gurobi": lambda cd: task.problem.gurobi(*cd, False).x}
 
 
 def _vertex(problem: BilinearProblem, leaves: Leaves) -> Tensor:
@@ -290,7 +294,6 @@ LAYERS: Mapping[str, Layer] = {
         32,
         {
             OURS: Contender("enumeration", ("backend=two_stage",)),
-            REFERENCE: Contender("enumeration, again", ("backend=two_stage",)),
             "gurobi": Contender("Gurobi one by one", peer=True, needs=("gurobipy",), most=8),
         },
         {"": ()},

@@ -148,7 +148,8 @@ def make(
         for name in names:
             say(f"Measuring: {LAYERS[name].title}, {_threads(count)}")
             settings = Settings(name, count, **PROFILES[profile])
-            rows = measured_once(f"bench-{name}-{count}", settings, measure, machine(), made_with()["versions"])
+            also = LAYERS[name].identity(), machine(), made_with()["versions"]
+            rows = measured_once(f"bench-{name}-{count}", settings, measure, *also)
             frames.append(rows.assign(layer=name, threads=count))
     rows = pd.concat(frames, ignore_index=True)
     rows["variant"] = rows["variant"].fillna("")

@@ -54,7 +54,7 @@ class DenoisingStep(DualProximalGradient):
         super().__init__(lambda v, t, D, d, weight: soft_threshold(v, t * weight))
 
     def _step(self, D: Tensor) -> Tensor:
-        return DualSystem.of(D).stepsize
+        return stepsize(D)
 
     def inverse(self, g: Tensor, transposed: bool, w: Tensor, D: Tensor, d: Tensor, weight: Tensor) -> Tensor:
         """Return v = Phi^T v + g, or v = Phi v + g if `transposed`, (B, m).

@@ -302,3 +302,15 @@ def test_the_limit_of_the_enumeration_is_where_it_says(monkeypatch):
     found = problem.vertex(c, d)
     monkeypatch.undo()
     assert torch.equal(found.value, problem.vertex(c, d).value), "in parts or at once"
+
+
+@pytest.mark.parametrize("total", [1, 2, 5, 12])
+@pytest.mark.parametrize("scale", [1e-8, 1e-2, 1.0, 30.0, 1e8])
+@pytest.mark.parametrize("smoothing", ["quadratic", "entropy"])
+def test_the_rough_block_is_the_block(smoothing, scale, total):
+    """Ties included; the quadratic one to rounding, the one of entropy to the five digits that it promises."""
+    s = scale * torch.randn(200, 20, generator=torch.Generator().manual_seed(total), dtype=F64)
+    s[:50] = s[:50].round(decimals=1)
+    chosen = bilinear.SMOOTHINGS[smoothing](0.7)
+    error = (chosen.rough(s, total) - chosen.block(s, total)).abs().max()
+    assert float(error) <= (1e-12 if smoothing == "quadratic" else 1e-5)

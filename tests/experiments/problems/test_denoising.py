@@ -247,3 +247,22 @@ def test_bad_signals_and_operators_are_named():
         problem.exact(D, signals(3))
     with pytest.raises(InputError, match="warm has shape"):
         problem.exact(operator(), signals(3), warm=torch.zeros(3, 98))
+
+
+def test_a_step_alone_takes_dependent_rows():
+    """They have no unique dual, which only an exact solve and a gradient need."""
+    D, d = operator(), signals(4)
+    D[1] = D[0]
+    problem = DenoisingProblem(2.0, 100)
+    layer = foldopt.fold(lambda D, d, _: problem.fdpg(D, d, iterations=20_000).w, DenoisingStep(), tol=1e-5)
+    with torch.no_grad():
+        assert layer(D, d, torch.tensor(2.0, dtype=F64)).isfinite().all()
+
+
+def test_the_system_of_another_operator_is_not_taken_for_this_one():
+    D = operator()
+    kept = DualSystem.of(D)
+    assert DualSystem.of(D.clone()) is kept, "equal values"
+    D[0, 0] += 1e-13
+    assert DualSystem.of(D) is not kept, "changed in place"
+    assert DualSystem.of(D.float()).M.dtype == torch.float32
