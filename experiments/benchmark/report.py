@@ -63,9 +63,15 @@ TARGETS = (
 
 
 def medians(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return one row per place and contender, times and bytes per sample, with the ratio of its time to `OURS`."""
-    measured = rows.dropna(subset=["seconds_forward"])
-    table = measured.drop(columns="why").groupby(KEYS, sort=False, dropna=False).median().reset_index()
+    """Return one row per place and contender: medians of its rounds, with the ratio of its time to `OURS`.
+
+    forward, backward, total: seconds per sample; fastest and slowest: total of a round.
+    """
+    measured = rows.dropna(subset=["seconds_forward"]).drop(columns="why")
+    measured["round"] = (measured["seconds_forward"] + measured["seconds_backward"]) / measured["samples"]
+    groups = measured.groupby(KEYS, sort=False, dropna=False)
+    table = groups.median().drop(columns="round").reset_index()
+    table["fastest"], table["slowest"] = groups["round"].min().to_numpy(), groups["round"].max().to_numpy()
     for part in ("forward", "backward"):
         table[part] = table.pop(f"seconds_{part}") / table["samples"]
     table["total"] = table["forward"] + table["backward"]
@@ -197,7 +203,12 @@ def make(
         f"Exponents of the time of folding, forward and backward, on one thread; 1 is linear. {note} "
         f"Made by: `{command}`",
     )
-    figure = draw(table, f"{note}\nMade by: {command}")
+    figure = draw(
+        table,
+        "Black: what a user of foldopt gets; blue: other ways that foldopt has; orange: other libraries; grey: beside them."
+        "\nBars: medians, and how many times that of black; whiskers: the fastest and the slowest round."
+        f"\n{note}\n{_threads(max(threads)).capitalize()}. Made by: {command}",
+    )
     artifacts.figure("bench", figure)
     plt.close(figure)
     return artifacts, verdicts
@@ -268,10 +279,13 @@ def draw(table: pd.DataFrame, caption: str) -> Figure:
             part = part[(part["n"] == layer.n) & (part["batch"] == layer.batch)].sort_values("total", ascending=False)
             colors = [_color(layer, contender) for contender in part["contender"]]
             micro = 1e6 * part["total"]
-            panel.barh(range(len(part)), micro, color=colors, height=0.7)
+            spread = 1e6 * np.stack([part["total"] - part["fastest"], part["slowest"] - part["total"]]).clip(min=0)
+            whiskers = {"ecolor": "0.5", "elinewidth": 0.8}
+            panel.barh(range(len(part)), micro, xerr=spread, error_kw=whiskers, color=colors, height=0.7)
             panel.set_yticks(range(len(part)), [title(layer, c) for c in part["contender"]], fontsize=6)
             for place, (value, ratio) in enumerate(zip(micro, part["ratio"], strict=True)):
-                panel.text(1.1 * value, place, f"{ratio:.3g}×", va="center", fontsize=5.5)
+                end = max(value, 1e6 * part["slowest"].iloc[place])
+                panel.text(1.1 * end, place, f"{ratio:.3g}×", va="center", fontsize=5.5)
             panel.set_xscale("log")
             panel.set_xlim(0.5 * micro.min(), 6 * micro.max())
             panel.set_title(
