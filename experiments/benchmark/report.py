@@ -206,8 +206,8 @@ def make(
     figure = draw(
         table,
         "Black: what a user of foldopt gets; blue: other ways that foldopt has; orange: other libraries; "
-        "grey: beside them.\nBars: medians, and how many times that of black; whiskers: the fastest and the slowest round."
-        f"\n{note}\n{_threads(max(threads)).capitalize()}. Made by: {command}",
+        "grey: beside them.\nBars: medians, and how many times that of black; whiskers: the fastest and "
+        f"the slowest round.\n{note}\n{_threads(max(threads)).capitalize()}. Made by: {command}",
     )
     artifacts.figure("bench", figure)
     plt.close(figure)
