@@ -39,7 +39,10 @@ def require_finite(**tensors: Tensor | float) -> None:
     if is_certified():
         return
     for name, value in tensors.items():
-        finite = torch.as_tensor(value).isfinite()
+        value = torch.as_tensor(value)
+        if value.sum().isfinite():  # a tenth of the time of looking at every entry
+            continue
+        finite = value.isfinite()
         if not finite.all():
             rows = (~finite).reshape(len(finite) if finite.dim() else 1, -1).any(1).nonzero()[:, 0].tolist()
             raise InputError(

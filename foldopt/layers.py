@@ -17,7 +17,7 @@ from foldopt.solvers.nlp import solve_nlp
 from foldopt.solvers.qp import solve_qp
 from foldopt.solvers.qpth import solve_qpth
 from foldopt.step import State, as_tuple
-from foldopt.updates.admm import ADMM, ADMMState, batched_qp
+from foldopt.updates.admm import PrimalADMM, PrimalState, batched_qp, symmetric
 from foldopt.updates.dual_proximal_gradient import DualProximalGradient
 from foldopt.updates.gradient import ProjectedGradient
 from foldopt.updates.sqp import SQP, SmoothProgram, SQPData, SQPProgram, SQPState
@@ -149,12 +149,12 @@ class QPLayer(nn.Module):
         options: as for `foldopt.fold`. on_failure decides what happens to infeasible or unbounded samples (x is NaN
             there) and to those without a derivative.
 
-    ``fold`` is the folded layer of the states (z, u); ``fold.last`` holds its per-sample certificates.
+    ``fold`` is the folded layer of the states (x, z, u); ``fold.last`` holds its per-sample certificates.
     """
 
     def __init__(self, rho: float = 1.0, *, dtype: torch.dtype | None = torch.float64, **options: Any) -> None:
         super().__init__()
-        self.update = ADMM(rho)
+        self.update = PrimalADMM(rho)
         self.fold = fold(self._solve, self.update, dtype=dtype, **options)
 
     def forward(
@@ -164,18 +164,22 @@ class QPLayer(nn.Module):
         if A is None or b is None or not A.numel():
             A, b = p.new_zeros(0, p.shape[-1]), p.new_zeros(0)
         batched_qp(Q, p, G, h, A, b)  # shapes first: what follows would fail in its own words
-        params = (Q + Q.mT) / 2, p, G, h, A, b
-        state = self.fold(*params)
-        dtype = self.fold.dtype or Q.dtype
-        solved = state[0].detach().isfinite().all(1, keepdim=True)
-        state = tuple(torch.where(solved, part.to(dtype), 0) for part in state)
-        x = self.update.primal(state, *(t.to(dtype) for t in params))
-        return torch.where(solved, x, torch.nan).to(Q.dtype)
+        return self.fold(Q, p, G, h, A, b)[0].to(Q.dtype)
 
-    def _solve(self, *params: Tensor) -> ADMMState:
+    def _solve(self, *params: Tensor) -> PrimalState:
         Q, p, G, h, A, b = batched_qp(*params)
-        found = solve_qp(Q, p, A, b, G, h)
-        return self.update.state(found.x, found.lam, G)
+        saddle = self.update.prepare(Q, G, A)
+        if saddle is None:
+            found = solve_qp(symmetric(Q), p, A, b, G, h)
+            return found.x, *self.update.state(found.x, found.lam, G)
+        k = b.shape[1]
+        x, multipliers, ok = saddle.minimize(Q, p, torch.cat([A, G], 1), torch.cat([b, h], 1), k)
+        lam = multipliers[:, k:]
+        if not ok.all():
+            left = ~ok
+            found = solve_qp(symmetric(Q[left]), *(t[left] for t in (p, A, b, G, h)))
+            x[left], lam[left] = found.x, found.lam
+        return x, *self.update.state(x, lam, G)
 
 
 class NLPLayer(nn.Module):

@@ -35,7 +35,7 @@ SMALLEST = 1e-16  # where an error of exactly zero is drawn
 class Settings:
     """Which problems: logits of norm 1, n of them, k selected; floor: of x in the step's logarithm."""
 
-    instances: int = 64
+    instances: int = 24
     iterations: int = 60
     n: int = 100
     k: int = 5

@@ -131,12 +131,15 @@ def measure(settings: Settings) -> pd.DataFrame:
         exact = bench.call(layers[REFERENCE])[:2]
         for layer in layers.values():
             bench.call(layer)
-        memory = {name: peak_memory(partial(bench.call, layer)) for name, layer in layers.items()}
+        memory: dict[str, int] = {}
         for repeat in range(settings.repeats):
             for name, layer in layers.items():
                 if repeat and name in SLOW:
                     continue
-                x, gradient, forward, backward = bench.call(layer)
+                if not repeat:
+                    (x, gradient, forward, backward), memory[name] = peak_memory(partial(bench.call, layer))
+                else:
+                    x, gradient, forward, backward = bench.call(layer)
                 rows.append(
                     {
                         "reading": run.series,

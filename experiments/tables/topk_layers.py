@@ -87,6 +87,7 @@ class Bench:
 def measure(settings: Settings) -> pd.DataFrame:
     """Return one row per temperature, layer and repetition, the layers taking turns, after one call of each.
 
+    SLOW layers are called beforehand at the first temperature alone, which loads what they need, and measured once.
     A layer that refuses to answer has no errors and times, and no gradient for any sample.
     """
     rows = []
@@ -97,7 +98,8 @@ def measure(settings: Settings) -> pd.DataFrame:
         exact = bench.call(layers[REFERENCE][0])[:2]
         for repeat in range(settings.repeats + 1):
             for name, (layer, failures) in layers.items():
-                if repeat > 1 and name in SLOW:
+                warm = repeat or temperature == settings.temperatures[0]
+                if name in SLOW and (repeat > 1 or not warm):
                     continue
                 row = {**place, "layer": name, **_measured(bench, layer, exact)}
                 row["failures"] = failures() / settings.batch_size if "error_x" in row else 1.0

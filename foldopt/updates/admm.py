@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor, nn
 
 from foldopt.checks import require_positive
 from foldopt.errors import InputError
 from foldopt.solvers.multipliers import recover_multipliers
+from foldopt.solvers.saddle import Saddle
+from foldopt.transforms import transformed
 
 ADMMState = tuple[Tensor, Tensor]
+PrimalState = tuple[Tensor, Tensor, Tensor]
 QPData = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
@@ -35,20 +40,20 @@ class ADMM(nn.Module):
         super().__init__()
         require_positive("rho", rho)
         self.rho = rho
+        self._prepared: Prepared | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_prepared": None}
 
     def forward(self, state: ADMMState, *params: Tensor) -> ADMMState:
         """Return the state after one step."""
-        z, u = state
-        Q, p, G, h, A, b = batched_qp(*params)
-        Gx = torch.einsum("bmn,bn->bm", G, self._minimize(z - u, Q, p, G, A, b))
-        z = torch.where(Gx + u < h, Gx + u, h)  # torch.minimum would mix both sides at a tie
-        return z, u + Gx - z
+        return self._step(*state, *batched_qp(*params))[1:]
 
     def primal(self, state: ADMMState, *params: Tensor) -> Tensor:
         """Return x (B, n) of a state; at the fixed point it is the solution."""
         z, u = state
         Q, p, G, _, A, b = batched_qp(*params)
-        return self._minimize(z - u, Q, p, G, A, b)
+        return self._minimize(z - u, Q, p, G, A, b)[0]
 
     def state(self, x: Tensor, lam: Tensor, G: Tensor) -> ADMMState:
         """Return the fixed point (z, u) of a solution x (B, n) with multipliers lam (B, m) >= 0 of Gx <= h."""
@@ -72,21 +77,165 @@ class ADMM(nn.Module):
         z, u = state
         Q, p, G, h, A, b = batched_qp(*params)
         n, m = p.shape[1], h.shape[1]
-        kkt = self._kkt(Q, G, A)
+        kkt = self._kkt((Q + Q.mT) / 2, G, A)
         pull = torch.cat([self.rho * G.mT, p.new_zeros(len(p), b.shape[1], m)], 1)
         P = G @ torch.linalg.solve(kkt, pull)[:, :n]
-        below = torch.einsum("bmn,bn->bm", G, self._minimize(z - u, Q, p, G, A, b)) + u < h
+        below = self._minimize(z - u, Q, p, G, A, b)[1] + u < h
         moved = torch.cat([P, torch.eye(m, dtype=p.dtype, device=p.device) - P], 2)  # of Gx + u with (z, u)
         return torch.cat([torch.where(below[:, :, None], moved, 0), torch.where(below[:, :, None], 0, moved)], 1)
 
-    def _minimize(self, target: Tensor, Q: Tensor, p: Tensor, G: Tensor, A: Tensor, b: Tensor) -> Tensor:
-        """Return argmin 1/2 x'Qx + p'x + rho/2 |Gx - target|^2 subject to Ax = b."""
-        pull = self.rho * torch.einsum("bmn,bm->bn", G, target)
-        return torch.linalg.solve(self._kkt(Q, G, A), torch.cat([pull - p, b], 1))[:, : p.shape[1]]
+    def inverse(self, g: Tensor, transposed: bool, state: ADMMState, *params: Tensor) -> Tensor:
+        """Return v = Phi^T v + g, or v = Phi v + g if `transposed`, (B, 2m).
+
+        With S = C Q^-1 C' on the rows of G, those of A eliminated, the P of `jacobian` is the (S + I / rho)^-1 S of
+        both sides, and what is left to solve is the block of S of the active constraints: the KKT system.
+        """
+        z, u = state
+        Q, p, G, h, A, b = batched_qp(*params)
+        reduced = self._reduced(Q, G, A)
+        if reduced is None:
+            phi = ADMM.jacobian(self, state, *params)
+            eye = torch.eye(g.shape[1], dtype=g.dtype, device=g.device)
+            return torch.linalg.solve_ex(eye - (phi if transposed else phi.mT), g)[0]
+        k = b.shape[1]
+        gz, gu = g.chunk(2, dim=1)
+        active = self._minimize(z - u, Q, p, G, A, b)[1] + u >= h
+        held = torch.cat([torch.ones_like(b, dtype=torch.bool), active], 1)
+        given, target = (-gz, gu / self.rho) if transposed else (self.rho * gz, gu)
+        zero = torch.zeros_like(b)
+        r, Sr = reduced.saddle.complete(held, torch.cat([zero, given], 1), torch.cat([zero, target], 1))
+        r, Sr = r[:, k:], Sr[:, k:]
+        if not transposed:
+            return torch.cat([gz + Sr, gu + r / self.rho], 1)
+        moved = torch.where(active, r + gz, gu - self.rho * Sr)
+        return torch.cat([torch.where(active, gz, gz + moved), torch.where(active, gu + moved, gu)], 1)
+
+    def prepare(self, Q: Tensor, G: Tensor, A: Tensor) -> Saddle | None:
+        """Factor Q (B, n, n) with the rows of A and G for steps with just these tensors, until the next call.
+
+        None where they do not suit (see `Saddle`); the steps then factor the KKT matrix. Steps with other tensors, or
+        with these after they were written to, are as right without it.
+        """
+        reduced = self._reduce(Q, G, A)
+        self._prepared = Prepared.of(reduced, Q, G, A)
+        return reduced and reduced.saddle
+
+    def _reduced(self, Q: Tensor, G: Tensor, A: Tensor) -> Reduced | None:
+        if transformed(Q, G, A):
+            return None
+        prepared = self._prepared
+        return prepared.reduced if prepared and prepared.suits(Q, G, A) else self._reduce(Q, G, A)
+
+    def _reduce(self, Q: Tensor, G: Tensor, A: Tensor) -> Reduced | None:
+        with torch.no_grad():
+            saddle = Saddle.of(symmetric(Q), _rows(G, A))
+        if saddle is None:
+            return None
+        d = torch.full((A.shape[1] + G.shape[1],), 1 / self.rho, dtype=Q.dtype, device=Q.device)
+        d[: A.shape[1]] = 0
+        return Reduced(saddle, saddle.shifted(d))
+
+    def _step(
+        self, z: Tensor, u: Tensor, Q: Tensor, p: Tensor, G: Tensor, h: Tensor, A: Tensor, b: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        x, Gx = self._minimize(z - u, Q, p, G, A, b)
+        moved = Gx + u
+        z = torch.where(moved < h, moved, h)  # torch.minimum would mix both sides at a tie
+        return x, z, moved - z
+
+    def _minimize(
+        self, target: Tensor, Q: Tensor, p: Tensor, G: Tensor, A: Tensor, b: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return (x, Gx) of argmin 1/2 x'Qx + p'x + rho/2 |Gx - target|^2 subject to Ax = b."""
+        reduced = self._reduced(Q, G, A)
+        if reduced is None:
+            pull = self.rho * torch.einsum("bmn,bm->bn", G, target)
+            x = torch.linalg.solve(self._kkt((Q + Q.mT) / 2, G, A), torch.cat([pull - p, b], 1))[:, : p.shape[1]]
+            return x, torch.einsum("bmn,bn->bm", G, x)
+        saddle, shifted = reduced
+        x, y = saddle.solve(Q, _rows(G, A), shifted, -p, torch.cat([b, target], 1))
+        return x, target + y[:, b.shape[1] :] / self.rho
 
     def _kkt(self, Q: Tensor, G: Tensor, A: Tensor) -> Tensor:
         corner = A.new_zeros(len(A), A.shape[1], A.shape[1])
         return torch.cat([torch.cat([Q + self.rho * G.mT @ G, A.mT], 2), torch.cat([A, corner], 2)], 1)
+
+
+class PrimalADMM(ADMM):
+    """The same step with x in its state, (x, z, u), on which nothing depends: what a layer that returns x folds."""
+
+    def forward(self, state: PrimalState, *params: Tensor) -> PrimalState:  # type: ignore[override]
+        """Return the state after one step."""
+        return self._step(*state[1:], *batched_qp(*params))
+
+    def jacobian(self, state: PrimalState, *params: Tensor) -> Tensor:  # type: ignore[override]
+        """Return Phi of the step at a state, (B, n + 2m, n + 2m), in closed form."""
+        inner = super().jacobian(state[1:], *params)
+        _, p, G, *_ = batched_qp(*params)
+        B, m, n = G.shape
+        basis = torch.eye(m, dtype=p.dtype, device=p.device)
+        X = torch.stack([self._moved(e.expand(B, m), *params) for e in basis], 2) if m else p.new_zeros(B, n, 0)
+        rows = torch.cat([torch.cat([X, -X], 2), inner], 1)
+        return torch.cat([p.new_zeros(B, n + 2 * m, n), rows], 2)
+
+    def inverse(self, g: Tensor, transposed: bool, state: PrimalState, *params: Tensor) -> Tensor:  # type: ignore[override]
+        """Return v = Phi^T v + g, or v = Phi v + g if `transposed`, (B, n + 2m)."""
+        n, m = state[0].shape[1], state[1].shape[1]
+        gx, gz, gu = g.split([n, m, m], 1)
+        if transposed:
+            v = super().inverse(g[:, n:], True, state[1:], *params)
+            return torch.cat([gx + self._moved(v[:, :m] - v[:, m:], *params), v], 1)
+        pulled = self._pulled(gx, *params)
+        return torch.cat([gx, super().inverse(torch.cat([gz + pulled, gu - pulled], 1), False, state[1:], *params)], 1)
+
+    def _moved(self, change: Tensor, *params: Tensor) -> Tensor:
+        """Return how x moves when z - u does, (B, n)."""
+        Q, p, G, _, A, b = batched_qp(*params)
+        return self._minimize(change, Q, torch.zeros_like(p), G, A, torch.zeros_like(b))[0]
+
+    def _pulled(self, cotangent: Tensor, *params: Tensor) -> Tensor:
+        """Return the cotangent of z - u that pulls back one of x: rho times how Gx moves when -p moves by it."""
+        Q, _, G, h, A, b = batched_qp(*params)
+        return self.rho * self._minimize(torch.zeros_like(h), Q, -cotangent, G, A, torch.zeros_like(b))[1]
+
+
+class Reduced(NamedTuple):
+    """What the steps with one Q, G and A share: their `Saddle`, and its shift by 1 / rho in the rows of G."""
+
+    saddle: Saddle
+    shifted: Tensor
+
+
+def _rows(G: Tensor, A: Tensor) -> Tensor:
+    return torch.cat([A, G], 1) if A.shape[1] else G
+
+
+class Prepared(NamedTuple):
+    """A reduction, and the tensors that it belongs to as they were; None suits if they cannot be told from others."""
+
+    reduced: Reduced | None
+    tensors: tuple[Tensor, ...]
+    versions: tuple[int, ...]
+
+    @classmethod
+    def of(cls, reduced: Reduced | None, *tensors: Tensor) -> Prepared | None:
+        if any(t.is_inference() for t in tensors):  # which keep no version
+            return None
+        return cls(reduced, tuple(t.detach() for t in tensors), tuple(t._version for t in tensors))
+
+    def suits(self, *tensors: Tensor) -> bool:
+        """Whether these are the same memory, not written to since."""
+        return all(
+            not t.is_inference()
+            and (t.data_ptr(), t._version, t.dtype, t.shape, t.stride())
+            == (own.data_ptr(), version, own.dtype, own.shape, own.stride())
+            for t, own, version in zip(tensors, self.tensors, self.versions, strict=True)
+        )
+
+
+def symmetric(Q: Tensor) -> Tensor:
+    """Return the symmetric part of Q (B, n, n), which is all that x'Qx knows of it."""
+    return Q if torch.equal(Q, Q.mT) else Q.mT.contiguous().add_(Q).mul_(0.5)
 
 
 def batched_qp(Q: Tensor, p: Tensor, G: Tensor, h: Tensor, A: Tensor, b: Tensor) -> QPData:

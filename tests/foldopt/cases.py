@@ -161,9 +161,10 @@ def unrolled_admm(iterations):
     return solution
 
 
-def qp():
+def qp(n, m, k):
+    """With at most n rows in all, Q is factored and the active set is found among the rows; with more it is not."""
     return Case(
-        params=lambda gen, B: [definite(gen, 6), normal(gen, B, 6), *inequalities(gen, B, 6, 8, 2)],
+        params=lambda gen, B: [definite(gen, n), normal(gen, B, n), *inequalities(gen, B, n, m, k)],
         layer=foldopt.QPLayer,
         exact=kkt,
         unrolled=unrolled_admm(2000),
@@ -241,7 +242,8 @@ CASES = {
     "simplex": simplex(),
     "softmax": softmax(),
     "total variation": total_variation(),
-    "qp": qp(),
+    "qp": qp(6, 8, 2),
+    "qp_few_rows": qp(10, 6, 2),
     "markowitz": markowitz(),
     "nested": nested(),
     **{

@@ -8,6 +8,7 @@ from foldopt.errors import FixedPointError
 from tests.foldopt.programs import F64, quadratic_programs, solve_by_kkt
 
 ARGUMENTS = ["Q", "p", "G", "h", "A", "b"]
+ROWS = {"few rows": {"n": 12, "m": 8, "k": 2}, "many rows": {"n": 8, "m": 10, "k": 2}}  # with and without `Saddle`
 
 
 def agree(mine, other):
@@ -17,8 +18,9 @@ def agree(mine, other):
 
 @pytest.mark.parametrize("linear_solver", ["auto", "direct", "gmres"])
 @pytest.mark.parametrize("rho", [0.1, 1.0, 10.0])
-def test_the_qp_layer_against_the_kkt_system(linear_solver, rho):
-    data = quadratic_programs()
+@pytest.mark.parametrize("rows", ROWS)
+def test_the_qp_layer_against_the_kkt_system(linear_solver, rho, rows):
+    data = quadratic_programs(**ROWS[rows])
     x = foldopt.QPLayer(rho, linear_solver=linear_solver)(*data)
     expected = solve_by_kkt(*data)
     assert (expected.active.sum(1) > 0).any()
@@ -133,11 +135,12 @@ def test_the_qp_layer_against_cvxpylayers():
         torch.testing.assert_close(a, c, rtol=1e-5, atol=1e-5 * float(c.abs().max()))
 
 
+@pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("batched", [True, False], ids=["batched", "shared"])
 @pytest.mark.parametrize("argument", range(6), ids=ARGUMENTS)
-def test_the_gradient_of_each_argument_by_itself(argument, batched):
+def test_the_gradient_of_each_argument_by_itself(argument, batched, rows):
     """As qpth's own tests do: one argument requires grad, and central differences along 20 directions judge it."""
-    data = [t.detach() for t in quadratic_programs(B=10)]
+    data = [t.detach() for t in quadratic_programs(B=10, **ROWS[rows])]
     value = data[argument]
     single = 2 if argument in (0, 2, 4) else 1
     if batched and value.dim() == single:
@@ -150,7 +153,7 @@ def test_the_gradient_of_each_argument_by_itself(argument, batched):
         return layer(*data[:argument], value, *data[argument + 1 :])
 
     leaf = value.clone().requires_grad_()
-    weight = torch.randn(10, 8, generator=torch.Generator().manual_seed(4), dtype=F64)
+    weight = torch.randn(10, data[1].shape[-1], generator=torch.Generator().manual_seed(4), dtype=F64)
     (gradient,) = torch.autograd.grad((x(leaf) * weight).sum(), leaf)
     assert gradient.shape == value.shape
     gen = torch.Generator().manual_seed(5)
@@ -168,8 +171,8 @@ def test_one_variable_and_one_bound():
     x = foldopt.QPLayer()(torch.ones(1, 1), p, torch.ones(1, 1), h)
     torch.testing.assert_close(x.detach(), torch.tensor([[0.5], [1.0]], dtype=F64).to(x))
     grad_p, grad_h = torch.autograd.grad(x.sum(), (p, h))
-    assert grad_p.tolist() == [[-1.0], [0.0]]
-    assert grad_h.tolist() == [1.0]
+    torch.testing.assert_close(grad_p, torch.tensor([[-1.0], [0.0]], dtype=F64), rtol=0, atol=1e-15)
+    torch.testing.assert_close(grad_h, torch.ones(1, dtype=F64), rtol=0, atol=1e-15)
 
 
 def sudoku(side=4):

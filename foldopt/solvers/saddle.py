@@ -1,0 +1,153 @@
+"""Strictly convex quadratic programs with few constraints: Q is factored once, the rest happens among the rows."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from foldopt.solvers.interior_point import largest
+
+PIVOTS = 15  # where the rows are independent the active set usually settles in 5
+CONDITION = 1e10  # times the rounding of the dtype: the smallest pivot of Q, relative to the largest, that is trusted
+TOLERANCE = 1e-9
+
+
+class Saddle(NamedTuple):
+    """The systems [[Q, C'], [C, -diag(d)]] of a batch, Q positive definite, reduced to the rows of C.
+
+    L (B, n, n): Q = L L'. Y (B, n, r): L^-1 C'. M (B, r, r): Y'Y = C Q^-1 C'.
+    """
+
+    L: Tensor
+    Y: Tensor
+    M: Tensor
+
+    @classmethod
+    def of(cls, Q: Tensor, C: Tensor) -> Saddle | None:
+        """Return the reduction of Q (B, n, n), of which the lower half is read, and C (B, r, n).
+
+        None where Q is not safely positive definite in some sample, or C has more rows than columns.
+        """
+        if C.shape[1] > C.shape[2]:
+            return None
+        with torch.no_grad():
+            L, info = torch.linalg.cholesky_ex(Q)
+            pivots = L.diagonal(dim1=1, dim2=2).square()
+            least = CONDITION * torch.finfo(Q.dtype).eps * pivots.amax(1)
+            if not ((info == 0) & (pivots.amin(1) > least)).all():
+                return None
+            Y = torch.linalg.solve_triangular(L, C.mT, upper=False)
+            return cls(L, Y, Y.mT @ Y)
+
+    def shifted(self, d: Tensor) -> Tensor:
+        """Return the Cholesky factor of M + diag(d), d (r,), by which `solve` knows d; NaN where it is singular."""
+        shifted = self.M.clone()
+        shifted.diagonal(dim1=1, dim2=2).add_(d)
+        return _cholesky(shifted)
+
+    def solve(self, Q: Tensor, C: Tensor, shifted: Tensor, r1: Tensor, r2: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (a, c) with Q a + C'c = r1, C a - diag(d) c = r2, differentiably to any order.
+
+        Q, C: what this is the reduction of. The gradient of Q is that of its symmetric part.
+        """
+        found: tuple[Tensor, Tensor] = _Solve.apply(self, Q, C, shifted, r1, r2)
+        return found
+
+    def minimize(self, Q: Tensor, p: Tensor, C: Tensor, limits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Minimize 1/2 x'Qx + p'x subject to Cx = limits in the first k rows and Cx <= limits in the others.
+
+        Returns x (B, n), the multipliers (B, r) and whether that is the solution, (B,) bool. By block pivoting, of
+        which every step solves for one guess of the active set (Kostreva, 1978; Judice and Pires, 1994). It may cycle.
+        """
+        half = _triangular(self.L, p)
+        r = limits + _times(self.Y.mT, half)  # the slack is r + M y
+        equality = torch.arange(r.shape[1], device=r.device) < k
+        held = (r < 0) | equality
+        y = torch.zeros_like(r)
+        todo = torch.arange(len(r), device=r.device)
+        for _ in range(PIVOTS):
+            M, now, part = (self.M, held, r) if len(todo) == len(r) else (self.M[todo], held[todo], r[todo])
+            new = _on_block(M, now, -part)
+            slack = part + _times(M, new)
+            following = torch.where(now, (new > 0) | equality, slack < 0)
+            changed = (following != now).any(1)
+            y[todo], held[todo] = new, following
+            todo = todo[changed]
+            if not len(todo):
+                break
+        x = -_triangular(self.L, half + _times(self.Y, y), transposed=True)
+        Qx = (_times(Q, x) + _times(Q.mT, x)) / 2
+        Cx, forces = _times(C, x), _times(C.mT, y)
+        slack = limits - Cx
+        dual = TOLERANCE * (largest(p) + largest(Qx))
+        primal = TOLERANCE * (largest(limits) + largest(Cx))[:, None]
+        feasible = torch.where(equality, slack.abs() <= primal, slack >= -primal).all(1)
+        complementary = torch.where(equality | (slack.abs() <= primal), True, y == 0).all(1)
+        optimal = (largest(Qx + p + forces) <= dual) & torch.where(equality, True, y >= 0).all(1)
+        return x, y, feasible & complementary & optimal
+
+    def complete(self, held: Tensor, given: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (r, M r), (B, r) each: r is `given` where not `held`, (M r) is `target` where held.
+
+        NaN in the samples where the held rows are dependent.
+        """
+        rest = torch.where(held, 0, given)
+        r = rest + _on_block(self.M, held, target - _times(self.M, rest))
+        return r, torch.where(held, target, _times(self.M, r))
+
+    def _solved(self, shifted: Tensor, r1: Tensor, r2: Tensor) -> tuple[Tensor, Tensor]:
+        half = _triangular(self.L, r1)
+        c = torch.cholesky_solve((_times(self.Y.mT, half) - r2)[:, :, None], shifted)[:, :, 0]
+        return _triangular(self.L, half - _times(self.Y, c), transposed=True), c
+
+
+class _Solve(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        saddle: Saddle, Q: Tensor, C: Tensor, shifted: Tensor, r1: Tensor, r2: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return saddle._solved(shifted, r1, r2)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.saddle, Q, C, shifted, _, _ = inputs
+        ctx.save_for_backward(Q, C, shifted, *output)
+
+    @staticmethod
+    def backward(ctx: Any, ga: Tensor, gc: Tensor) -> tuple[Tensor | None, ...]:
+        Q, C, shifted, a, c = ctx.saved_tensors
+        b1, b2 = _Solve.apply(ctx.saddle, Q, C, shifted, ga, gc)
+        _, of_Q, of_C, *_ = ctx.needs_input_grad
+        pair = torch.stack([b1, a], 2)
+        gQ = -0.5 * pair @ pair.flip(2).mT if of_Q else None
+        gC = -torch.stack([c, b2], 2) @ pair.mT if of_C else None
+        return None, gQ, gC, None, b1, b2
+
+
+def _times(A: Tensor, x: Tensor) -> Tensor:
+    return torch.bmm(A, x[:, :, None])[:, :, 0]
+
+
+def _triangular(L: Tensor, r: Tensor, transposed: bool = False) -> Tensor:
+    """Return L^-1 r, or L'^-1 r."""
+    factor = L.mT if transposed else L
+    return torch.linalg.solve_triangular(factor, r[:, :, None], upper=transposed)[:, :, 0]
+
+
+def _on_block(M: Tensor, held: Tensor, rhs: Tensor) -> Tensor:
+    """Return y, (B, r), with (M y) = rhs where held and y = 0 elsewhere; NaN where that block of M is singular."""
+    block = torch.where(held[:, :, None] & held[:, None, :], M, 0)
+    block.diagonal(dim1=1, dim2=2).add_((~held).to(M))
+    return torch.cholesky_solve(torch.where(held, rhs, 0)[:, :, None], _cholesky(block))[:, :, 0]
+
+
+def _cholesky(M: Tensor) -> Tensor:
+    """Return the Cholesky factor of M (B, r, r); NaN in the samples where a pivot is lost in rounding."""
+    root, info = torch.linalg.cholesky_ex(M)
+    pivots = root.diagonal(dim1=1, dim2=2).square()
+    if not M.shape[1]:
+        return root
+    lost = (info > 0) | (pivots.amin(1) <= 1e4 * torch.finfo(M.dtype).eps * M.diagonal(dim1=1, dim2=2).amax(1))
+    return torch.where(lost[:, None, None], torch.nan, root) if lost.any() else root
