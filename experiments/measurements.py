@@ -63,8 +63,8 @@ def seconds(call: Callable[[], T]) -> tuple[T, float]:
     return result, time.perf_counter() - begin
 
 
-def peak_memory(call: Callable[[], Any]) -> int:
-    """Return by how many bytes `call` raises the memory in use at its highest point.
+def peak_memory(call: Callable[[], T]) -> tuple[T, int]:
+    """Return what `call` returns and by how many bytes it raises the memory in use at its highest point.
 
     On a GPU the memory of its tensors, else the resident memory of this process. Raises FoldoptError without a GPU
     where the system is not Linux.
@@ -73,16 +73,16 @@ def peak_memory(call: Callable[[], Any]) -> int:
         _synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        call()
+        result = call()
         _synchronize()
-        return torch.cuda.max_memory_allocated() - before
+        return result, torch.cuda.max_memory_allocated() - before
     if not CLEAR.exists():
         raise FoldoptError("peak memory is read from /proc/self, which only Linux has; measure on Linux or on a GPU.")
     ctypes.CDLL(None).malloc_trim(0)
     CLEAR.write_text("5")
     before = _resident("VmRSS")
-    call()
-    return max(_resident("VmHWM") - before, 0)
+    result = call()
+    return result, max(_resident("VmHWM") - before, 0)
 
 
 def _resident(name: str) -> int:

@@ -18,7 +18,7 @@ from foldopt.fixed_point import fixed_point_vjp
 from foldopt.fold import FoldedLayer, fold
 from foldopt.linear_solve import LFPI, SOLVERS, Direct, LinearSolveInfo
 from foldopt.linear_solve.phi import Phi
-from foldopt.step import Recorded, StepFunction, Tensors, as_tuple, flatten, record, state_vjp, unflatten, vjp_of
+from foldopt.step import Recorded, StateVJP, StepFunction, Tensors, as_tuple, flatten, record, unflatten, vjp_of
 from foldopt.unroll import unfold, unroll
 
 ASSEMBLED = 400  # columns up to which Phi is assembled where it is multiplied with hundreds of times
@@ -99,7 +99,7 @@ def check(layer: nn.Module, *params: Tensor, seed: int = 0, eps: float | None = 
     with _lenient(core):
         at = _examined(layer, core, params)
         cotangent = _random(flatten(at.solution), generator)
-        solvers = {name: make()(state_vjp(at.recorded), cotangent)[1] for name, make in SOLVERS.items()}
+        solvers = {name: make()(StateVJP(at.recorded), cotangent)[1] for name, make in SOLVERS.items()}
         gradients, kinks = _differences(layer, core, params, generator, eps)
     tolerance = core.tolerance(at.solution[0].dtype)
     rho = spectral_radius(at.recorded)
@@ -157,7 +157,7 @@ def spectral_radius(recorded: Recorded, iterations: int = 400) -> Tensor:
 
 def _many_products(recorded: Recorded) -> Callable[[Tensor], Tensor]:
     """Return v -> Phi^T v, for hundreds of them: with Phi as a matrix, unless it has too many columns for that."""
-    vjp, state = state_vjp(recorded), flatten(recorded.state).detach()
+    vjp, state = StateVJP(recorded), flatten(recorded.state).detach()
     if state.shape[1] > ASSEMBLED:
         return vjp
     phi = Phi.assembled(vjp, state).matrix()
@@ -220,7 +220,7 @@ def backward_trace(
             total, v = torch.zeros_like(exact), g
         for taken in again:
             total = total + _joined(vjp_of(taken, taken.params, v))
-            v = unflatten(state_vjp(taken)(flatten(v)), solution)
+            v = unflatten(StateVJP(taken)(flatten(v)), solution)
         backward.append(_distance(total, exact, norm=1))
     return BackwardTrace(torch.stack(forward), torch.stack(backward))
 

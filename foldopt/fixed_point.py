@@ -17,7 +17,7 @@ from torch import Tensor
 
 from foldopt.errors import LinearSolveError, SolverError
 from foldopt.linear_solve import LinearSolveInfo, LinearSolver, Phi
-from foldopt.step import Recorded, StepFunction, Tensors, flatten, record, state_jvp, state_vjp, unflatten, vjp_of
+from foldopt.step import Recorded, StateVJP, StepFunction, Tensors, flatten, record, state_jvp, unflatten, vjp_of
 from foldopt.transforms import (
     Pullback,
     Pushforward,
@@ -47,11 +47,25 @@ def fixed_point_vjp(
     keep: (B,) bool, samples to solve for; the others get v = 0.
     Returns v, shaped like the state, and the solver's per-sample certificate.
     """
+    v, info, _ = _adjoint_solve(recorded, cotangent, solver, phi, keep, ())
+    return v, info
+
+
+def _adjoint_solve(
+    recorded: Recorded,
+    cotangent: Tensors,
+    solver: LinearSolver,
+    phi: Phi | None,
+    keep: Tensor | None,
+    leaves: Sequence[Tensor],
+) -> tuple[Tensors, LinearSolveInfo, list[Tensor | None] | None]:
+    """Return what `fixed_point_vjp` does, and what `leaves` get of v where the certificate of v gave that too."""
     g = flatten(cotangent)
     if keep is not None:
         g = torch.where(keep[:, None], g, torch.zeros_like(g))
-    v, info = solver(state_vjp(recorded), g, phi)
-    return unflatten(v, recorded.state), info
+    vjp = StateVJP(recorded, leaves)
+    v, info = solver(vjp, g, phi)
+    return unflatten(v, recorded.state), info, vjp.kept(v)
 
 
 @dataclass
@@ -108,7 +122,7 @@ class FixedPoint:
         phi = (
             Phi(closed_form, inverse=inverse)
             if closed_form
-            else Phi.assembled(state_vjp(recorded), flatten(recorded.state).detach(), inverse)
+            else Phi.assembled(StateVJP(recorded), flatten(recorded.state).detach(), inverse)
         )
         if recorded is self.recorded:
             self._phi = phi
@@ -168,12 +182,16 @@ class _Fold(torch.autograd.Function):
     def backward(ctx: Any, *cotangent: Tensor) -> tuple[Tensor | None, ...]:
         point, n, needed = ctx.point, ctx.n_state, ctx.needs_input_grad[1:]
         x, keep, c = _split(ctx.saved_tensors, n)
-        v = _solved(_Adjoint(point, n), (*cotangent[:n], *x, keep, *c))
         recorded = None if torch.is_grad_enabled() else point.recorded
         leaves = [] if recorded is None else [p for p, need in zip(recorded.params, needed, strict=True) if need]
+        adjoint = _Adjoint(point, n, leaves)
+        v = _solved(adjoint, (*cotangent[:n], *x, keep, *c))
         if recorded is None or not all(leaf.requires_grad for leaf in leaves):
             return (None, *pulled_back(_Flat(point.step, n), n, (*[False] * n, *needed), v, (*x, *c))[n:])
-        pulled = iter(opaque(_Pull(recorded, leaves), *v) if transformed(*v) else vjp_of(recorded, leaves, v))
+        kept: Sequence[Tensor | None] | None = adjoint.kept
+        if kept is None:
+            kept = opaque(_Pull(recorded, leaves), *v) if transformed(*v) else vjp_of(recorded, leaves, v)
+        pulled = iter(kept)
         return (None, *[next(pulled) if need else None for need in needed])
 
     @staticmethod
@@ -221,9 +239,10 @@ class _Linear(FixedPoint):
 
     equation: ClassVar[str]
 
-    def __init__(self, of: FixedPoint, n: int) -> None:
+    def __init__(self, of: FixedPoint, n: int, leaves: Sequence[Tensor] = ()) -> None:
         super().__init__(of.solver, of.policy)
-        self.of, self.n = of, n
+        self.of, self.n, self.leaves = of, n, leaves
+        self.kept: list[Tensor | None] | None = None  # what the leaves get of the answer, where that is known
 
     @property
     def step(self) -> StepFunction:
@@ -274,6 +293,7 @@ class _Linear(FixedPoint):
         if self.policy != "warn" and not (keep & info.ok).all():
             keep = keep & info.ok
             y = masked(y, keep, self.policy)
+            self.kept = None
         return (*y, info.residual, keep.clone())
 
 
@@ -284,7 +304,9 @@ class _Adjoint(_Linear):
         return Pullback(function, self.n, state)
 
     def solve(self, recorded: Recorded, r: Tensors, keep: Tensor | None) -> tuple[Tensors, LinearSolveInfo]:
-        return fixed_point_vjp(recorded, r, self.solver, self.of.phi(recorded), keep)
+        phi = self.of.phi(recorded)
+        v, info, self.kept = _adjoint_solve(recorded, r, self.solver, phi, keep, self.leaves)
+        return v, info
 
 
 class _Tangent(_Linear):

@@ -17,6 +17,7 @@ from torch import Tensor
 from foldopt.checks import is_certified, require_finite
 from foldopt.errors import InfeasibleError, InputError
 from foldopt.solvers.qp import solve_qp
+from foldopt.transforms import transformed
 
 
 def box(x: Tensor, lower: Tensor | float, upper: Tensor | float) -> Tensor:
@@ -37,10 +38,12 @@ def simplex(x: Tensor, total: Tensor | float = 1.0) -> Tensor:
     return capped_simplex(x, total, torch.inf)
 
 
-def capped_simplex(x: Tensor, total: Tensor | float, upper: float = 1.0) -> Tensor:
+def capped_simplex(x: Tensor, total: Tensor | float, upper: float = 1.0, *, near: Tensor | None = None) -> Tensor:
     """Project on {0 <= y <= upper, sum y = total}: y = clamp(x - theta, 0, upper), theta such that it sums.
 
-    x: (B, n). total: number or (B,), in [0, n * upper]. upper: number above 0, inf for none.
+    x: (B, n). total: number or (B,), in [0, n * upper]. upper: number above 0, inf for none. near: (B, n), a guess of
+    y, such as the point of which a step projects; where its entries at the bounds are those of y it saves most of the
+    work, and it changes nothing else.
 
     Raises InputError for a total that no y reaches, with the batch indices.
     """
@@ -55,10 +58,12 @@ def capped_simplex(x: Tensor, total: Tensor | float, upper: float = 1.0) -> Tens
     if bad:
         raise InputError(f"total is outside of [0, {n * upper}] for the samples {bad[:10]}: no point sums to it.")
     with torch.no_grad():
-        kink, below = _threshold(x, total, upper)
+        # A guess is judged by looking at numbers, which torch.func hides.
+        guessed = _guessed(x, total, upper, near) if near is not None and not transformed() else None
+        kink, below = _threshold(x, total, upper) if guessed is None else guessed
     z = x - kink[:, None]  # theta = kink - below is as small as the total here, however large x is
     with torch.no_grad():
-        for _ in range(2):
+        for _ in range(2 if guessed is None else 0):
             below = below - _excess(z + below[:, None], total, upper)[0]
     z = z + below[:, None]
     excess, free, full = _excess(z, total, upper)
@@ -75,6 +80,22 @@ def _excess(z: Tensor, total: Tensor, upper: float) -> tuple[Tensor, Tensor, Ten
     count = free.sum(1)
     excess = (torch.where(free, z, 0).sum(1) + held - total) / count.clamp(min=1).to(z.dtype)
     return torch.where(count > 0, excess, 0), free, full
+
+
+def _guessed(x: Tensor, total: Tensor, upper: float, near: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Return what `_threshold` does if the free and full entries of y are those of `near` in every row, else None."""
+    full = near >= upper
+    free = (near > 0) & ~full
+    count, capped = free.sum(1), full.sum(1)
+    kink = torch.where(torch.where(count[:, None] > 0, free, full), x, torch.inf).amin(1, keepdim=True)
+    z = x - kink
+    held = upper * capped.to(x) if upper != torch.inf else torch.zeros_like(total)
+    below = (total - held - torch.where(free, z, 0).sum(1)) / count.to(x)
+    below = torch.where(count > 0, below, upper)  # at a vertex the least of the full entries is just at its bound
+    y = z + below[:, None]
+    right = torch.where(full, y >= upper, torch.where(free, (y > 0) & (y < upper), y <= 0))
+    right &= ((count > 0) | (held == total))[:, None]
+    return (kink[:, 0], below) if right.all() else None
 
 
 def _threshold(x: Tensor, total: Tensor, upper: float) -> tuple[Tensor, Tensor]:

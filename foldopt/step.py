@@ -71,14 +71,36 @@ def vjp_of(
     return [next(pulled) if i.requires_grad else None for i in inputs]
 
 
-def state_vjp(recorded: Recorded) -> Callable[[Tensor], Tensor]:
-    """Return v -> Phi^T v on flattened states (B, N)."""
+class StateVJP:
+    """v -> Phi^T v on flattened states, (B, N).
 
-    def vjp(v: Tensor) -> Tensor:
-        pulled = vjp_of(recorded, recorded.state, unflatten(v, recorded.state))
-        return flatten([torch.zeros_like(s) if p is None else p for p, s in zip(pulled, recorded.state, strict=True)])
+    leaves: of the recorded params. `last` is for a v that is expected to be the answer: the same pullback that tells
+    whether it is also gives what the leaves get of it.
+    """
 
-    return vjp
+    def __init__(self, recorded: Recorded, leaves: Sequence[Tensor] = ()) -> None:
+        self.recorded, self.leaves = recorded, leaves
+        self._last: tuple[Tensor, list[Tensor | None]] | None = None
+
+    def __call__(self, v: Tensor) -> Tensor:
+        """Return Phi^T v."""
+        return self._pulled(v, ())[0]
+
+    def last(self, v: Tensor) -> Tensor:
+        """Return Phi^T v, and keep Psi^T v."""
+        moved, kept = self._pulled(v, self.leaves)
+        self._last = v, kept
+        return moved
+
+    def kept(self, v: Tensor) -> list[Tensor | None] | None:
+        """Return Psi^T v if v is the very tensor that `last` was called with, else None."""
+        return self._last[1] if self._last is not None and self._last[0] is v else None
+
+    def _pulled(self, v: Tensor, leaves: Sequence[Tensor]) -> tuple[Tensor, list[Tensor | None]]:
+        state = self.recorded.state
+        pulled = vjp_of(self.recorded, (*state, *leaves), unflatten(v, state))
+        moved = [torch.zeros_like(s) if p is None else p for p, s in zip(pulled, state, strict=False)]
+        return flatten(moved), pulled[len(state) :]
 
 
 def state_jvp(recorded: Recorded) -> Callable[[Tensor], Tensor]:

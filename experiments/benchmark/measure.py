@@ -105,7 +105,7 @@ def _taking_turns(calls: Mapping[str, partial], settings: Settings) -> Iterator[
             if time.perf_counter() - begin > settings.limit:
                 yield {"contender": name, **row}
                 continue
-            memory[name], spent[name] = peak_memory(call), 0.0
+            memory[name], spent[name] = peak_memory(call)[1], 0.0
         except FoldoptError as error:
             yield {"contender": name, "why": str(error).split("\n")[0][:200]}
     names = list(spent)

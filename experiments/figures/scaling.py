@@ -71,14 +71,14 @@ class Settings:
     `usual_iterations` elsewhere. limit: seconds of one forward and backward pass, from which on a series stops growing.
     """
 
-    repeats: int = 3
+    repeats: int = 2
     sizes: tuple[int, ...] = (12, 25, 50, 100, 200)
     batches: tuple[int, ...] = (8, 32, 128)
     iterations: tuple[int, ...] = (10, 30, 100, 300)
     usual_n: int = 50
     usual_batch: int = 32
     usual_iterations: int = 50
-    limit: float = 1.0
+    limit: float = 0.6
     seed: int = 0
 
 
@@ -107,7 +107,7 @@ def _series(name: str, backend: str, settings: Settings) -> Iterator[dict]:
             place = {"n": settings.usual_n, "batch": settings.usual_batch, "iterations": settings.usual_iterations}
             call = _layer_call(layer, backend, {**place, axis: value}, settings.seed)
             call()
-            memory = peak_memory(call)
+            _, memory = peak_memory(call)
             forward = backward = 0.0
             for _ in range(settings.repeats):
                 forward, backward = call()

@@ -44,7 +44,7 @@ def measure(settings: Settings) -> pd.DataFrame:
     rows = []
     for k, layer in layers.items():
         bench.call(layer)
-        memory = peak_memory(partial(bench.call, layer))
+        _, memory = peak_memory(partial(bench.call, layer))
         for _ in range(settings.repeats):
             x, gradient, forward, backward = bench.call(layer)
             row = {"iterations": k, "seconds_forward": forward, "seconds_backward": backward, "peak_bytes": memory}

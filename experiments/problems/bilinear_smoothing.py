@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from foldopt.projections import capped_simplex
-from foldopt.updates import ProjectedGradient
 
 SWEEPS = (3, 12)  # over the blocks: from all starts, then from those kept
 KEPT = 2
@@ -30,8 +29,11 @@ class Smoothing(Protocol):
         """Return h of every row of x (B, n), (B,)."""
         ...
 
-    def block(self, s: Tensor, total: int) -> Tensor:
-        """Return argmax s'x - h(x) over 0 <= x <= 1, sum x = total, for every row of s (B, n); differentiable."""
+    def block(self, s: Tensor, total: int, near: Tensor | None = None) -> Tensor:
+        """Return argmax s'x - h(x) over 0 <= x <= 1, sum x = total, for every row of s (B, n); differentiable.
+
+        near: (B, n), a guess of it, which may save work.
+        """
         ...
 
     def rough(self, s: Tensor, total: int) -> Tensor:
@@ -53,9 +55,9 @@ class Quadratic:
         """Return weight/2 |x|^2, (B,)."""
         return self.weight / 2 * x.square().sum(1)
 
-    def block(self, s: Tensor, total: int) -> Tensor:
+    def block(self, s: Tensor, total: int, near: Tensor | None = None) -> Tensor:
         """Return the projection of s / weight on the capped simplex."""
-        return capped_simplex(s / self.weight, total)
+        return capped_simplex(s / self.weight, total, near=near)
 
     @torch.no_grad()
     def rough(self, s: Tensor, total: int) -> Tensor:
@@ -89,7 +91,7 @@ class Entropy:
         """Return the negative entropy times the weight, (B,)."""
         return self.weight * (torch.xlogy(x, x) + torch.xlogy(1 - x, 1 - x)).sum(1)
 
-    def block(self, s: Tensor, total: int) -> Tensor:
+    def block(self, s: Tensor, total: int, near: Tensor | None = None) -> Tensor:
         """Return the logistic function at (s - theta) / weight, theta such that the sum is total (below n).
 
         Its first derivative is exact; theta is found without gradients and corrected to first order.
@@ -134,7 +136,7 @@ class Entropy:
         return theta
 
 
-class GradientStep(ProjectedGradient):
+class GradientStep(nn.Module):
     """One step of projected gradient ascent on a smoothed program, its adjoint in closed form.
 
     ``GradientStep(Q, totals, smoothing, stepsize)(z, c, d)`` on z = (x, y), (B, 2n), with the quadratic smoothing. I -
@@ -143,8 +145,13 @@ class GradientStep(ProjectedGradient):
     """
 
     def __init__(self, Q: Tensor, totals: tuple[int, int], smoothing: Quadratic, stepsize: float) -> None:
-        self.Q, self.totals, self.smoothing = Q, totals, smoothing
-        super().__init__(self._loss, lambda z, *_: project(z, totals), stepsize)
+        super().__init__()
+        self.Q, self.totals, self.smoothing, self.stepsize = Q, totals, smoothing, stepsize
+
+    def forward(self, z: Tensor, c: Tensor, d: Tensor) -> Tensor:
+        """Return the state after one step."""
+        gradient = torch.cat([c, d], 1) + crossed(self.Q, z) - self.smoothing.weight * z
+        return project(z + self.stepsize * gradient, self.totals, near=z)
 
     def inverse(self, g: Tensor, transposed: bool, z: Tensor, c: Tensor, d: Tensor) -> Tensor:
         """Return v = Phi^T v + g, or v = Phi v + g if `transposed`, (B, 2n)."""
@@ -158,9 +165,6 @@ class GradientStep(ProjectedGradient):
     def _moved(self, u: Tensor) -> Tensor:
         """Return (I - alpha H) u."""
         return u - self.stepsize * (self.smoothing.weight * u - crossed(self.Q, u))
-
-    def _loss(self, z: Tensor, c: Tensor, d: Tensor) -> Tensor:
-        return -objective(self.Q, z, c, d) + self.smoothing.penalty(z)
 
 
 class BlockStep(nn.Module):
@@ -177,7 +181,8 @@ class BlockStep(nn.Module):
     def forward(self, z: Tensor, c: Tensor, d: Tensor) -> Tensor:
         """Return the state after one step."""
         parts = (torch.cat([c, d], 1) + crossed(self.Q, z)).chunk(2, dim=1)
-        return torch.cat([self.smoothing.block(s, k) for s, k in zip(parts, self.totals, strict=True)], 1)
+        near = z.detach().chunk(2, dim=1)
+        return torch.cat([self.smoothing.block(s, k, x) for s, k, x in zip(parts, self.totals, near, strict=True)], 1)
 
     def inverse(self, g: Tensor, transposed: bool, z: Tensor, c: Tensor, d: Tensor) -> Tensor:
         """Return v = Phi^T v + g, or v = Phi v + g if `transposed`, (B, 2n)."""
@@ -187,9 +192,11 @@ class BlockStep(nn.Module):
         return g + crossed(self.Q, coupled(self.Q, weights, g))
 
 
-def project(z: Tensor, totals: tuple[int, int]) -> Tensor:
-    """Return the nearest feasible point to z = (x, y), (B, 2n)."""
-    return torch.cat([capped_simplex(part, total) for part, total in zip(z.chunk(2, 1), totals, strict=True)], 1)
+def project(z: Tensor, totals: tuple[int, int], near: Tensor | None = None) -> Tensor:
+    """Return the nearest feasible point to z = (x, y), (B, 2n); near: a guess of it, see `capped_simplex`."""
+    guesses = (None, None) if near is None else near.chunk(2, 1)
+    parts = zip(z.chunk(2, 1), totals, guesses, strict=True)
+    return torch.cat([capped_simplex(part, total, near=guess) for part, total, guess in parts], 1)
 
 
 def crossed(Q: Tensor, z: Tensor) -> Tensor:
@@ -286,8 +293,8 @@ def _sweep(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the best x for the best y for x, the best y for that one, and how far x moved, (B,)."""
     y = smoothing.block(d + x @ Q, totals[1])
-    new = smoothing.block(c + y @ Q.mT, totals[0])
-    return new, smoothing.block(d + new @ Q, totals[1]), (new - x).abs().amax(1)
+    new = smoothing.block(c + y @ Q.mT, totals[0], x)
+    return new, smoothing.block(d + new @ Q, totals[1], y), (new - x).abs().amax(1)
 
 
 def _newton(
@@ -297,10 +304,12 @@ def _newton(
     iterations = torch.zeros(len(x), dtype=torch.long, device=x.device)
     eye = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
     todo = torch.arange(len(x), device=x.device)
+    near = torch.zeros_like(x)  # y of the iteration before
     for _ in range(MAX_NEWTON):
         now, C, D = x[todo], c[todo], d[todo]
-        y = smoothing.block(D + now @ Q, totals[1])
-        moved = smoothing.block(C + y @ Q.mT, totals[0])
+        y = smoothing.block(D + now @ Q, totals[1], near[todo])
+        moved = smoothing.block(C + y @ Q.mT, totals[0], now)
+        near[todo] = y
         r = moved - now
         size = r.abs().amax(1)
         far = size > TOLERANCE / 10
@@ -311,7 +320,7 @@ def _newton(
         M = eye - _derivative(smoothing.slopes(moved), Q @ inner)
         step, info = torch.linalg.solve_ex(M, r[:, :, None])
         trial = now + torch.where(info[:, None] == 0, step[:, :, 0], r)
-        ahead = smoothing.block(C + smoothing.block(D + trial @ Q, totals[1]) @ Q.mT, totals[0])
+        ahead = smoothing.block(C + smoothing.block(D + trial @ Q, totals[1], y) @ Q.mT, totals[0], moved)
         closer = (ahead - trial).abs().amax(1) < size / 2
         x[todo[closer]] = trial[closer]
         if not closer.all():

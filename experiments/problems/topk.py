@@ -20,7 +20,7 @@ from foldopt.errors import InputError
 from foldopt.layers import f_pgd_a, f_pgd_b
 from foldopt.projections import capped_simplex
 from foldopt.solvers.cvxpylayers import ConeLayer
-from foldopt.updates import ProjectedGradient, SQPData
+from foldopt.updates import SQPData
 
 if TYPE_CHECKING:
     import cvxpy
@@ -183,7 +183,7 @@ def multipliers(x: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return x, nu, torch.where(bound, (slope - nu).clamp(min=0), 0)
 
 
-class TopKStep(ProjectedGradient):
+class TopKStep(nn.Module):
     """One projected gradient step (eq. 4) with the projection, and the inverse of I - Phi, in closed form.
 
     ``TopKStep(k, stepsize)(x, c)``, both (B, n). floor: below it log x is taken to be constant, for iterations that
@@ -192,12 +192,12 @@ class TopKStep(ProjectedGradient):
 
     def __init__(self, k: int, stepsize: float, floor: float = SMALLEST) -> None:
         require_positive("floor", floor)
-        super().__init__(loss, lambda x, _: capped_simplex(x, k, 1.0), stepsize)
-        self.floor = floor
+        super().__init__()
+        self.k, self.stepsize, self.floor = k, stepsize, floor
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         """Return the state after one step."""
-        return self.prox(x + self.stepsize * (c - x.clamp(min=self.floor).log() - 1), self.stepsize, c)
+        return capped_simplex(x + self.stepsize * (c - x.clamp(min=self.floor).log() - 1), self.k, near=x)
 
     def inverse(self, g: Tensor, transposed: bool, x: Tensor, c: Tensor) -> Tensor:
         """Return v = Phi^T v + g, or v = Phi v + g if `transposed`, (B, n).
@@ -235,6 +235,10 @@ class TopKSQP(nn.Module):
             active = self._active(x, slope, slack, lam > slack)
         d, mu, lam = self._model(x, slope, slack, active)
         return x + d, mu, lam
+
+    def inverse(self, g: Tensor, transposed: bool, *_: object) -> Tensor:
+        """Return v = Phi^T v + g for Phi = 0, (B, N): SQP is Newton's method at a solution."""
+        return g
 
     def _model(self, x: Tensor, slope: Tensor, slack: Tensor, active: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the step d, mu and the multipliers of the quadratic model with the given active set."""

@@ -52,7 +52,7 @@ class Settings:
     """How much is measured; profile: whose readings and lambdas. learned: deviation of the noise on D."""
 
     profile: str
-    repeats: int = 3
+    repeats: int = 2
     batch_size: int = 32
     learned: float = 0.02
     seed: int = 0

@@ -44,7 +44,10 @@ PROFILES = {
 
 
 def measure(settings: Settings) -> pd.DataFrame:
-    """Return one row per layer and step: seconds of the network with its optimizer, and of the layer."""
+    """Return one row per layer and step: seconds of the network with its optimizer, and of the layer.
+
+    The layers of one step share its network, which goes back through the first one's gradient.
+    """
     device = resolve_device(settings.device)
     size = [f"task.n_train={settings.batch_size}", "task.n_val=1", "task.n_test=1", "task.data=stand_in"]
     network = [f"model.depth={settings.depth}", f"model.growth={settings.growth}"]
@@ -57,24 +60,29 @@ def measure(settings: Settings) -> pd.DataFrame:
     generator = torch.Generator().manual_seed(0)
     rows = []
     for repeat in range(settings.repeats + 1):
+        outputs, forward = seconds(lambda: model(task.prepare(samples["inputs"], generator)))
+        taken = {}
         for name, parts in built.items():
-            outputs, forward = seconds(lambda: model(task.prepare(samples["inputs"], generator)))
             leaf = outputs.detach().requires_grad_()
 
             def layer(backend=parts.backend, leaf=leaf) -> torch.Tensor:
                 log_x = backend(task.parameters(leaf, samples))
                 return torch.autograd.grad(task.decision_losses(log_x, samples).mean(), leaf)[0]
 
-            gradient, own = seconds(layer)
+            taken[name] = seconds(layer)
+        gradient = next(iter(taken.values()))[0]
 
-            def update(outputs=outputs, gradient=gradient) -> None:
-                optimizer.zero_grad(set_to_none=True)
-                outputs.backward(gradient)
-                optimizer.step()
+        def update(outputs=outputs, gradient=gradient) -> None:
+            optimizer.zero_grad(set_to_none=True)
+            outputs.backward(gradient)
+            optimizer.step()
 
-            _, backward = seconds(update)
-            if repeat:
-                rows.append({"layer": name, "seconds_network": forward + backward, "seconds_layer": own})
+        _, backward = seconds(update)
+        if repeat:
+            network = forward + backward
+            rows += [
+                {"layer": name, "seconds_network": network, "seconds_layer": own} for name, (_, own) in taken.items()
+            ]
     return pd.DataFrame(rows)
 
 

@@ -50,7 +50,8 @@ class Auto:
     def _inverted(self, vjp: VJP, g: Tensor, phi: Phi | None = None) -> tuple[Tensor, LinearSolveInfo]:
         assert phi is not None  # for the type checker
         v = phi.inverted(g)
-        residual = relative(g + vjp(v) - v, g).nan_to_num(nan=torch.inf)
+        product = getattr(vjp, "last", vjp)
+        residual = relative(g + product(v) - v, g).nan_to_num(nan=torch.inf)
         products = torch.ones(len(g), dtype=torch.long, device=g.device)
         return v, LinearSolveInfo.of("closed form", products, residual, self.direct.tolerance(g.dtype))
 

@@ -105,9 +105,7 @@ class Saddle(NamedTuple):
 
 class _Solve(torch.autograd.Function):
     @staticmethod
-    def forward(
-        saddle: Saddle, Q: Tensor, C: Tensor, shifted: Tensor, r1: Tensor, r2: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def forward(saddle: Saddle, Q: Tensor, C: Tensor, shifted: Tensor, r1: Tensor, r2: Tensor) -> tuple[Tensor, Tensor]:
         return saddle._solved(shifted, r1, r2)
 
     @staticmethod

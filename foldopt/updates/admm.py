@@ -143,9 +143,7 @@ class ADMM(nn.Module):
         z = torch.where(moved < h, moved, h)  # torch.minimum would mix both sides at a tie
         return x, z, moved - z
 
-    def _minimize(
-        self, target: Tensor, Q: Tensor, p: Tensor, G: Tensor, A: Tensor, b: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def _minimize(self, target: Tensor, Q: Tensor, p: Tensor, G: Tensor, A: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         """Return (x, Gx) of argmin 1/2 x'Qx + p'x + rho/2 |Gx - target|^2 subject to Ax = b."""
         reduced = self._reduced(Q, G, A)
         if reduced is None:
@@ -219,6 +217,7 @@ class Prepared(NamedTuple):
 
     @classmethod
     def of(cls, reduced: Reduced | None, *tensors: Tensor) -> Prepared | None:
+        """Take note of the tensors as they are."""
         if any(t.is_inference() for t in tensors):  # which keep no version
             return None
         return cls(reduced, tuple(t.detach() for t in tensors), tuple(t._version for t in tensors))

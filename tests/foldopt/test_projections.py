@@ -6,6 +6,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from foldopt import projections
 from foldopt.errors import InfeasibleError, InputError
+from foldopt.projections import capped_simplex
 from foldopt.solvers.interior_point import solve_qcqp
 
 F64 = torch.float64
@@ -134,3 +135,43 @@ def test_bad_input_is_named():
     with pytest.raises(InfeasibleError, match=r"for the samples \[0, 1, 2\]") as caught:
         projections.polyhedron(x, A, B2, torch.cat([A[:1], -A[:1]]), torch.tensor([0.0, -1.0], dtype=F64))
     assert caught.value.indices == (0, 1, 2)
+
+
+@pytest.mark.parametrize("upper", [1.0, 0.5, torch.inf])
+def test_a_guess_of_the_projection_saves_work_and_changes_nothing(monkeypatch, upper):
+    """A right guess, its active set at other numbers, guesses that are wrong, infeasible or of one sample's vertex."""
+    gen = torch.Generator().manual_seed(0)
+    x = torch.randn(50, 8, generator=gen, dtype=F64)
+    exact = capped_simplex(x, 2.0, upper)
+    right = torch.where(exact > 1e-12, exact, 0)  # at a vertex rounding may leave what is no free entry
+    free = (right > 0) & (right < upper)
+    assert (~free).any(1).all()
+    elsewhere = torch.where(free, right / 2, right)
+    wrong = [torch.zeros_like(x), torch.full_like(x, 0.1), exact.flip(0), exact.flip(1), torch.where(x > 0, 1.0, 0.0)]
+    leaf = x.clone().requires_grad_()
+    g = torch.randn(x.shape, generator=gen, dtype=F64)
+    (slope,) = torch.autograd.grad(capped_simplex(leaf, 2.0, upper), leaf, g)
+    sorts = []
+    threshold = projections._threshold
+    monkeypatch.setattr(projections, "_threshold", lambda *args: sorts.append(1) or threshold(*args))
+    for near in (right, elsewhere, *wrong):
+        y = capped_simplex(leaf, 2.0, upper, near=near)
+        torch.testing.assert_close(y, exact, rtol=0, atol=1e-15)
+        torch.testing.assert_close(torch.autograd.grad(y, leaf, g)[0], slope, rtol=0, atol=1e-15)
+    assert len(sorts) == len(wrong), "the first two do without"
+
+
+def test_a_guess_at_a_vertex():
+    x = torch.tensor([[3.0, 2.5, 0.0, -1.0], [0.3, 0.2, 0.1, 0.0]], dtype=F64)
+    exact = capped_simplex(x, 2)
+    assert exact[0].tolist() == [1, 1, 0, 0]
+    assert torch.equal(capped_simplex(x, 2, near=exact), exact)
+    short = torch.tensor([[1.0, 0.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0]], dtype=F64)
+    torch.testing.assert_close(capped_simplex(x, 2, near=short), exact, rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e12])
+def test_a_guess_at_any_scale(scale):
+    x = scale * torch.randn(50, 8, generator=torch.Generator().manual_seed(1), dtype=F64)
+    exact = capped_simplex(x, 1.0)
+    torch.testing.assert_close(capped_simplex(x, 1.0, near=exact), exact, rtol=0, atol=1e-15)
