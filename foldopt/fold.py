@@ -212,13 +212,14 @@ class Solved(FixedPoint):
 
     def jacobian(self, recorded: Recorded) -> Callable[[], Tensor] | None:
         """Return the update's own closed form of Phi, if it has one."""
-        return self._closed_form("jacobian", recorded)
+        return self._closed_form("jacobian", recorded, ())
 
     def inverse(self, recorded: Recorded) -> Callable[[Tensor, bool], Tensor] | None:
         """Return the update's own solution of the adjoint equation, if it has one."""
-        return self._closed_form("inverse", recorded)
+        stepped = tuple(out.detach() for out in recorded.outputs)
+        return self._closed_form("inverse", recorded, (stepped[0] if self.single else stepped,))
 
-    def _closed_form(self, name: str, recorded: Recorded) -> Callable[..., Tensor] | None:
+    def _closed_form(self, name: str, recorded: Recorded, more: tuple[Any, ...]) -> Callable[..., Tensor] | None:
         method = getattr(self.layer.update, name, None)
         if method is None:
             return None
@@ -227,7 +228,7 @@ class Solved(FixedPoint):
 
         def closed_form(*args: Any) -> Tensor:  # kept by this call, so it must not hold it: that would be a cycle
             with torch.no_grad():
-                return method(*args, state, *params)
+                return method(*args, *more, state, *params)
 
         return closed_form
 
@@ -248,8 +249,9 @@ def fold(
         solve: ``solve(*params) -> state``, run without gradients. Any code: a closed form, Gurobi, a nonconvex solver.
         update: ``update(state, *params) -> state``, differentiable PyTorch code, one step of any iteration that
             `solve`'s solution is a fixed point of. The samples of a batch must not interact. If it has a method
-            ``jacobian(state, *params)`` returning Phi of shape (B, N, N), or ``inverse(g, transposed, state, *params)``
-            returning the v = Phi^T v + g, or v = Phi v + g if `transposed`, of shape (B, N), that closed form is used.
+            ``jacobian(state, *params)`` returning Phi of shape (B, N, N), or ``inverse(g, transposed, stepped, state,
+            *params)``, `stepped` the state after the step, returning the v = Phi^T v + g, or v = Phi v + g if
+            `transposed`, of shape (B, N), that closed form is used, and the answer certified.
         linear_solver: "auto", "direct", "least_squares", "gmres", "bicgstab", "anderson", "lfpi", or an instance with
             settings of its own from `foldopt.linear_solve`, such as ``WarmStart(GMRES(tol=1e-6))``.
         tol: largest accepted ||U(x*, c) - x*|| / (1 + ||x*||) per sample; default 1e-6 in float64, else 1e-3.

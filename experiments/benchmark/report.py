@@ -50,6 +50,7 @@ class Target:
 TARGETS = (
     Target("portfolio", CONES, 20),
     Target("denoising", ("qpth",), 100),
+    Target("multilabel", CONES, 1000, ours="exact"),
     Target("multilabel", CONES, 1000),
     Target("multilabel", CONES, 50, "backward"),
     Target("multilabel", CONES, 50, "backward", ours="sqp"),

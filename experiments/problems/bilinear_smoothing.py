@@ -153,9 +153,9 @@ class GradientStep(nn.Module):
         gradient = torch.cat([c, d], 1) + crossed(self.Q, z) - self.smoothing.weight * z
         return project(z + self.stepsize * gradient, self.totals, near=z)
 
-    def inverse(self, g: Tensor, transposed: bool, z: Tensor, c: Tensor, d: Tensor) -> Tensor:
+    def inverse(self, g: Tensor, transposed: bool, stepped: Tensor, z: Tensor, c: Tensor, d: Tensor) -> Tensor:
         """Return v = Phi^T v + g, or v = Phi v + g if `transposed`, (B, 2n)."""
-        weights = self.smoothing.slopes(self(z, c, d))
+        weights = self.smoothing.slopes(stepped)
         if transposed:
             g, rest = self._moved(g), g
             return rest + coupled(self.Q, weights, g) / self.stepsize
@@ -184,9 +184,9 @@ class BlockStep(nn.Module):
         near = z.detach().chunk(2, dim=1)
         return torch.cat([self.smoothing.block(s, k, x) for s, k, x in zip(parts, self.totals, near, strict=True)], 1)
 
-    def inverse(self, g: Tensor, transposed: bool, z: Tensor, c: Tensor, d: Tensor) -> Tensor:
+    def inverse(self, g: Tensor, transposed: bool, stepped: Tensor, z: Tensor, c: Tensor, d: Tensor) -> Tensor:
         """Return v = Phi^T v + g, or v = Phi v + g if `transposed`, (B, 2n)."""
-        weights = self.smoothing.slopes(self(z, c, d))
+        weights = self.smoothing.slopes(stepped)
         if transposed:
             return g + coupled(self.Q, weights, crossed(self.Q, g))
         return g + crossed(self.Q, coupled(self.Q, weights, g))
@@ -215,14 +215,21 @@ def objective(Q: Tensor, z: Tensor, c: Tensor, d: Tensor) -> Tensor:
 def coupled(Q: Tensor, w: Tensor, g: Tensor) -> Tensor:
     """Return u = J (g + (Q u_y, Q'u_x)), (B, 2n), J the derivative of both blocks, of slopes w (B, 2n).
 
-    u moves the solution as g moves (c, d). One system of the size of a block is solved per sample.
+    u moves the solution as g moves (c, d). One system is solved per sample, of the size of what is free to move in a
+    block: u is zero where w is. NaN in the samples where it is singular.
     """
     (wx, wy), (gx, gy) = w.chunk(2, 1), g.chunk(2, 1)
-    Q = Q.to(g)
-    eye = torch.eye(len(Q), dtype=g.dtype, device=g.device)
-    M = eye - _derivative(wx, Q @ _derivative(wy, Q.mT))
-    ux = torch.linalg.solve(M, _applied(wx, gx + _applied(wy, gy) @ Q.mT)[:, :, None])[:, :, 0]
-    return torch.cat([ux, _applied(wy, gy + ux @ Q)], 1)
+    kx, ky = (int((part != 0).sum(1).max()) if len(w) else 0 for part in (wx, wy))
+    x, y = ((part != 0).to(torch.uint8).topk(k, dim=1).indices for part, k in ((wx, kx), (wy, ky)))
+    A = Q.to(g)[x[:, :, None], y[:, None, :]]
+    wx, wy, hx, hy = wx.gather(1, x), wy.gather(1, y), gx.gather(1, x), gy.gather(1, y)
+    M = torch.eye(kx, dtype=g.dtype, device=g.device) - _derivative(wx, A @ _derivative(wy, A.mT))
+    rhs = _derivative(wx, hx[:, :, None] + A @ _derivative(wy, hy[:, :, None]))
+    ux, info = torch.linalg.solve_ex(M, rhs)
+    ux = torch.where((info == 0)[:, None, None], ux, torch.nan)
+    uy = _derivative(wy, hy[:, :, None] + A.mT @ ux)
+    whole = (torch.zeros_like(gx).scatter(1, i, u[:, :, 0]) for i, u in ((x, ux), (y, uy)))
+    return torch.cat(list(whole), 1)
 
 
 class SmoothedSolution(NamedTuple):
@@ -302,7 +309,6 @@ def _newton(
 ) -> tuple[Tensor, Tensor]:
     """Polish x to a fixed point of `_sweep` by Newton's method; sweeps take over where that brings it no closer."""
     iterations = torch.zeros(len(x), dtype=torch.long, device=x.device)
-    eye = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
     todo = torch.arange(len(x), device=x.device)
     near = torch.zeros_like(x)  # y of the iteration before
     for _ in range(MAX_NEWTON):
@@ -316,10 +322,10 @@ def _newton(
         if not far.any():
             break
         now, C, D, y, moved, r, size, todo = (t[far] for t in (now, C, D, y, moved, r, size, todo))
-        inner = _derivative(smoothing.slopes(y), Q.mT)
-        M = eye - _derivative(smoothing.slopes(moved), Q @ inner)
-        step, info = torch.linalg.solve_ex(M, r[:, :, None])
-        trial = now + torch.where(info[:, None] == 0, step[:, :, 0], r)
+        # r + J Q J (Q'r + ...): what the sweep leaves of an error, summed up
+        weights = torch.cat([smoothing.slopes(moved), smoothing.slopes(y)], 1)
+        more = coupled(Q, weights, torch.cat([torch.zeros_like(r), r @ Q], 1))[:, : x.shape[1]]
+        trial = moved + torch.where(more.isfinite().all(1, keepdim=True), more, 0)
         ahead = smoothing.block(C + smoothing.block(D + trial @ Q, totals[1], y) @ Q.mT, totals[0], moved)
         closer = (ahead - trial).abs().amax(1) < size / 2
         x[todo[closer]] = trial[closer]
@@ -334,10 +340,6 @@ def _derivative(w: Tensor, A: Tensor) -> Tensor:
     total = w.sum(1, keepdim=True)
     share = w / torch.where(total > 0, total, 1)
     return w[:, :, None] * (A - (share[:, None, :] @ A))
-
-
-def _applied(w: Tensor, v: Tensor) -> Tensor:
-    return _derivative(w, v[:, :, None])[:, :, 0]
 
 
 def _value(Q: Tensor, x: Tensor, y: Tensor, c: Tensor, d: Tensor, smoothing: Smoothing) -> Tensor:

@@ -56,7 +56,9 @@ class DenoisingStep(DualProximalGradient):
     def _step(self, D: Tensor) -> Tensor:
         return stepsize(D)
 
-    def inverse(self, g: Tensor, transposed: bool, w: Tensor, D: Tensor, d: Tensor, weight: Tensor) -> Tensor:
+    def inverse(
+        self, g: Tensor, transposed: bool, stepped: Tensor, w: Tensor, D: Tensor, d: Tensor, weight: Tensor
+    ) -> Tensor:
         """Return v = Phi^T v + g, or v = Phi v + g if `transposed`, (B, m).
 
         Rows of Phi are zero where the step ends at a bound and those of I - s D D' elsewhere, on the free set.

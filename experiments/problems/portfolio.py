@@ -239,21 +239,22 @@ def smallest_variance(V: Tensor) -> Tensor:
 
 
 def _pivot(c: Tensor, V: Tensor, gamma: Tensor, support: Tensor) -> PortfolioSolution:
-    vertex = _best_assets(torch.zeros_like(c).scatter(1, c.argmax(1, keepdim=True), 1.0), c, V, gamma)
-    pivoted = todo = (~vertex.ok).nonzero()[:, 0]
+    best = c.argmax(1, keepdim=True)
+    nu = c.gather(1, best)
+    x = torch.zeros_like(c).scatter(1, best, 1.0)
+    state = x, nu, torch.cat([torch.zeros_like(nu), nu - c], 1)  # the solution where it is within the risk limit
     iterations = torch.zeros(len(c), dtype=torch.long, device=c.device)
-    state = tuple(part.clone() for part in vertex.state)
+    todo = (V.diagonal(dim1=1, dim2=2).gather(1, best)[:, 0] > gamma * (1 + TOLERANCE)).nonzero()[:, 0]
+    scaled = (c, *_scaled(V, gamma), support)
     for _ in range(MAX_PIVOTS):
         if not len(todo):
             break
         iterations[todo] += 1
-        point, following, settled = _on_support(c[todo], V[todo], gamma[todo], support[todo])
+        point, following, settled = _on_support(*(t if len(todo) == len(c) else t[todo] for t in scaled))
         for whole, part in zip((*state, support), (*point, following), strict=True):
             whole[todo] = part
         todo = todo[~settled]
-    found = _certified(*(part[pivoted] for part in (*state, c, V, gamma)))
-    whole = (a.index_copy(0, pivoted, b) for a, b in zip(vertex, found, strict=True))
-    return PortfolioSolution(*whole)._replace(iterations=iterations)
+    return _certified(*state, c, V, gamma)._replace(iterations=iterations)
 
 
 def _best_assets(x: Tensor, c: Tensor, V: Tensor, gamma: Tensor) -> PortfolioSolution:
@@ -262,28 +263,33 @@ def _best_assets(x: Tensor, c: Tensor, V: Tensor, gamma: Tensor) -> PortfolioSol
     return _certified(x, nu, torch.cat([torch.zeros_like(nu), nu - c], 1), c, V, gamma)
 
 
+def _scaled(V: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
+    """Return V and gamma in the unit of the largest variance, (B, n, n) and (B,), as `_on_support` needs them."""
+    unit = V.diagonal(dim1=1, dim2=2).amax(1)
+    return V / unit[:, None, None], gamma / unit
+
+
 def _on_support(c: Tensor, V: Tensor, gamma: Tensor, support: Tensor) -> tuple[SQPState, Tensor, Tensor]:
     """Return the closed form on each support (B, n) with the risk limit active: (x, nu, lam).
 
-    Also the supports to try next, and whether that is not necessary, up to rounding, (B,).
+    Also the supports to try next, and whether that is not necessary, up to rounding, (B,). V, gamma: see `_scaled`.
 
     There V x = t (c - nu) with 1/t = 2 lam_0 / gamma, so x = w + t d with w the portfolio of smallest variance 1/a and
     d = P (c - (b/a) 1), P the inverse of V on the support, a = 1'P1, b = 1'Pc; t makes the variance gamma.
     """
     on = support.to(c)
-    masked = V * on[:, :, None] * on[:, None, :] + torch.diag_embed(1 - on)
-    scale = V.diagonal(dim1=1, dim2=2).amax(1)[:, None, None]
-    root, _ = torch.linalg.cholesky_ex(masked / torch.where(support[:, :, None] & support[:, None, :], scale, 1.0))
-    ends = torch.stack([on, c * on], 2)
-    P1, Pc = (torch.cholesky_solve(ends, root) / scale).unbind(2)
-    P1, Pc = P1 * on, Pc * on
-    a, b = P1.sum(1, keepdim=True), Pc.sum(1, keepdim=True)
-    centred = (c - b / a) * on
-    d = torch.cholesky_solve(centred[:, :, None], root)[:, :, 0] / scale[:, :, 0] * on
-    t = ((gamma[:, None] - 1 / a) / (centred * d).sum(1, keepdim=True)).sqrt()
+    eye = torch.eye(c.shape[1], dtype=c.dtype, device=c.device)
+    root, _ = torch.linalg.cholesky_ex(torch.where(support[:, :, None] & support[:, None, :], V, eye))
+    mean = (c * on).sum(1, keepdim=True) / on.sum(1, keepdim=True)
+    centred = (c - mean) * on  # first by the mean, so that P of it is as exact as P of what it is then centred by
+    P1, Pc = torch.cholesky_solve(torch.stack([on, centred], 2), root).unbind(2)
+    a = P1.sum(1, keepdim=True)
+    shift = Pc.sum(1, keepdim=True) / a
+    d = Pc - shift * P1
+    t = ((gamma[:, None] - 1 / a) / ((centred - shift) * d).sum(1, keepdim=True)).sqrt()
     x = P1 / a + t * d
-    nu = b / a - 1 / (t * a)
-    reduced = nu + torch.einsum("bij,bj->bi", V, x) / t - c
+    nu = mean + shift - 1 / (t * a)
+    reduced = nu + torch.bmm(V, x[:, :, None])[:, :, 0] / t - c
     lam = torch.cat([gamma[:, None] / (2 * t), torch.where(support, 0.0, reduced)], 1)
     following = torch.where(support, x > 0, reduced < 0)
     lost = ~x.isfinite().all(1) | ~following.any(1)
@@ -309,7 +315,7 @@ def _interior(c: Tensor, V: Tensor, gamma: Tensor, indices: Tensor) -> Portfolio
     found = solve_qcqp(c.new_zeros(n, n), cost, ones, ones[0, :1], -eye, c.new_zeros(n), risk, tol=1e-12)
     lam = found.inequality_dual * size
     chosen = _certified(found.x, found.equality_dual * size, lam, c, V, gamma, tol=1e-7)
-    point, *_ = _on_support(c, V, gamma, found.x > found.inequality_dual[:, 1:])
+    point, *_ = _on_support(c, *_scaled(V, gamma), found.x > found.inequality_dual[:, 1:])
     exact = _certified(*point, c, V, gamma)
     tied = torch.where(c >= c.amax(1, keepdim=True) - 1e-12 * size, found.x, 0)
     for better in (exact, _best_assets(tied / tied.sum(1, keepdim=True), c, V, gamma)):

@@ -199,14 +199,13 @@ class TopKStep(nn.Module):
         """Return the state after one step."""
         return capped_simplex(x + self.stepsize * (c - x.clamp(min=self.floor).log() - 1), self.k, near=x)
 
-    def inverse(self, g: Tensor, transposed: bool, x: Tensor, c: Tensor) -> Tensor:
+    def inverse(self, g: Tensor, transposed: bool, stepped: Tensor, x: Tensor, c: Tensor) -> Tensor:
         """Return v = Phi^T v + g, or v = Phi v + g if `transposed`, (B, n).
 
         On the entries F that the projection leaves free, Phi is (I - 11'/|F|)(I - a/x), a the stepsize; it is zero in
         the rows of the others.
         """
-        moved = self(x, c)
-        weight = torch.where((moved > 0) & (moved < 1), x, 0)
+        weight = torch.where((stepped > 0) & (stepped < 1), x, 0)
         free, total = weight > 0, weight.sum(1, keepdim=True).clamp(min=SMALLEST)
         shift = (weight * g).sum(1, keepdim=True)
         if transposed:

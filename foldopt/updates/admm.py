@@ -76,22 +76,19 @@ class ADMM(nn.Module):
         """
         z, u = state
         Q, p, G, h, A, b = batched_qp(*params)
-        n, m = p.shape[1], h.shape[1]
-        kkt = self._kkt((Q + Q.mT) / 2, G, A)
-        pull = torch.cat([self.rho * G.mT, p.new_zeros(len(p), b.shape[1], m)], 1)
-        P = G @ torch.linalg.solve(kkt, pull)[:, :n]
+        m = h.shape[1]
+        P = G @ self._response(Q, G, A)
         below = self._minimize(z - u, Q, p, G, A, b)[1] + u < h
         moved = torch.cat([P, torch.eye(m, dtype=p.dtype, device=p.device) - P], 2)  # of Gx + u with (z, u)
         return torch.cat([torch.where(below[:, :, None], moved, 0), torch.where(below[:, :, None], 0, moved)], 1)
 
-    def inverse(self, g: Tensor, transposed: bool, state: ADMMState, *params: Tensor) -> Tensor:
-        """Return v = Phi^T v + g, or v = Phi v + g if `transposed`, (B, 2m).
+    def inverse(self, g: Tensor, transposed: bool, stepped: ADMMState, state: ADMMState, *params: Tensor) -> Tensor:
+        """Return v = Phi^T v + g, or v = Phi v + g if `transposed`, (B, 2m); stepped: the state after the step.
 
         With S = C Q^-1 C' on the rows of G, those of A eliminated, the P of `jacobian` is the (S + I / rho)^-1 S of
         both sides, and what is left to solve is the block of S of the active constraints: the KKT system.
         """
-        z, u = state
-        Q, p, G, h, A, b = batched_qp(*params)
+        Q, _, G, h, A, b = batched_qp(*params)
         reduced = self._reduced(Q, G, A)
         if reduced is None:
             phi = ADMM.jacobian(self, state, *params)
@@ -99,7 +96,7 @@ class ADMM(nn.Module):
             return torch.linalg.solve_ex(eye - (phi if transposed else phi.mT), g)[0]
         k = b.shape[1]
         gz, gu = g.chunk(2, dim=1)
-        active = self._minimize(z - u, Q, p, G, A, b)[1] + u >= h
+        active = stepped[0] >= h
         held = torch.cat([torch.ones_like(b, dtype=torch.bool), active], 1)
         given, target = (-gz, gu / self.rho) if transposed else (self.rho * gz, gu)
         zero = torch.zeros_like(b)
@@ -135,6 +132,11 @@ class ADMM(nn.Module):
         d[: A.shape[1]] = 0
         return Reduced(saddle, saddle.shifted(d))
 
+    def _response(self, Q: Tensor, G: Tensor, A: Tensor) -> Tensor:
+        """Return how x moves with the target of `_minimize`, (B, n, m)."""
+        pull = torch.cat([self.rho * G.mT, G.new_zeros(len(G), A.shape[1], G.shape[1])], 1)
+        return torch.linalg.solve(self._kkt((Q + Q.mT) / 2, G, A), pull)[:, : G.shape[2]]
+
     def _step(
         self, z: Tensor, u: Tensor, Q: Tensor, p: Tensor, G: Tensor, h: Tensor, A: Tensor, b: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -169,22 +171,23 @@ class PrimalADMM(ADMM):
     def jacobian(self, state: PrimalState, *params: Tensor) -> Tensor:  # type: ignore[override]
         """Return Phi of the step at a state, (B, n + 2m, n + 2m), in closed form."""
         inner = super().jacobian(state[1:], *params)
-        _, p, G, *_ = batched_qp(*params)
-        B, m, n = G.shape
-        basis = torch.eye(m, dtype=p.dtype, device=p.device)
-        X = torch.stack([self._moved(e.expand(B, m), *params) for e in basis], 2) if m else p.new_zeros(B, n, 0)
+        Q, _, G, _, A, _ = batched_qp(*params)
+        X = self._response(Q, G, A)
         rows = torch.cat([torch.cat([X, -X], 2), inner], 1)
-        return torch.cat([p.new_zeros(B, n + 2 * m, n), rows], 2)
+        return torch.cat([rows.new_zeros(*rows.shape[:2], X.shape[1]), rows], 2)
 
-    def inverse(self, g: Tensor, transposed: bool, state: PrimalState, *params: Tensor) -> Tensor:  # type: ignore[override]
-        """Return v = Phi^T v + g, or v = Phi v + g if `transposed`, (B, n + 2m)."""
+    def inverse(  # type: ignore[override]
+        self, g: Tensor, transposed: bool, stepped: PrimalState, state: PrimalState, *params: Tensor
+    ) -> Tensor:
+        """Return v = Phi^T v + g, or v = Phi v + g if `transposed`, (B, n + 2m); stepped: the state after the step."""
         n, m = state[0].shape[1], state[1].shape[1]
         gx, gz, gu = g.split([n, m, m], 1)
         if transposed:
-            v = super().inverse(g[:, n:], True, state[1:], *params)
+            v = super().inverse(g[:, n:], True, stepped[1:], state[1:], *params)
             return torch.cat([gx + self._moved(v[:, :m] - v[:, m:], *params), v], 1)
         pulled = self._pulled(gx, *params)
-        return torch.cat([gx, super().inverse(torch.cat([gz + pulled, gu - pulled], 1), False, state[1:], *params)], 1)
+        inner = torch.cat([gz + pulled, gu - pulled], 1)
+        return torch.cat([gx, super().inverse(inner, False, stepped[1:], state[1:], *params)], 1)
 
     def _moved(self, change: Tensor, *params: Tensor) -> Tensor:
         """Return how x moves when z - u does, (B, n)."""

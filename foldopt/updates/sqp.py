@@ -148,6 +148,6 @@ class SQP(nn.Module):
         a = self.stepsize
         return x + a * qp.x, nu + a * (qp.nu - nu), lam + a * (qp.lam - lam)
 
-    def inverse(self, g: Tensor, transposed: bool, state: SQPState, *params: Tensor) -> Tensor:
+    def inverse(self, g: Tensor, transposed: bool, stepped: SQPState, state: SQPState, *params: Tensor) -> Tensor:
         """Return v = Phi^T v + g, (B, N), for Phi = (1 - alpha) I, which it is at a regular KKT point."""
         return g / self.stepsize

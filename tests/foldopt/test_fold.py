@@ -340,7 +340,8 @@ def test_a_closed_form_of_the_adjoint_is_certified(factor, method, products):
         def forward(self, x, c):
             return 0.5 * (x + c)
 
-        def inverse(self, g, transposed, x, c):
+        def inverse(self, g, transposed, stepped, x, c):
+            assert torch.equal(stepped, self(x, c))
             return factor * 2 * g
 
     c = torch.tensor([[2.0, 3.0]], dtype=F64, requires_grad=True)

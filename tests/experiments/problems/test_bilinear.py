@@ -206,7 +206,8 @@ def test_the_closed_form_of_the_adjoint_is_that_of_the_step(smoothing):
         for transposed in (False, True):
             A = torch.eye(14, dtype=F64) - (phi if transposed else phi.mT)
             expected = torch.linalg.solve(A, g[:, :, None])[:, :, 0]
-            torch.testing.assert_close(step.inverse(g, transposed, z, c, d), expected, rtol=1e-9, atol=1e-9)
+            found = step.inverse(g, transposed, step(z, c, d), z, c, d)
+            torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
 def test_gradients_with_entropy_against_differences():

@@ -106,7 +106,8 @@ def test_the_closed_form_of_the_adjoint_is_that_of_the_step():
     for transposed in (False, True):
         A = torch.eye(11, dtype=F64) - (phi if transposed else phi.mT)
         expected = torch.linalg.solve(A, g[:, :, None])[:, :, 0]
-        torch.testing.assert_close(step.inverse(g, transposed, w, D, d, weight), expected, rtol=1e-9, atol=1e-9)
+        found = step.inverse(g, transposed, step(w, D, d, weight), w, D, d, weight)
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
 def box_dual(D, d, weight):

@@ -150,7 +150,7 @@ def test_the_inverse_of_projected_gradient_in_closed_form(temperature):
     phi = torch.func.vmap(torch.func.jacrev(lambda x, c: step(x[None], c[None])[0]))(x, c)
     g = gaussian(4, n=30, seed=1)
     for transposed, matrix in ((False, phi.mT), (True, phi)):
-        v = step.inverse(g, transposed, x, c)
+        v = step.inverse(g, transposed, step(x, c), x, c)
         residual = torch.einsum("bij,bj->bi", matrix, v) + g - v
         assert float(residual.abs().max()) < 1e-9 * float(v.abs().max() * matrix.abs().max())
 
