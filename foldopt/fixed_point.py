@@ -110,7 +110,7 @@ class FixedPoint:
         """Return a function that returns Phi in closed form, or None if there is no closed form."""
         return None
 
-    def inverse(self, recorded: Recorded) -> Callable[[Tensor, bool], Tensor] | None:
+    def inverse(self, recorded: Recorded) -> Callable[[Tensor, bool], Tensor | None] | None:
         """Return the solution of the adjoint and tangent equations in closed form (see `Phi`), or None."""
         return None
 

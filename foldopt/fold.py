@@ -214,7 +214,7 @@ class Solved(FixedPoint):
         """Return the update's own closed form of Phi, if it has one."""
         return self._closed_form("jacobian", recorded, ())
 
-    def inverse(self, recorded: Recorded) -> Callable[[Tensor, bool], Tensor] | None:
+    def inverse(self, recorded: Recorded) -> Callable[[Tensor, bool], Tensor | None] | None:
         """Return the update's own solution of the adjoint equation, if it has one."""
         stepped = tuple(out.detach() for out in recorded.outputs)
         return self._closed_form("inverse", recorded, (stepped[0] if self.single else stepped,))
@@ -251,7 +251,7 @@ def fold(
             `solve`'s solution is a fixed point of. The samples of a batch must not interact. If it has a method
             ``jacobian(state, *params)`` returning Phi of shape (B, N, N), or ``inverse(g, transposed, stepped, state,
             *params)``, `stepped` the state after the step, returning the v = Phi^T v + g, or v = Phi v + g if
-            `transposed`, of shape (B, N), that closed form is used, and the answer certified.
+            `transposed`, of shape (B, N), or None where it has none, that closed form is used; the answer is certified.
         linear_solver: "auto", "direct", "least_squares", "gmres", "bicgstab", "anderson", "lfpi", or an instance with
             settings of its own from `foldopt.linear_solve`, such as ``WarmStart(GMRES(tol=1e-6))``.
         tol: largest accepted ||U(x*, c) - x*|| / (1 + ||x*||) per sample; default 1e-6 in float64, else 1e-3.

@@ -17,7 +17,7 @@ from foldopt.solvers.nlp import solve_nlp
 from foldopt.solvers.qp import solve_qp
 from foldopt.solvers.qpth import solve_qpth
 from foldopt.step import State, as_tuple
-from foldopt.updates.admm import PrimalADMM, PrimalState, batched_qp, symmetric
+from foldopt.updates.admm import ADMMState, PrimalADMM, PrimalState, batched_qp, symmetric
 from foldopt.updates.dual_proximal_gradient import DualProximalGradient
 from foldopt.updates.gradient import ProjectedGradient
 from foldopt.updates.sqp import SQP, SmoothProgram, SQPData, SQPProgram, SQPState
@@ -149,7 +149,10 @@ class QPLayer(nn.Module):
         options: as for `foldopt.fold`. on_failure decides what happens to infeasible or unbounded samples (x is NaN
             there) and to those without a derivative.
 
-    ``fold`` is the folded layer of the states (x, z, u); ``fold.last`` holds its per-sample certificates.
+    With at most n constraints and a Q that is safely positive definite the solver factors Q once and looks for the
+    active set among the rows of G, and so does the backward pass; else it is an interior point, and Phi is factored.
+
+    ``fold`` is the folded layer of the states, (x, z, u) and (z, u); ``fold.last`` holds its per-sample certificates.
     """
 
     def __init__(self, rho: float = 1.0, *, dtype: torch.dtype | None = torch.float64, **options: Any) -> None:
@@ -164,14 +167,21 @@ class QPLayer(nn.Module):
         if A is None or b is None or not A.numel():
             A, b = p.new_zeros(0, p.shape[-1]), p.new_zeros(0)
         batched_qp(Q, p, G, h, A, b)  # shapes first: what follows would fail in its own words
-        return self.fold(Q, p, G, h, A, b)[0].to(Q.dtype)
+        state = self.fold(Q, p, G, h, A, b)
+        if len(state) == 3:
+            return state[0].to(Q.dtype)
+        dtype = self.fold.dtype or Q.dtype
+        solved = state[0].detach().isfinite().all(1, keepdim=True)
+        state = tuple(torch.where(solved, part.to(dtype), 0) for part in state)
+        x = self.update.primal(state, *(t.to(dtype) for t in (Q, p, G, h, A, b)))
+        return torch.where(solved, x, torch.nan).to(Q.dtype)
 
-    def _solve(self, *params: Tensor) -> PrimalState:
+    def _solve(self, *params: Tensor) -> ADMMState | PrimalState:
         Q, p, G, h, A, b = batched_qp(*params)
         saddle = self.update.prepare(Q, G, A)
         if saddle is None:
             found = solve_qp(symmetric(Q), p, A, b, G, h)
-            return found.x, *self.update.state(found.x, found.lam, G)
+            return self.update.state(found.x, found.lam, G)
         k = b.shape[1]
         x, multipliers, ok = saddle.minimize(Q, p, torch.cat([A, G], 1), torch.cat([b, h], 1), k)
         lam = multipliers[:, k:]

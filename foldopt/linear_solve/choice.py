@@ -37,19 +37,19 @@ class Auto:
         steps: list[tuple[str, LinearSolver]] = (
             [("direct", self.direct)] if phi.closed_form else [("gmres", self.iterative), ("direct", self.direct)]
         )
-        if phi.inverse is not None:
-            steps.insert(0, ("closed form", self._inverted))
-        v, info = steps[0][1](vjp, g, phi)
-        for name, solver in steps[1:]:
+        found = self._inverted(vjp, g, phi)
+        v, info = found or steps.pop(0)[1](vjp, g, phi)
+        for name, solver in steps:
             if info.ok.all():
                 break
             better, new = solver(vjp, g, phi)
             v, info = _improved(v, info, better, new, f"{info.method}+{name}")
         return (v, info) if info.ok.all() else self._singular(g, v, info, phi)
 
-    def _inverted(self, vjp: VJP, g: Tensor, phi: Phi | None = None) -> tuple[Tensor, LinearSolveInfo]:
-        assert phi is not None  # for the type checker
+    def _inverted(self, vjp: VJP, g: Tensor, phi: Phi) -> tuple[Tensor, LinearSolveInfo] | None:
         v = phi.inverted(g)
+        if v is None:
+            return None
         product = getattr(vjp, "last", vjp)
         residual = relative(g + product(v) - v, g).nan_to_num(nan=torch.inf)
         products = torch.ones(len(g), dtype=torch.long, device=g.device)

@@ -14,11 +14,14 @@ class Phi:
 
     make: returns the matrix. products: how many products with Phi^T that takes per sample; 0 for a closed form.
     inverse: the solution in closed form, if there is one: inverse(g, transposed) returns v = Phi^T v + g, or
-    v = Phi v + g if `transposed`.
+    v = Phi v + g if `transposed`, or None.
     """
 
     def __init__(
-        self, make: Callable[[], Tensor], products: int = 0, inverse: Callable[[Tensor, bool], Tensor] | None = None
+        self,
+        make: Callable[[], Tensor],
+        products: int = 0,
+        inverse: Callable[[Tensor, bool], Tensor | None] | None = None,
     ) -> None:
         self.make, self.products, self.inverse = make, products, inverse
         self._kept: dict[str, Any] = {}
@@ -29,7 +32,7 @@ class Phi:
         cls,
         vjp: Callable[[Tensor], Tensor],
         like: Tensor,
-        inverse: Callable[[Tensor, bool], Tensor] | None = None,
+        inverse: Callable[[Tensor, bool], Tensor | None] | None = None,
     ) -> Phi:
         """Return the Phi of a map v -> Phi^T v on tensors like `like`, (B, N), from N products."""
         n = like.shape[1]
@@ -57,10 +60,9 @@ class Phi:
         lu, pivots = self._keep("lu", self._factor)
         return torch.linalg.lu_solve(lu, pivots, g[:, :, None], adjoint=not self._transposed)[:, :, 0]
 
-    def inverted(self, g: Tensor) -> Tensor:
-        """Return v = Phi^T v + g, (B, N), by the closed form `inverse`."""
-        assert self.inverse is not None  # for the type checker: who calls this has seen it
-        return self.inverse(g, self._transposed)
+    def inverted(self, g: Tensor) -> Tensor | None:
+        """Return v = Phi^T v + g, (B, N), by the closed form `inverse`; None where there is none."""
+        return None if self.inverse is None else self.inverse(g, self._transposed)
 
     def _factor(self) -> tuple[Tensor, Tensor]:
         phi = self._keep("matrix", self.make)

@@ -82,18 +82,19 @@ class ADMM(nn.Module):
         moved = torch.cat([P, torch.eye(m, dtype=p.dtype, device=p.device) - P], 2)  # of Gx + u with (z, u)
         return torch.cat([torch.where(below[:, :, None], moved, 0), torch.where(below[:, :, None], 0, moved)], 1)
 
-    def inverse(self, g: Tensor, transposed: bool, stepped: ADMMState, state: ADMMState, *params: Tensor) -> Tensor:
-        """Return v = Phi^T v + g, or v = Phi v + g if `transposed`, (B, 2m); stepped: the state after the step.
+    def inverse(
+        self, g: Tensor, transposed: bool, stepped: ADMMState, state: ADMMState, *params: Tensor
+    ) -> Tensor | None:
+        """Return v = Phi^T v + g, or v = Phi v + g if `transposed`, (B, 2m); None where Q and the rows do not suit.
 
         With S = C Q^-1 C' on the rows of G, those of A eliminated, the P of `jacobian` is the (S + I / rho)^-1 S of
-        both sides, and what is left to solve is the block of S of the active constraints: the KKT system.
+        both sides, and what is left to solve is the block of S of the active constraints: the KKT system. stepped: the
+        state after the step.
         """
         Q, _, G, h, A, b = batched_qp(*params)
         reduced = self._reduced(Q, G, A)
         if reduced is None:
-            phi = ADMM.jacobian(self, state, *params)
-            eye = torch.eye(g.shape[1], dtype=g.dtype, device=g.device)
-            return torch.linalg.solve_ex(eye - (phi if transposed else phi.mT), g)[0]
+            return None
         k = b.shape[1]
         gz, gu = g.chunk(2, dim=1)
         active = stepped[0] >= h
@@ -162,32 +163,46 @@ class ADMM(nn.Module):
 
 
 class PrimalADMM(ADMM):
-    """The same step with x in its state, (x, z, u), on which nothing depends: what a layer that returns x folds."""
+    """The same step; a state (x, z, u) has x in it, on which nothing depends: what a layer that returns x can fold."""
 
-    def forward(self, state: PrimalState, *params: Tensor) -> PrimalState:  # type: ignore[override]
-        """Return the state after one step."""
-        return self._step(*state[1:], *batched_qp(*params))
+    def forward(  # type: ignore[override]
+        self, state: ADMMState | PrimalState, *params: Tensor
+    ) -> ADMMState | PrimalState:
+        """Return the state after one step, of as many parts."""
+        stepped = self._step(*state[-2:], *batched_qp(*params))
+        return stepped if len(state) == 3 else stepped[1:]
 
-    def jacobian(self, state: PrimalState, *params: Tensor) -> Tensor:  # type: ignore[override]
-        """Return Phi of the step at a state, (B, n + 2m, n + 2m), in closed form."""
-        inner = super().jacobian(state[1:], *params)
+    def jacobian(self, state: ADMMState | PrimalState, *params: Tensor) -> Tensor:
+        """Return Phi of the step at a state, (B, N, N) with N = 2m, or n + 2m where x is in the state."""
+        inner = super().jacobian(state[-2:], *params)
+        if len(state) == 2:
+            return inner
         Q, _, G, _, A, _ = batched_qp(*params)
         X = self._response(Q, G, A)
         rows = torch.cat([torch.cat([X, -X], 2), inner], 1)
         return torch.cat([rows.new_zeros(*rows.shape[:2], X.shape[1]), rows], 2)
 
-    def inverse(  # type: ignore[override]
-        self, g: Tensor, transposed: bool, stepped: PrimalState, state: PrimalState, *params: Tensor
-    ) -> Tensor:
-        """Return v = Phi^T v + g, or v = Phi v + g if `transposed`, (B, n + 2m); stepped: the state after the step."""
-        n, m = state[0].shape[1], state[1].shape[1]
-        gx, gz, gu = g.split([n, m, m], 1)
+    def inverse(
+        self,
+        g: Tensor,
+        transposed: bool,
+        stepped: ADMMState | PrimalState,
+        state: ADMMState | PrimalState,
+        *params: Tensor,
+    ) -> Tensor | None:
+        """Return v = Phi^T v + g, or v = Phi v + g if `transposed`, (B, N); see `ADMM.inverse` and `jacobian`."""
+        n = 0 if len(state) == 2 else state[0].shape[1]
+        gx, inner = g[:, :n], g[:, n:]
+        if n and not transposed:
+            pulled = self._pulled(gx, *params)
+            inner = inner + torch.cat([pulled, -pulled], 1)
+        v = super().inverse(inner, transposed, stepped[-2:], state[-2:], *params)
+        if v is None or not n:
+            return v
         if transposed:
-            v = super().inverse(g[:, n:], True, stepped[1:], state[1:], *params)
-            return torch.cat([gx + self._moved(v[:, :m] - v[:, m:], *params), v], 1)
-        pulled = self._pulled(gx, *params)
-        inner = torch.cat([gz + pulled, gu - pulled], 1)
-        return torch.cat([gx, super().inverse(inner, False, stepped[1:], state[1:], *params)], 1)
+            vz, vu = v.chunk(2, dim=1)
+            gx = gx + self._moved(vz - vu, *params)
+        return torch.cat([gx, v], 1)
 
     def _moved(self, change: Tensor, *params: Tensor) -> Tensor:
         """Return how x moves when z - u does, (B, n)."""
