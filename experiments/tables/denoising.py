@@ -188,16 +188,18 @@ def _best_row(study: Study, row: dict) -> list[str]:
 def _rows(study: Study, table: pd.DataFrame) -> Iterator[list[str]]:
     indexed = table.set_index(GROUP)
     for reading in READINGS:
-        names = [reading + suffix for suffix in STRUCTURES]
-        for weight in sorted(table.loc[table["series"].isin(names), "weight"].unique()):
-            found = [indexed.loc[(name, weight)] if (name, weight) in indexed.index else None for name in names]
-            first = next(row for row in found if row is not None)  # before training all structures are the same
+        for weight in sorted(table.loc[table["series"] == reading, "weight"]):
+            classical = indexed.loc[(reading, weight)]
+            learned = [
+                _learned(indexed.loc[(reading + suffix, weight)]) if (reading + suffix, weight) in indexed.index else ""
+                for suffix in STRUCTURES
+            ]
             yield [
                 study.titles[reading],
                 f"{weight:g}",
-                f"{first['classical']:.4g}",
-                *("" if row is None else _learned(row) for row in found),
-                f"{first['seconds_epoch']:.1f}",
+                f"{classical['classical']:.4g}",
+                *learned,
+                f"{classical['seconds_epoch']:.1f}",
             ]
 
 

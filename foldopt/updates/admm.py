@@ -74,12 +74,16 @@ class ADMM(nn.Module):
 
         Gx moves by P (dz - du) with P = rho G K G', K the upper left block of the inverse of the KKT matrix.
         """
+        Q, _, G, _, A, _ = batched_qp(*params)
+        return self._phi(self._response(Q, G, A), state, *params)
+
+    def _phi(self, response: Tensor, state: ADMMState, *params: Tensor) -> Tensor:
         z, u = state
         Q, p, G, h, A, b = batched_qp(*params)
-        m = h.shape[1]
-        P = G @ self._response(Q, G, A)
+        P = G @ response
         below = self._minimize(z - u, Q, p, G, A, b)[1] + u < h
-        moved = torch.cat([P, torch.eye(m, dtype=p.dtype, device=p.device) - P], 2)  # of Gx + u with (z, u)
+        eye = torch.eye(h.shape[1], dtype=p.dtype, device=p.device)
+        moved = torch.cat([P, eye - P], 2)  # of Gx + u with (z, u)
         return torch.cat([torch.where(below[:, :, None], moved, 0), torch.where(below[:, :, None], 0, moved)], 1)
 
     def inverse(
@@ -112,7 +116,8 @@ class ADMM(nn.Module):
         """Factor Q (B, n, n) with the rows of A and G for steps with just these tensors, until the next call.
 
         None where they do not suit (see `Saddle`); the steps then factor the KKT matrix. Steps with other tensors, or
-        with these after they were written to, are as right without it.
+        with these after they were written to, factor by themselves; what is written through ``.data``, which PyTorch
+        does not count, needs another call.
         """
         reduced = self._reduce(Q, G, A)
         self._prepared = Prepared.of(reduced, Q, G, A)
@@ -136,7 +141,7 @@ class ADMM(nn.Module):
     def _response(self, Q: Tensor, G: Tensor, A: Tensor) -> Tensor:
         """Return how x moves with the target of `_minimize`, (B, n, m)."""
         pull = torch.cat([self.rho * G.mT, G.new_zeros(len(G), A.shape[1], G.shape[1])], 1)
-        return torch.linalg.solve(self._kkt((Q + Q.mT) / 2, G, A), pull)[:, : G.shape[2]]
+        return torch.linalg.solve(self._kkt(Q, G, A), pull)[:, : G.shape[2]]
 
     def _step(
         self, z: Tensor, u: Tensor, Q: Tensor, p: Tensor, G: Tensor, h: Tensor, A: Tensor, b: Tensor
@@ -151,7 +156,7 @@ class ADMM(nn.Module):
         reduced = self._reduced(Q, G, A)
         if reduced is None:
             pull = self.rho * torch.einsum("bmn,bm->bn", G, target)
-            x = torch.linalg.solve(self._kkt((Q + Q.mT) / 2, G, A), torch.cat([pull - p, b], 1))[:, : p.shape[1]]
+            x = torch.linalg.solve(self._kkt(Q, G, A), torch.cat([pull - p, b], 1))[:, : p.shape[1]]
             return x, torch.einsum("bmn,bn->bm", G, x)
         saddle, shifted = reduced
         x, y = saddle.solve(Q, _rows(G, A), shifted, -p, torch.cat([b, target], 1))
@@ -159,7 +164,7 @@ class ADMM(nn.Module):
 
     def _kkt(self, Q: Tensor, G: Tensor, A: Tensor) -> Tensor:
         corner = A.new_zeros(len(A), A.shape[1], A.shape[1])
-        return torch.cat([torch.cat([Q + self.rho * G.mT @ G, A.mT], 2), torch.cat([A, corner], 2)], 1)
+        return torch.cat([torch.cat([(Q + Q.mT) / 2 + self.rho * G.mT @ G, A.mT], 2), torch.cat([A, corner], 2)], 1)
 
 
 class PrimalADMM(ADMM):
@@ -174,11 +179,11 @@ class PrimalADMM(ADMM):
 
     def jacobian(self, state: ADMMState | PrimalState, *params: Tensor) -> Tensor:
         """Return Phi of the step at a state, (B, N, N) with N = 2m, or n + 2m where x is in the state."""
-        inner = super().jacobian(state[-2:], *params)
-        if len(state) == 2:
-            return inner
         Q, _, G, _, A, _ = batched_qp(*params)
         X = self._response(Q, G, A)
+        inner = self._phi(X, state[-2:], *params)
+        if len(state) == 2:
+            return inner
         rows = torch.cat([torch.cat([X, -X], 2), inner], 1)
         return torch.cat([rows.new_zeros(*rows.shape[:2], X.shape[1]), rows], 2)
 
