@@ -122,10 +122,7 @@ class Bench:
 def measure(settings: Settings) -> pd.DataFrame:
     """Return one row per reading, lambda, backend and repetition, the backends taking turns."""
     rows = []
-    planned = studies.expand(studies.load(STUDY), settings.profile, set(READINGS))
-    for run in planned:
-        if run.seed != settings.seed:
-            continue
+    for run in _places(settings):
         bench = Bench(list(run.overrides), settings)
         layers = {name: bench.layer(name) for name in TITLES}
         exact = bench.call(layers[REFERENCE])[:2]
@@ -154,6 +151,12 @@ def measure(settings: Settings) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def _places(settings: Settings) -> list[studies.StudyRun]:
+    """Return one run per reading and lambda of the study."""
+    planned = studies.expand(studies.load(STUDY), settings.profile, set(READINGS))
+    return [run for run in planned if run.seed == settings.seed]
+
+
 def summarize(rows: pd.DataFrame) -> pd.DataFrame:
     """Return medians over repetitions, one row per reading, lambda and backend.
 
@@ -170,7 +173,8 @@ def summarize(rows: pd.DataFrame) -> pd.DataFrame:
 def make(profile: str, command: str) -> Artifacts:
     """Write tables/denoising_cost.csv and .md and denoising_ratios.md, measuring once per profile."""
     settings = settings_of(PROFILES, profile)
-    table = summarize(measured_once("denoising/cost", settings, measure, OVERRIDES))
+    places = [run.overrides for run in _places(settings)]
+    table = summarize(measured_once("denoising/cost", settings, measure, OVERRIDES, places))
     artifacts = Artifacts(output_root(profile))
     artifacts.csv("tables/denoising_cost", table)
     note = (
