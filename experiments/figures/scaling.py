@@ -78,7 +78,7 @@ class Settings:
     usual_n: int = 50
     usual_batch: int = 32
     usual_iterations: int = 50
-    limit: float = 0.6
+    limit: float = 1.0
     seed: int = 0
 
 
