@@ -136,7 +136,7 @@ class _Worker:
         self.run: StudyRun | None = None
         self.started, self.gpu = 0.0, gpu
         visible = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
-        with single_threaded_environment(), _environment(visible), _sigint_blocked():
+        with thread_environment(), _environment(visible), _sigint_blocked():
             self.process.start()
         remote.close()
 
@@ -162,9 +162,9 @@ class _Worker:
             self.pipe.send(None)
 
 
-def single_threaded_environment() -> contextlib.AbstractContextManager[None]:
-    """Let processes that are started inside use one thread each."""
-    return _environment(dict.fromkeys(THREAD_VARIABLES, "1"))
+def thread_environment(threads: int = 1) -> contextlib.AbstractContextManager[None]:
+    """Let processes that are started inside use so many threads each."""
+    return _environment(dict.fromkeys(THREAD_VARIABLES, str(threads)))
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 
 from experiments.artifacts import RESULTS
-from experiments.executor import single_threaded_environment
+from experiments.executor import thread_environment
 from experiments.runs import write_atomically
 from foldopt.errors import FoldoptError, InputError
 
@@ -26,16 +26,18 @@ STATUS = Path("/proc/self/status")
 CLEAR = Path("/proc/self/clear_refs")
 
 
-def measured_once(name: str, settings: Any, measure: Callable[[Any], pd.DataFrame], *also: Any) -> pd.DataFrame:
+def measured_once(
+    name: str, settings: Any, measure: Callable[[Any], pd.DataFrame], *also: Any, threads: int = 1
+) -> pd.DataFrame:
     """Return ``measure(settings)``, read from results/runs/<name>-<hash> if it was made before.
 
     settings: a dataclass; its values and `also`, what else the numbers depend on, make the hash. `measure` runs in a
-    process of one thread of its own.
+    process of its own, of so many threads.
     """
     key = hashlib.sha256(json.dumps([asdict(settings), *also]).encode()).hexdigest()[:12]
     path = RESULTS / "runs" / f"{name}-{key}" / "measurements.csv"
     if not path.is_file():
-        rows = in_own_process(measure, settings)
+        rows = in_own_process(measure, settings, threads=threads)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, rows.to_csv(index=False))
     return pd.read_csv(path)
@@ -48,9 +50,9 @@ def settings_of(profiles: Mapping[str, T], profile: str) -> T:
     return profiles[profile]
 
 
-def in_own_process(function: Callable[..., T], *arguments: Any) -> T:
-    """Return ``function(*arguments)``, computed in a new process of one thread."""
-    with single_threaded_environment(), ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+def in_own_process(function: Callable[..., T], *arguments: Any, threads: int = 1) -> T:
+    """Return ``function(*arguments)``, computed in a new process of so many threads."""
+    with thread_environment(threads), ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
         return process.submit(function, *arguments).result()
 
 

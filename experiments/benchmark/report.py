@@ -156,7 +156,7 @@ def make(
             say(f"Measuring: {LAYERS[name].title}, {_threads(count)}")
             settings = Settings(name, count, **PROFILES[profile])
             also = LAYERS[name].identity(), machine(), made_with()["versions"]
-            rows = measured_once(f"bench-{name}-{count}", settings, measure, *also)
+            rows = measured_once(f"bench-{name}-{count}", settings, measure, *also, threads=count)
             frames.append(rows.assign(layer=name, threads=count))
     rows = pd.concat(frames, ignore_index=True)
     rows["variant"] = rows["variant"].fillna("")

@@ -12,6 +12,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from foldopt.lu import lu_factor
 from foldopt.projections import capped_simplex
 
 SWEEPS = (3, 12)  # over the blocks: from all starts, then from those kept
@@ -225,7 +226,8 @@ def coupled(Q: Tensor, w: Tensor, g: Tensor) -> Tensor:
     wx, wy, hx, hy = wx.gather(1, x), wy.gather(1, y), gx.gather(1, x), gy.gather(1, y)
     M = torch.eye(kx, dtype=g.dtype, device=g.device) - _derivative(wx, A @ _derivative(wy, A.mT))
     rhs = _derivative(wx, hx[:, :, None] + A @ _derivative(wy, hy[:, :, None]))
-    ux, info = torch.linalg.solve_ex(M, rhs)
+    lu, pivots, info = lu_factor(M)
+    ux = torch.linalg.lu_solve(lu, pivots, rhs)
     ux = torch.where((info == 0)[:, None, None], ux, torch.nan)
     uy = _derivative(wy, hy[:, :, None] + A.mT @ ux)
     whole = (torch.zeros_like(gx).scatter(1, i, u[:, :, 0]) for i, u in ((x, ux), (y, uy)))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from experiments.problems.cone import cvxpy_for
 from foldopt.checks import require_whole
 from foldopt.errors import InputError
+from foldopt.lu import solve
 from foldopt.prox import soft_threshold
 from foldopt.updates import DualProximalGradient
 
@@ -158,7 +159,7 @@ def _within(K: Tensor, r: Tensor, chosen: Tensor, most: int) -> Tensor:
     used = chosen.gather(1, index)
     block = K[index[:, :, None], index[:, None, :]]
     block = torch.where(used[:, :, None] & used[:, None, :], block, torch.eye(most, dtype=r.dtype, device=r.device))
-    y = torch.linalg.solve(block, torch.where(used, r.gather(1, index), 0)[:, :, None])[:, :, 0]
+    y = solve(block, torch.where(used, r.gather(1, index), 0)[:, :, None])[:, :, 0]
     return torch.zeros_like(r).scatter(1, index, y)
 
 

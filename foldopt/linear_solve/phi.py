@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from foldopt.lu import lu_factor
+
 
 class Phi:
     """The Jacobian dU/dx of a step at one point, (B, N, N), which is made, and I - Phi factored, on first use.
@@ -66,7 +68,7 @@ class Phi:
 
     def _factor(self) -> tuple[Tensor, Tensor]:
         phi = self._keep("matrix", self.make)
-        lu, pivots, _ = torch.linalg.lu_factor_ex(torch.eye(phi.shape[1], dtype=phi.dtype, device=phi.device) - phi)
+        lu, pivots, _ = lu_factor(torch.eye(phi.shape[1], dtype=phi.dtype, device=phi.device) - phi)
         return lu, pivots
 
     def _keep(self, name: str, make: Callable[[], Any]) -> Any:

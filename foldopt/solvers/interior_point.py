@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from foldopt.errors import InputError
+from foldopt.lu import lu_factor
 
 QuadraticConstraints = tuple[Tensor, Tensor, Tensor]
 
@@ -125,7 +126,7 @@ class _Newton:
         if A.shape[1]:
             corner = A.new_zeros(len(A), A.shape[1], A.shape[1])
             reduced = torch.cat([torch.cat([reduced, A.mT], 2), torch.cat([A, corner], 2)], 1)
-        self.lu, self.pivots, _ = torch.linalg.lu_factor_ex(reduced)
+        self.lu, self.pivots, _ = lu_factor(reduced)
 
     def direction(self, rd: Tensor, rp: Tensor, ri: Tensor, rc: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return the step (dx, dnu, dlam, dslack) for the residuals and complementarity lam * slack - target."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from foldopt.errors import InputError
+from foldopt.lu import lu_factor
 from foldopt.solvers.interior_point import largest, solve_qcqp, unit
 
 QPParts = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -102,7 +103,7 @@ class _Factor(NamedTuple):
 
     @classmethod
     def of(cls, K: Tensor) -> _Factor:
-        lu, pivots, info = torch.linalg.lu_factor_ex(K)
+        lu, pivots, info = lu_factor(K)
         pivot_sizes = lu.diagonal(dim1=1, dim2=2).abs()
         finite = K.isfinite().all(-1).all(-1)
         small = pivot_sizes.amin(-1) <= 1e-13 * pivot_sizes.amax(-1)

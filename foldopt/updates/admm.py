@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from foldopt.checks import require_positive
 from foldopt.errors import InputError
+from foldopt.lu import solve
 from foldopt.solvers.multipliers import recover_multipliers
 from foldopt.solvers.saddle import Saddle
 from foldopt.transforms import transformed
@@ -141,7 +142,7 @@ class ADMM(nn.Module):
     def _response(self, Q: Tensor, G: Tensor, A: Tensor) -> Tensor:
         """Return how x moves with the target of `_minimize`, (B, n, m)."""
         pull = torch.cat([self.rho * G.mT, G.new_zeros(len(G), A.shape[1], G.shape[1])], 1)
-        return torch.linalg.solve(self._kkt(Q, G, A), pull)[:, : G.shape[2]]
+        return solve(self._kkt(Q, G, A), pull)[:, : G.shape[2]]
 
     def _step(
         self, z: Tensor, u: Tensor, Q: Tensor, p: Tensor, G: Tensor, h: Tensor, A: Tensor, b: Tensor
@@ -156,7 +157,7 @@ class ADMM(nn.Module):
         reduced = self._reduced(Q, G, A)
         if reduced is None:
             pull = self.rho * torch.einsum("bmn,bm->bn", G, target)
-            x = torch.linalg.solve(self._kkt(Q, G, A), torch.cat([pull - p, b], 1))[:, : p.shape[1]]
+            x = solve(self._kkt(Q, G, A), torch.cat([pull - p, b], 1))[:, : p.shape[1]]
             return x, torch.einsum("bmn,bn->bm", G, x)
         saddle, shifted = reduced
         x, y = saddle.solve(Q, _rows(G, A), shifted, -p, torch.cat([b, target], 1))

@@ -138,7 +138,8 @@ def test_growth_is_fitted_for_a_batch():
 
 
 def test_tables_json_and_figure_are_written(tmp_path, monkeypatch):
-    def made(name, settings, *_):
+    def made(name, settings, *_, threads):
+        assert threads == settings.threads
         layer = LAYERS[settings.layer]
         each = [*layer.contenders, measure.FLOOR]
         times = {(who, variant): (1e-3, 1e-3, 0.0) for who in each for variant in layer.variants}

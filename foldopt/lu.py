@@ -1,0 +1,30 @@
+"""LU factorization of batches, past a fault of PyTorch's with several threads.
+
+After ``torch.set_num_threads(k)``, k above 1, torch.linalg factors the matrices of a batch on the CPU in threads that
+oneMKL splits once more; from some 150 rows on the pivots are then wrong, without a word in `info`, or it never returns
+(pytorch issues 141358 and 142815, torch 2.5 to 2.15). Larger matrices are therefore factored one after the other there.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+LARGEST = 128  # rows that are safe in a batch
+
+
+def lu_factor(M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (lu, pivots, info) of M, (B, n, n), as torch.linalg.lu_factor_ex does."""
+    if _safe(M):
+        return torch.linalg.lu_factor_ex(M)
+    lu, pivots, info = zip(*map(torch.linalg.lu_factor_ex, M), strict=True)
+    return torch.stack(lu), torch.stack(pivots), torch.stack(info)
+
+
+def solve(M: Tensor, rhs: Tensor) -> Tensor:
+    """Return the solution of M z = rhs, M (B, n, n), rhs (B, n) or (B, n, k), as torch.linalg.solve does."""
+    return torch.linalg.solve(M, rhs) if _safe(M) else torch.stack(list(map(torch.linalg.solve, M, rhs)))
+
+
+def _safe(M: Tensor) -> bool:
+    return M.is_cuda or len(M) < 2 or M.shape[1] <= LARGEST or torch.get_num_threads() == 1
