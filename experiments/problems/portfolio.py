@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from experiments.problems.blocks import Chosen, times
 from experiments.problems.cone import cvxpy_for
+from experiments.problems.portfolio_sqp import PortfolioSQP
 from foldopt.errors import InfeasibleError, InputError
 from foldopt.solvers.gurobi import GurobiQCQP
 from foldopt.solvers.interior_point import solve_qcqp
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     import cvxpy
 
 MAX_PIVOTS = 30
+FEW = 64  # samples that are not worth singling out those of them that have settled
 TOLERANCE = 1e-11
 
 
@@ -81,7 +84,7 @@ class PortfolioProblem:
     @property
     def optimizers(self) -> dict[str, Callable[[], SQP]]:
         """Update steps that can be folded, by name."""
-        return {"sqp": lambda: SQP(self)}
+        return {"sqp": lambda: PortfolioSQP(self)}
 
     def unrolled(self, optimizer: str) -> tuple[Callable[..., SQPState], SQP]:
         """Return a cold start and the step to unroll from there."""
@@ -167,14 +170,11 @@ class PortfolioProblem:
                 raise InputError(f"{name} has shape {tuple(value.shape)}, expected {shape} or {(B, *shape)}.")
         if warm is not None and warm.shape != c.shape:
             raise InputError(f"warm has shape {tuple(warm.shape)}, expected that of c, {tuple(c.shape)}.")
-        V, gamma = V.expand(B, n, n), gamma.expand(B)
-        support = (
-            c > c.mean(1, keepdim=True) + 0.5 * c.std(1, keepdim=True, correction=0) if warm is None else warm.to(c) > 0
-        )
-        solution = _pivot(c, V, gamma, support | ~support.any(1, keepdim=True))
-        hard = (~solution.ok).nonzero()[:, 0]
-        if len(hard):
-            solved = _interior(c[hard], V[hard], gamma[hard], hard)
+        gamma = gamma.expand(B)
+        solution = _pivot(c, V, gamma, None if warm is None else warm.to(c) > 0)
+        if not solution.ok.all():
+            hard = (~solution.ok).nonzero()[:, 0]
+            solved = _interior(c[hard], V.expand(B, n, n)[hard], gamma[hard], hard)
             solution = PortfolioSolution(*(a.index_copy(0, hard, b) for a, b in zip(solution, solved, strict=True)))
         return solution
 
@@ -238,64 +238,121 @@ def smallest_variance(V: Tensor) -> Tensor:
     return torch.einsum("bi,bij,bj->b", found.x, V, found.x)
 
 
-def _pivot(c: Tensor, V: Tensor, gamma: Tensor, support: Tensor) -> PortfolioSolution:
+class _Instances(NamedTuple):
+    """Samples in the units that pivoting needs: c less its largest entry, V and gamma over the largest variance.
+
+    c (B, n); V (n, n) or (B, n, n); gamma (B, 1). size: (B, 1), max |c| as it was. top: (B, 1), what c is less.
+    """
+
+    c: Tensor
+    V: Tensor
+    gamma: Tensor
+    size: Tensor
+    top: Tensor
+
+    @classmethod
+    def of(cls, c: Tensor, V: Tensor, gamma: Tensor) -> _Instances:
+        """Return the samples of c (B, n), V (n, n) or (B, n, n) and gamma (B,)."""
+        unit = V.diagonal(dim1=-2, dim2=-1).amax(-1)
+        top = c.amax(1, keepdim=True)
+        return cls(c - top, V / unit[..., None, None], (gamma / unit)[:, None], c.abs().amax(1, keepdim=True), top)
+
+    def rows(self, index: Tensor) -> _Instances:
+        """Return some of the samples."""
+        return _Instances(*(part if part is self.V and part.dim() == 2 else part[index] for part in self))
+
+
+class _Point(NamedTuple):
+    """The closed form on a support: x (B, n), nu (B, 1), the risk limit's multiplier (B, 1), reduced costs (B, n)."""
+
+    x: Tensor
+    nu: Tensor
+    limit: Tensor
+    reduced: Tensor
+
+    def state(self, support: Tensor) -> SQPState:
+        """Return (x, nu, lam)."""
+        return self.x, self.nu, torch.cat([self.limit, torch.where(support, 0.0, self.reduced)], 1)
+
+
+def _pivot(c: Tensor, V: Tensor, gamma: Tensor, support: Tensor | None) -> PortfolioSolution:
+    given = _Instances.of(c, V, gamma)
     best = c.argmax(1, keepdim=True)
-    nu = c.gather(1, best)
-    x = torch.zeros_like(c).scatter(1, best, 1.0)
-    state = x, nu, torch.cat([torch.zeros_like(nu), nu - c], 1)  # the solution where it is within the risk limit
-    iterations = torch.zeros(len(c), dtype=torch.long, device=c.device)
-    todo = (V.diagonal(dim1=1, dim2=2).gather(1, best)[:, 0] > gamma * (1 + TOLERANCE)).nonzero()[:, 0]
-    scaled = (c, *_scaled(V, gamma), support)
-    for _ in range(MAX_PIVOTS):
-        if not len(todo):
+    variances = given.V.diagonal(dim1=-2, dim2=-1).expand_as(c)
+    safe = variances.gather(1, best) <= given.gamma * (1 + TOLERANCE)
+    if support is None:
+        support = _start(given.c, variances, given.gamma)
+    point, support, iterations = _pivoted(given, support | ~support.any(1, keepdim=True), safe, MAX_PIVOTS)
+    x, nu, lam = point.state(support)
+    if safe.any():  # there the best asset is all of the solution
+        alone = torch.zeros_like(c).scatter(1, best, 1.0), given.top, torch.cat([torch.zeros_like(nu), -given.c], 1)
+        x, nu, lam = (torch.where(safe, a, b) for a, b in zip(alone, (x, nu, lam), strict=True))
+    return _certified(x, nu, lam, c, V, gamma)._replace(iterations=iterations)
+
+
+def _start(c: Tensor, variances: Tensor, gamma: Tensor) -> Tensor:
+    """Return a guess of the supports, (B, n): two pivots with the diagonal of V alone, which need no factorization."""
+    support = c > c.mean(1, keepdim=True) + 0.5 * c.std(1, keepdim=True, correction=0)
+    for _ in range(2):
+        P1 = support / variances
+        a = P1.sum(1, keepdim=True)
+        centred = c - (P1 * c).sum(1, keepdim=True) / a
+        spread = (P1 * centred.square()).sum(1, keepdim=True)
+        support = centred > -(spread / (gamma - 1 / a)).sqrt() / a
+    return support
+
+
+def _pivoted(given: _Instances, support: Tensor, settled: Tensor, most: int) -> tuple[_Point, Tensor, Tensor]:
+    """Return the points, their supports and the pivots taken, (B,). settled: (B, 1), samples that need none."""
+    iterations = torch.zeros(len(support), dtype=torch.long, device=support.device)
+    for taken in range(1, most + 1):
+        iterations += ~settled[:, 0]
+        point, following, fits = _on_support(given, support)
+        settled = settled | fits
+        left = len(support) - int(settled.sum())
+        if left == 0:
             break
-        iterations[todo] += 1
-        point, following, settled = _on_support(*(t if len(todo) == len(c) else t[todo] for t in scaled))
-        for whole, part in zip((*state, support), (*point, following), strict=True):
-            whole[todo] = part
-        todo = todo[~settled]
-    return _certified(*state, c, V, gamma)._replace(iterations=iterations)
+        support = torch.where(settled, support, following)
+        if 2 * left <= len(support) and len(support) > FEW:
+            rows = (~settled[:, 0]).nonzero()[:, 0]
+            rest, support[rows], more = _pivoted(given.rows(rows), support[rows], settled[rows], most - taken)
+            point = _Point(*(whole.index_copy(0, rows, new) for whole, new in zip(point, rest, strict=True)))
+            iterations[rows] += more
+            break
+    return point, support, iterations
+
+
+def _on_support(given: _Instances, support: Tensor) -> tuple[_Point, Tensor, Tensor]:
+    """Return the closed form on each support (B, n) with the risk limit active.
+
+    Also the supports to try next, and whether that is not necessary, up to rounding, (B, 1).
+
+    There V x = t (c - nu) with 1/t = 2 lam_0 / gamma, so x = w + t d with w the portfolio of smallest variance 1/a and
+    d = P (c - (b/a) 1), P the inverse of V on the support, a = 1'P1, b = 1'Pc; t makes the variance gamma.
+    """
+    c, V, gamma, size, top = given
+    on = Chosen(support)
+    ones, held = on.used.to(c), on.take(c)
+    root, _ = torch.linalg.cholesky_ex(on.block(V))
+    P1, Pc = torch.cholesky_solve(torch.stack([ones, held], 2), root).unbind(2)
+    a = P1.sum(1, keepdim=True)
+    shift = Pc.sum(1, keepdim=True) / a
+    d = torch.addcmul(Pc, shift, P1, value=-1)
+    t = ((gamma - 1 / a) / ((held - shift) * d).sum(1, keepdim=True)).sqrt()
+    x = on.put(torch.addcmul(P1 / a, t, d))
+    nu = shift - 1 / (t * a)
+    reduced = torch.addcdiv(nu - c, times(V, x), t)
+    limit = gamma / (2 * t)
+    following = torch.where(support, x > 0, reduced < 0)
+    settled = torch.where(support, x >= -TOLERANCE, reduced >= -TOLERANCE * torch.maximum(size, limit))
+    point = _Point(x, nu + top, limit, reduced)
+    return point, following | ~following.any(1, keepdim=True), settled.all(1, keepdim=True)
 
 
 def _best_assets(x: Tensor, c: Tensor, V: Tensor, gamma: Tensor) -> PortfolioSolution:
     """Return x, (B, n), if all in it is in the assets of largest c and within the risk limit, whose multiplier is 0."""
     nu = c.amax(1, keepdim=True)
     return _certified(x, nu, torch.cat([torch.zeros_like(nu), nu - c], 1), c, V, gamma)
-
-
-def _scaled(V: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
-    """Return V and gamma in the unit of the largest variance, (B, n, n) and (B,), as `_on_support` needs them."""
-    unit = V.diagonal(dim1=1, dim2=2).amax(1)
-    return V / unit[:, None, None], gamma / unit
-
-
-def _on_support(c: Tensor, V: Tensor, gamma: Tensor, support: Tensor) -> tuple[SQPState, Tensor, Tensor]:
-    """Return the closed form on each support (B, n) with the risk limit active: (x, nu, lam).
-
-    Also the supports to try next, and whether that is not necessary, up to rounding, (B,). V, gamma: see `_scaled`.
-
-    There V x = t (c - nu) with 1/t = 2 lam_0 / gamma, so x = w + t d with w the portfolio of smallest variance 1/a and
-    d = P (c - (b/a) 1), P the inverse of V on the support, a = 1'P1, b = 1'Pc; t makes the variance gamma.
-    """
-    on = support.to(c)
-    eye = torch.eye(c.shape[1], dtype=c.dtype, device=c.device)
-    root, _ = torch.linalg.cholesky_ex(torch.where(support[:, :, None] & support[:, None, :], V, eye))
-    mean = (c * on).sum(1, keepdim=True) / on.sum(1, keepdim=True)
-    centred = (c - mean) * on  # first by the mean, so that P of it is as exact as P of what it is then centred by
-    P1, Pc = torch.cholesky_solve(torch.stack([on, centred], 2), root).unbind(2)
-    a = P1.sum(1, keepdim=True)
-    shift = Pc.sum(1, keepdim=True) / a
-    d = Pc - shift * P1
-    t = ((gamma[:, None] - 1 / a) / ((centred - shift) * d).sum(1, keepdim=True)).sqrt()
-    x = P1 / a + t * d
-    nu = mean + shift - 1 / (t * a)
-    reduced = nu + torch.bmm(V, x[:, :, None])[:, :, 0] / t - c
-    lam = torch.cat([gamma[:, None] / (2 * t), torch.where(support, 0.0, reduced)], 1)
-    following = torch.where(support, x > 0, reduced < 0)
-    lost = ~x.isfinite().all(1) | ~following.any(1)
-    close = TOLERANCE * torch.maximum(c.abs().amax(1), lam[:, 0])[:, None]
-    settled = torch.where(support, x >= -TOLERANCE, reduced >= -close).all(1)
-    return (x, nu, lam), following | lost[:, None], settled
 
 
 def _interior(c: Tensor, V: Tensor, gamma: Tensor, indices: Tensor) -> PortfolioSolution:
@@ -315,8 +372,8 @@ def _interior(c: Tensor, V: Tensor, gamma: Tensor, indices: Tensor) -> Portfolio
     found = solve_qcqp(c.new_zeros(n, n), cost, ones, ones[0, :1], -eye, c.new_zeros(n), risk, tol=1e-12)
     lam = found.inequality_dual * size
     chosen = _certified(found.x, found.equality_dual * size, lam, c, V, gamma, tol=1e-7)
-    point, *_ = _on_support(c, *_scaled(V, gamma), found.x > found.inequality_dual[:, 1:])
-    exact = _certified(*point, c, V, gamma)
+    support = found.x > found.inequality_dual[:, 1:]
+    exact = _certified(*_on_support(_Instances.of(c, V, gamma), support)[0].state(support), c, V, gamma)
     tied = torch.where(c >= c.amax(1, keepdim=True) - 1e-12 * size, found.x, 0)
     for better in (exact, _best_assets(tied / tied.sum(1, keepdim=True), c, V, gamma)):
         parts = zip(better, chosen, strict=True)
@@ -327,21 +384,21 @@ def _interior(c: Tensor, V: Tensor, gamma: Tensor, indices: Tensor) -> Portfolio
 def _certified(
     x: Tensor, nu: Tensor, lam: Tensor, c: Tensor, V: Tensor, gamma: Tensor, tol: float = TOLERANCE
 ) -> PortfolioSolution:
-    residual = _kkt_residual(x, nu, lam, c, V, gamma)
+    state = x, nu, lam
+    residual = _kkt_residual(*state, c, V, gamma)
     ok = residual <= tol
-    state = (torch.where(ok[:, None], part, torch.nan) for part in (x, nu, lam))
-    return PortfolioSolution(*state, torch.zeros_like(ok, dtype=torch.long), residual, ok)
+    if not ok.all():
+        x, nu, lam = (torch.where(ok[:, None], part, torch.nan) for part in state)
+    return PortfolioSolution(x, nu, lam, torch.zeros_like(ok, dtype=torch.long), residual, ok)
 
 
 def _kkt_residual(x: Tensor, nu: Tensor, lam: Tensor, c: Tensor, V: Tensor, gamma: Tensor) -> Tensor:
     """Return the largest violation of the KKT conditions, (B,), dual ones relative to max |c|; inf for NaN."""
-    B, n = x.shape
-    V, limit = V.expand(B, n, n), gamma.expand(B)[:, None]
-    Vx = torch.einsum("bij,bj->bi", V, x) / limit
+    Vx = times(V, x) / gamma.expand(len(x))[:, None]
     risk = (x * Vx).sum(1, keepdim=True) - 1
-    size = torch.maximum(c.abs().amax(1, keepdim=True), lam.abs().amax(1, keepdim=True))
-    size = torch.where(size > 0, size, 1.0)
-    dual = torch.cat([-c + nu + 2 * lam[:, :1] * Vx - lam[:, 1:], -lam, lam * torch.cat([risk, x], 1)], 1) / size
-    dual = torch.cat([dual[:, :n].abs(), dual[:, n : 2 * n + 1].clamp(min=0), dual[:, 2 * n + 1 :].abs()], 1)
-    primal = torch.cat([risk, -x, (x.sum(1, keepdim=True) - 1).abs()], 1).clamp(min=0)
-    return torch.cat([dual, primal], 1).amax(1).nan_to_num(nan=torch.inf)
+    size = torch.maximum(c.abs().amax(1), lam.abs().amax(1))
+    stationarity = torch.addcmul(nu - c - lam[:, 1:], lam[:, :1], Vx, value=2)
+    complementarity = lam * torch.cat([risk, x], 1)
+    dual = torch.cat([stationarity.abs(), complementarity.abs(), -lam], 1).amax(1) / torch.where(size > 0, size, 1.0)
+    primal = torch.cat([risk, -x, (x.sum(1, keepdim=True) - 1).abs()], 1).amax(1)
+    return torch.maximum(dual, primal).nan_to_num(nan=torch.inf)

@@ -8,7 +8,8 @@ import torch
 
 import foldopt
 from data.portfolio import generate
-from experiments.problems.portfolio import PortfolioProblem, smallest_variance
+from experiments.problems.portfolio import FEW, PortfolioProblem, smallest_variance
+from experiments.problems.portfolio_sqp import PortfolioSQP
 from foldopt.errors import InfeasibleError, InputError, LinearSolveError
 
 N = 20
@@ -33,7 +34,8 @@ def instances(kind, seed, degree=3, tau=0.1, n=N):
 
 
 def layer(p, solve=None, **options):
-    return foldopt.f_sqp(p, solve or (lambda *params: p.exact(*params).state), **options)
+    options = {"dtype": torch.float64, **options}
+    return foldopt.fold(solve or (lambda *params: p.exact(*params).state), p.optimizers["sqp"](), **options)
 
 
 def nondegenerate(p, c, margin=1e-3):
@@ -122,7 +124,7 @@ def test_every_linear_solver_gives_the_same_gradient():
         leaf = c.clone().requires_grad_()
         gradients.append(torch.autograd.grad(layer(p, linear_solver=name)(*p.params(leaf))[0], leaf, g)[0])
     for other in gradients[1:]:
-        assert ((other - gradients[0]).norm(dim=1) <= 1e-8 * gradients[0].norm(dim=1)).all()
+        assert ((other - gradients[0]).norm(dim=1) <= 1e-8 * gradients[0].norm(dim=1) + 1e-10).all()
 
 
 def test_the_full_sqp_step_is_newton_at_the_solution():
@@ -130,9 +132,52 @@ def test_the_full_sqp_step_is_newton_at_the_solution():
     c = c[nondegenerate(p, c)]
     s = p.exact(c)
     x = s.x.clone().requires_grad_()
-    stepped = foldopt.SQP(p)((x, s.nu, s.lam), *p.params(c))[0]
-    (pulled,) = torch.autograd.grad(stepped, x, torch.randn_like(x))
-    assert pulled.abs().max() < 1e-9, "Phi is zero"
+    for step in (foldopt.SQP(p), p.optimizers["sqp"]()):
+        stepped = step((x, s.nu, s.lam), *p.params(c))[0]
+        (pulled,) = torch.autograd.grad(stepped, x, torch.randn_like(x))
+        assert pulled.abs().max() < 1e-9, "Phi is zero"
+
+
+@pytest.mark.parametrize("stepsize", [1.0, 0.5])
+@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize("error", [0.0, 1e-6, 1e-4])
+def test_the_step_in_closed_form_is_the_general_one(error, batched, stepsize):
+    p, c = instances("targets", 0)
+    c = c[nondegenerate(p, c, 0.03)]
+    params = list(p.params(c))
+    if batched:
+        scale = torch.linspace(0.5, 2, len(c), dtype=c.dtype)
+        params[1:] = params[1] * scale[:, None, None], params[2] * scale
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(like):
+        return torch.randn(like.shape, generator=generator, dtype=like.dtype)
+
+    state = [part * (1 + error * normal(part)) for part in p.exact(*params).state]
+    leaves = [t.detach().clone().requires_grad_() for t in (*state, *params)]
+    weights = [normal(part) for part in state]
+    found = []
+    for step in (foldopt.SQP(p, stepsize), PortfolioSQP(p, stepsize)):
+        new = step(tuple(leaves[:3]), *leaves[3:])
+        gradients = torch.autograd.grad(new, leaves, weights, allow_unused=True)
+        gradients = [torch.zeros_like(t) if g is None else g for g, t in zip(gradients, leaves, strict=True)]
+        gradients[4] = (gradients[4] + gradients[4].mT) / 2  # of V, which is symmetric
+        found.append([part.detach() for part in (*new, *gradients)])
+    assert step.last is None, "it was the closed form"
+    largest = max(float(part.abs().max()) for part in found[0][3:])
+    for general, closed in zip(*found, strict=True):
+        assert (closed - general).abs().max() <= 1e-9 * max(float(general.abs().max()), 1e-6 * largest)
+
+
+def test_where_the_guess_does_not_fit_the_step_is_the_general_one():
+    p, c = instances("targets", 0)
+    params = p.params(c[:4])
+    exact = p.exact(*params).state
+    for state in (p.sqp_start(c[:4]), (exact[0], exact[1], exact[2] * 0), p.exact(c[4:8]).state):
+        step = PortfolioSQP(p)
+        for closed, general in zip(step(state, *params), foldopt.SQP(p)(state, *params), strict=True):
+            assert torch.equal(closed, general)
+        assert step.last is not None
 
 
 def test_closed_form_model_is_that_of_the_functions():
@@ -184,7 +229,10 @@ def test_float32_in_float32_out_at_float64_accuracy():
     assert gradient.dtype == torch.float32
     leaf64 = leaf.detach().double().requires_grad_()
     (expected,) = torch.autograd.grad(layer(p)(*p.params(leaf64))[0].square().sum(), leaf64)
-    assert ((gradient - expected).norm(dim=1) <= 1e-3 * expected.norm(dim=1)).all()
+    two_held = expected.norm(dim=1) < 1e-10  # which leaves nothing to decide: zero but for rounding
+    assert 0 < two_held.sum() < 0.3 * len(c)
+    assert ((gradient - expected).norm(dim=1) <= 1e-3 * expected.norm(dim=1))[~two_held].all()
+    assert gradient[two_held].abs().max() < 1e-10
 
 
 def test_batched_risk_models_equal_the_shared_one():
@@ -215,7 +263,19 @@ def test_a_warm_start_saves_pivots():
     cold = p.exact(c)
     warm = p.exact(c + 1e-6, warm=cold.x)
     assert torch.allclose(warm.x, cold.x, atol=1e-8)
-    assert warm.iterations.double().mean() < 1.5 < cold.iterations.double().mean()
+    assert warm.iterations.double().mean() < 1.1 < 1.3 < cold.iterations.double().mean()
+
+
+def test_the_samples_of_a_large_batch_are_solved_as_alone():
+    p, c = instances("targets", 0)
+    c = torch.cat([c + 0.01 * k * c.flip(0) for k in range(4)])
+    assert len(c) > 2 * FEW
+    whole, alone = p.exact(c), [p.exact(part) for part in c.split(40)]
+    for name in ("x", "nu", "lam"):
+        parts = torch.cat([getattr(part, name) for part in alone])
+        assert (getattr(whole, name) - parts).abs().max() <= 1e-12 * parts.abs().max()
+    assert torch.equal(whole.iterations, torch.cat([part.iterations for part in alone]))
+    assert whole.iterations.max() > 2, "some were singled out"
 
 
 def test_a_vertex_has_zero_gradient():
