@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 
 import pandas as pd
 import torch
@@ -21,6 +22,7 @@ COLUMNS = (
     *("variant", "n", "batch", "contender", "samples", "seconds_forward", "seconds_backward", "peak_bytes"),
     *("error_x", "error_vjp", "why"),
 )
+LAST_BITS = 2.0**-50  # by which parameters change from pass to pass, relatively
 FLOOR, NETWORK = "lu", "network"  # beside the contenders: the bare linear solve, and a step of the study's network
 
 
@@ -89,7 +91,7 @@ def _at(layer: Layer, place: Place, expected: Mapping[str, float], settings: Set
         given = tuple(t[:samples] if len(t) == place.batch else t for t in leaves)
         if samples not in exact:
             exact[samples] = _pass(reference, given, cotangent[:samples])[:2]
-        calls[name] = partial(_measured, solves[name], given, cotangent[:samples], exact[samples])
+        calls[name] = partial(_measured, solves[name], given, cotangent[:samples], exact[samples], count(1))
     calls[FLOOR] = partial(_linear_solve, place.batch, layer.system(place.n), generator)
     if layer.key not in (None, "n"):  # a synthetic study: its size is ours to choose
         calls[NETWORK] = _network_step(layer, place)
@@ -131,8 +133,12 @@ def _pass(solve: Solve, leaves: Leaves, cotangent: Tensor) -> tuple[Tensor, Tens
     return x.detach(), vjp, forward, backward
 
 
-def _measured(solve: Solve, leaves: Leaves, cotangent: Tensor, exact: tuple[Tensor, Tensor]) -> dict[str, float]:
-    x, vjp, forward, backward = _pass(solve, leaves, cotangent)
+def _measured(
+    solve: Solve, leaves: Leaves, cotangent: Tensor, exact: tuple[Tensor, Tensor], turn: Iterator[int]
+) -> dict[str, float]:
+    """Return one pass. As in training, where they change in every step, what it is given was not there before."""
+    changed = 1 + next(turn) * LAST_BITS
+    x, vjp, forward, backward = _pass(solve, tuple(t * changed for t in leaves), cotangent)
     return {
         "samples": len(cotangent),
         "seconds_forward": forward,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 
 class Chosen:
@@ -29,11 +30,14 @@ class Chosen:
 
     def block(self, K: Tensor) -> Tensor:
         """Return the block of K, (n, n) or (B, n, n), on the chosen coordinates, that of identity where not used."""
-        place = (self.index[:, :, None], self.index[:, None, :])
+        n = self.n + 1
+        at = torch.where(self.used, self.index, self.n)  # where not used: the row of zeros that K gets
+        place = at[:, :, None] * n + at[:, None, :]
         if K.dim() == 3:
-            place = (torch.arange(len(K), device=K.device)[:, None, None], *place)
-        eye = torch.eye(self.index.shape[1], dtype=K.dtype, device=K.device)
-        return torch.where(self.used[:, :, None] & self.used[:, None, :], K[place], eye)
+            place = place + n * n * torch.arange(len(K), device=K.device)[:, None, None]
+        block = pad(K, (0, 1, 0, 1)).reshape(-1).index_select(0, place.view(-1)).view(place.shape)
+        block.diagonal(dim1=1, dim2=2).add_(~self.used)
+        return block
 
 
 def times(K: Tensor, x: Tensor) -> Tensor:

@@ -7,17 +7,20 @@ Solved by its dual min_w 1/2 |d + D'w|^2 subject to |w| <= weight, of which x = 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from itertools import islice
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from experiments.problems.blocks import Chosen
 from experiments.problems.cone import cvxpy_for
 from foldopt.checks import require_whole
 from foldopt.errors import InputError
-from foldopt.lu import solve
+from foldopt.lu import lu_factor
 from foldopt.prox import soft_threshold
+from foldopt.transforms import transformed
 from foldopt.updates import DualProximalGradient
 
 if TYPE_CHECKING:
@@ -25,7 +28,8 @@ if TYPE_CHECKING:
 
 FDPGState = tuple[Tensor, Tensor, Tensor, Tensor]
 MAX_PIVOTS = 60
-GUESS = 40  # steps of FDPG before the first pivot
+GUESS, RHO, RELAXATION = 20, 0.2, 1.8  # of ADMM before the first pivot; RHO is relative to the diagonal of D D'
+SAFE = 1e-10  # pivots of Cholesky that are further apart are left to LU
 EARLY = (1, 2, 4, 8)  # iterations of FDPG at which its residual is looked at, beside every 20th
 TOLERANCE = 1e-11
 
@@ -55,7 +59,7 @@ class DenoisingStep(DualProximalGradient):
         super().__init__(lambda v, t, D, d, weight: soft_threshold(v, t * weight))
 
     def _step(self, D: Tensor) -> Tensor:
-        return stepsize(D)
+        return stepsize(D) if transformed(D) else DualSystem.of(D).stepsize
 
     def inverse(
         self, g: Tensor, transposed: bool, stepped: Tensor, w: Tensor, D: Tensor, d: Tensor, weight: Tensor
@@ -114,7 +118,7 @@ class DualSystem:
     """Systems with blocks of M = D D', (m, m), for a batch that shares D.
 
     M is inverted once. A block system then takes one small system in the coordinates that are *not* free, which are
-    few: those where the solution jumps. Raises InputError if the rows of D are dependent.
+    few: those where the solution jumps. Its factorization is kept for the next system of the same blocks.
     """
 
     _last: ClassVar[DualSystem | None] = None
@@ -122,7 +126,16 @@ class DualSystem:
     def __init__(self, D: Tensor) -> None:
         self.D = D.detach().clone()
         self.M = self.D @ self.D.mT
-        self.stepsize = stepsize(self.D)
+        self._blocks: _Blocks | None = None
+
+    @cached_property
+    def stepsize(self) -> Tensor:
+        """The stepsize of `DenoisingStep`."""
+        return stepsize(self.D)
+
+    @cached_property
+    def inverse(self) -> Tensor:
+        """The inverse of M; raises InputError if the rows of D are dependent."""
         root, info = torch.linalg.cholesky_ex(self.M)
         pivots = root.diagonal().square()
         if int(info) or float(pivots.min()) <= 1e-13 * float(pivots.max()):
@@ -130,7 +143,14 @@ class DualSystem:
                 f"D of shape {tuple(D.shape)} and norm {float(D.norm()):.3g} has dependent rows, so its dual is not "
                 "unique. Lower train.lr, or start from another D."
             )
-        self.inverse = torch.cholesky_inverse(root)
+        return torch.cholesky_inverse(root)
+
+    @cached_property
+    def damped(self) -> tuple[Tensor, Tensor]:
+        """The penalty rho that suits ADMM, (), and the inverse of M + rho I."""
+        rho = RHO * self.M.diagonal().mean()
+        eye = torch.eye(len(self.M), dtype=self.M.dtype, device=self.M.device)
+        return rho, torch.cholesky_inverse(torch.linalg.cholesky_ex(self.M + rho * eye)[0])
 
     @classmethod
     def of(cls, D: Tensor) -> DualSystem:
@@ -142,25 +162,38 @@ class DualSystem:
 
     def solve(self, r: Tensor, free: Tensor) -> Tensor:
         """Return z, (B, m), with (M z)_F = r_F on each sample's free set F, (B, m) bool, and zero elsewhere."""
-        r = torch.where(free, r, 0)
+        if self._blocks is None or not torch.equal(self._blocks.free, free):
+            self._blocks = _Blocks(self, free)
+        return self._blocks.solve(r)
+
+
+class _Blocks:
+    """The factored systems of the free sets of a batch, (B, m) bool, by the smaller of the free and the bound ones."""
+
+    def __init__(self, dual: DualSystem, free: Tensor) -> None:
+        self.free, inverse = free, dual.inverse
         bound, inside = (int(s.sum(1).max()) if len(s) else 0 for s in (~free, free))
-        if bound == 0 or inside == 0:
-            return r @ self.inverse if bound == 0 else r
-        if inside < bound:
-            return _within(self.M, r, free, inside)
+        self.inverse = None if inside < bound else inverse
+        self.chosen = Chosen(free if inside < bound else ~free)
+        block = self.chosen.block(dual.M if self.inverse is None else self.inverse)
+        self.root, info = torch.linalg.cholesky_ex(block)
+        sizes = self.root.diagonal(dim1=1, dim2=2).square()
+        exact = (info == 0) & (sizes.amin(1) > SAFE * sizes.amax(1)) if min(bound, inside) else info == 0
+        self.lu = None if exact.all() else lu_factor(block)[:2]
+
+    def solve(self, r: Tensor) -> Tensor:
+        """Return what `DualSystem.solve` does."""
+        r = torch.where(self.free, r, 0)
+        if self.inverse is None:
+            return self._within(r)
         # Add to r what makes z vanish in the coordinates that are not free.
-        excess = _within(self.inverse, r @ self.inverse, ~free, bound)
-        return torch.where(free, (r - excess) @ self.inverse, 0)
+        excess = self._within(r @ self.inverse)
+        return torch.where(self.free, (r - excess) @ self.inverse, 0)
 
-
-def _within(K: Tensor, r: Tensor, chosen: Tensor, most: int) -> Tensor:
-    """Return y, (B, m), with (K y)_C = r_C on each sample's set C of at most `most` coordinates and zero elsewhere."""
-    index = torch.topk(chosen.to(torch.uint8), most, dim=1).indices
-    used = chosen.gather(1, index)
-    block = K[index[:, :, None], index[:, None, :]]
-    block = torch.where(used[:, :, None] & used[:, None, :], block, torch.eye(most, dtype=r.dtype, device=r.device))
-    y = solve(block, torch.where(used, r.gather(1, index), 0)[:, :, None])[:, :, 0]
-    return torch.zeros_like(r).scatter(1, index, y)
+    def _within(self, r: Tensor) -> Tensor:
+        y = self.chosen.take(r)[:, :, None]
+        y = torch.cholesky_solve(y, self.root) if self.lu is None else torch.linalg.lu_solve(*self.lu, y)
+        return self.chosen.put(y[:, :, 0])
 
 
 class DenoisingProblem:
@@ -216,8 +249,7 @@ class DenoisingProblem:
         q = d @ D.mT
         if warm is not None and warm.shape != q.shape:
             raise InputError(f"warm has shape {tuple(warm.shape)}, expected {tuple(q.shape)}.")
-        guess = self._descent(dual.M, q, dual.stepsize) if warm is None else iter([warm.to(q, copy=True)])
-        w = next(islice(guess, GUESS if warm is None else 0, None))
+        w = self._guess(dual, q) if warm is None else warm.to(q, copy=True)
         side = self._sides(w)
         iterations = torch.zeros(len(d), dtype=torch.long, device=d.device)
         running = torch.arange(len(d), device=d.device)
@@ -243,6 +275,17 @@ class DenoisingProblem:
         residual = self._residual(D, d, w)
         counts = torch.full((len(d),), taken, device=d.device)
         return DenoisingSolution(d + w @ D, w, counts, residual, residual <= tol)
+
+    def _guess(self, dual: DualSystem, q: Tensor) -> Tensor:
+        """Return w after some over-relaxed steps of ADMM, which split off |w| <= weight (Boyd et al., 2011, 3.4.3)."""
+        rho, inverse = dual.damped
+        move, pull = -q @ inverse, rho * inverse
+        v = z = torch.zeros_like(q)  # v: z plus the scaled dual
+        for _ in range(GUESS):
+            w = torch.addmm(move, torch.lerp(v, z, 2), pull)
+            v = torch.add(v, w.sub_(z), alpha=RELAXATION)
+            z = v.clamp(-self.weight, self.weight)
+        return z
 
     def _descent(self, M: Tensor, q: Tensor, step: Tensor) -> Iterator[Tensor]:
         """Yield the iterates of FDPG from zero; its y is w extrapolated by the momentum of (28c-d)."""

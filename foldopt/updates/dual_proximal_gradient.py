@@ -37,13 +37,14 @@ class DualProximalGradient(nn.Module):
     def forward(self, w: Tensor, D: Tensor, d: Tensor, *params: Tensor) -> Tensor:
         """Return the dual after one step."""
         s = self._step(D)
-        Du = torch.einsum("...mn,...n->...m", D, self.primal(w, D, d))
+        u = self.primal(w, D, d)
+        Du = u @ D.mT if D.dim() == 2 else torch.einsum("bmn,bn->bm", D, u)
         return w - s * (Du - self.prox(Du - w / s, 1 / s, D, d, *params))
 
     @staticmethod
     def primal(w: Tensor, D: Tensor, d: Tensor) -> Tensor:
         """Return x = d + D'w, (B, n)."""
-        return d + torch.einsum("...mn,...m->...n", D, w)
+        return d + (w @ D if D.dim() == 2 else torch.einsum("bmn,bm->bn", D, w))
 
     @staticmethod
     def dual(x: Tensor, D: Tensor, d: Tensor) -> Tensor:
