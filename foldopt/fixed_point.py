@@ -7,6 +7,7 @@ With Phi = dU/dx and Psi = dU/dc at x*, the vector-Jacobian product of c -> x* i
 from __future__ import annotations
 
 import copy
+import inspect
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from foldopt.errors import LinearSolveError, SolverError
 from foldopt.linear_solve import LinearSolveInfo, LinearSolver, Phi
@@ -207,6 +209,9 @@ class _Fold(torch.autograd.Function):
         return _mapped(point, info.batch_size, in_dims[1:], params)
 
 
+_Fold.forward.__signature__ = inspect.signature(_Fold.forward)  # type: ignore[attr-defined]  # asked for in each call
+
+
 def _split(saved: Tensors, n: int) -> tuple[Tensors, Tensor, Tensors]:
     return patched(saved[:n], saved[n]), saved[n], saved[n + 1 :]
 
@@ -276,9 +281,11 @@ class _Linear(FixedPoint):
         """Solve the equation and apply the policy to the samples that have no trustworthy derivative."""
         r, x, keep, c = self.split(params)
         recorded = self.of.recorded or record(self.of.step, x, c, self.of.users)
-        y, info = self.solve(recorded, r, None if keep.all() else keep)
+        every = bool(keep.all())
+        y, info = self.solve(recorded, r, None if every else keep)
         self.certificate = info
-        if not info.ok.all():
+        solved = bool(info.ok.all())
+        if not solved:
             products = int(info.iterations.max()) if len(info.iterations) else 0
             apply_policy(
                 self.policy,
@@ -290,7 +297,7 @@ class _Linear(FixedPoint):
                 "Phi may have a spectral radius of 1 or more (lfpi) or I - Phi be singular; use linear_solver='auto', "
                 "check the step at that sample, or choose on_failure='nan'|'zero'",
             )
-        if self.policy != "warn" and not (keep & info.ok).all():
+        if self.policy != "warn" and not (every and solved):
             keep = keep & info.ok
             y = masked(y, keep, self.policy)
             self.kept = None
@@ -322,8 +329,9 @@ class _Tangent(_Linear):
 
 
 def _solved(linear: _Linear, params: Tensors) -> Tensors:
+    plain = not torch.is_grad_enabled() and forward_ad._current_level < 0 and not transformed(*params)
     try:
-        return fixed_point(linear, *params)[: linear.n]
+        return (linear(*params) if plain else fixed_point(linear, *params))[: linear.n]
     finally:
         linear.of.report(linear.certificate)
 

@@ -64,12 +64,15 @@ def capped_simplex(x: Tensor, total: Tensor | float, upper: float = 1.0, *, near
     z = x - kink[:, None]  # theta = kink - below is as small as the total here, however large x is
     with torch.no_grad():
         for _ in range(2 if guessed is None else 0):
-            below = below - _excess(z + below[:, None], total, upper)[0]
+            excess, free, _ = _excess(z + below[:, None], total, upper)
+            below = torch.where(free.any(1), below - excess, below)
     z = z + below[:, None]
     excess, free, full = _excess(z, total, upper)
-    y = torch.where(free, (z - excess[:, None]).clamp(min=0), 0)
-    y = torch.where(full, upper, y) if upper != torch.inf else y
-    return torch.where(x.isfinite().all(1)[:, None], y, torch.nan)
+    with torch.no_grad():
+        finite = x.isfinite().all(1)[:, None]
+        bound = torch.where(full, upper, 0.0) if upper != torch.inf else torch.zeros_like(x)
+        bound = torch.where(finite, bound.to(x), torch.nan)
+    return torch.where(free & finite, (z - excess[:, None]).clamp(min=0), bound)
 
 
 def _excess(z: Tensor, total: Tensor, upper: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -77,9 +80,9 @@ def _excess(z: Tensor, total: Tensor, upper: float) -> tuple[Tensor, Tensor, Ten
     full = z >= upper
     free = (z > 0) & ~full
     held = upper * full.sum(1).to(z.dtype) if upper != torch.inf else torch.zeros_like(total)
-    count = free.sum(1)
-    excess = (torch.where(free, z, 0).sum(1) + held - total) / count.clamp(min=1).to(z.dtype)
-    return torch.where(count > 0, excess, 0), free, full
+    missing = total - held
+    excess = (torch.where(free, z, 0).sum(1) - missing) / free.sum(1).clamp(min=1).to(z.dtype)
+    return excess, free, full
 
 
 def _guessed(x: Tensor, total: Tensor, upper: float, near: Tensor) -> tuple[Tensor, Tensor] | None:

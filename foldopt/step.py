@@ -32,7 +32,9 @@ def flatten(state: Sequence[Tensor]) -> Tensor:
 
 def unflatten(flat: Tensor, like: Sequence[Tensor]) -> Tensors:
     """Split (B, N) into parts of the shapes of `like`: the inverse of `flatten`."""
-    sizes = [part[0].numel() if len(part) else part.shape[1:].numel() for part in like]
+    if len(like) == 1:
+        return (flat.reshape(like[0].shape),)
+    sizes = [part.shape[1:].numel() for part in like]
     return tuple(piece.reshape(part.shape) for piece, part in zip(flat.split(sizes, dim=1), like, strict=True))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ class Settings:
     """How much is measured.
 
     factors: of the batch and of n. rounds: of every contender at every place, fewer where they take more than `budget`
-    seconds together. limit: seconds of one pass; who is expected to take more is not asked, and where a first call,
+    seconds together; a round takes a pass again, and the median, until `turn` seconds are over. limit: seconds of one pass; who is expected to take more is not asked, and where a first call,
     which else does not count, takes more, it is the only one.
     """
 
@@ -40,6 +41,7 @@ class Settings:
     factors: tuple[int, ...] = (1, 4, 16)
     rounds: int = 7
     budget: float = 1.0
+    turn: float = 0.05
     limit: float = 4.0
     seed: int = 0
 
@@ -113,13 +115,22 @@ def _taking_turns(calls: Mapping[str, partial], settings: Settings) -> Iterator[
             yield {"contender": name, "why": str(error).split("\n")[0][:200]}
     names = list(spent)
     for number in range(settings.rounds):
-        turn = number % max(len(names), 1)
-        for name in names[turn:] + names[:turn]:
+        first = number % max(len(names), 1)
+        for name in names[first:] + names[:first]:
             if spent[name] > settings.budget:
                 continue
-            row = calls[name]()
-            spent[name] += row["seconds_forward"] + row["seconds_backward"]
+            row, taken = _round(calls[name], settings.turn)
+            spent[name] += taken
             yield {"contender": name, **row, "peak_bytes": memory[name]}
+
+
+def _round(call: partial, turn: float) -> tuple[dict[str, float], float]:
+    """Return the medians of as many calls as `turn` seconds hold, at least one, and how long that took."""
+    begin = time.perf_counter()
+    rows = [call()]
+    while time.perf_counter() - begin < turn:
+        rows.append(call())
+    return {name: statistics.median(row[name] for row in rows) for name in rows[0]}, time.perf_counter() - begin
 
 
 def _pass(solve: Solve, leaves: Leaves, cotangent: Tensor) -> tuple[Tensor, Tensor, float, float]:

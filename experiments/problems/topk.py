@@ -219,7 +219,7 @@ class TopKSQP(nn.Module):
     """One full SQP step (eqs. 31-32): the same as of ``foldopt.SQP(problem)``, in closed form.
 
     State (x, nu, lam): x (B, n) above 0, nu (B, 1) of sum x = k, lam (B, n) of x <= 1. The Hessian of the quadratic
-    model is diag(1/x), so on an active set its solution is d = x (c - log x - 1 - mu) with one unknown number mu.
+    model is diag(1/x), so on an active set its solution is d = x (c - log x - mu) - x with one unknown number mu.
     """
 
     def __init__(self, k: int) -> None:
@@ -229,29 +229,31 @@ class TopKSQP(nn.Module):
     def forward(self, state: tuple[Tensor, Tensor, Tensor], c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the state after one step."""
         x, _, lam = state
-        slope, slack = c - x.log() - 1, 1 - x
+        force = c - x.log()
         with torch.no_grad():
-            active = self._active(x, slope, slack, lam > slack)
-        d, mu, lam = self._model(x, slope, slack, active)
-        return x + d, mu, lam
+            active = self._active(x, force, lam > 1 - x)
+        return self._model(x, force, active)
 
     def inverse(self, g: Tensor, transposed: bool, *_: object) -> Tensor:
         """Return v = Phi^T v + g for Phi = 0, (B, N): SQP is Newton's method at a solution."""
         return g
 
-    def _model(self, x: Tensor, slope: Tensor, slack: Tensor, active: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the step d, mu and the multipliers of the quadratic model with the given active set."""
-        weight = torch.where(active, 0, x)
-        missing = self.k - x.sum(1, keepdim=True) - torch.where(active, slack, 0).sum(1, keepdim=True)
-        mu = ((weight * slope).sum(1, keepdim=True) - missing) / weight.sum(1, keepdim=True)
-        d = torch.where(active, slack, x * (slope - mu))
-        return d, mu, torch.where(active, slope - d / x - mu, 0)
+    def _model(self, x: Tensor, force: Tensor, active: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return x + d, mu and the multipliers of the quadratic model's solution d on an active set.
 
-    def _active(self, x: Tensor, slope: Tensor, slack: Tensor, active: Tensor) -> Tensor:
+        force: c - log x. On the others x + d = x (force - mu).
+        """
+        weight = torch.where(active, 0, x)
+        missing = self.k - active.sum(1, keepdim=True)
+        mu = ((weight * force).sum(1, keepdim=True) - missing) / weight.sum(1, keepdim=True)
+        rest = force - mu
+        return torch.where(active, 1, x * rest), mu, torch.where(active, rest - 1 / x, 0)
+
+    def _active(self, x: Tensor, force: Tensor, active: Tensor) -> Tensor:
         """Return the active set of the quadratic model's solution, by pivoting from a guess."""
         for _ in range(MAX_PIVOTS):
-            d, _, lam = self._model(x, slope, slack, active)
-            following = torch.where(active, lam >= 0, d > slack)
+            moved, _, lam = self._model(x, force, active)
+            following = torch.where(active, lam >= 0, moved > 1)
             if torch.equal(following, active):
                 break
             active = following

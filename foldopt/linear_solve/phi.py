@@ -38,8 +38,12 @@ class Phi:
     ) -> Phi:
         """Return the Phi of a map v -> Phi^T v on tensors like `like`, (B, N), from N products."""
         n = like.shape[1]
-        eye = torch.eye(n, dtype=like.dtype, device=like.device)
-        return cls(lambda: torch.stack([vjp(e.expand_as(like)) for e in eye], dim=1), n, inverse)
+
+        def make() -> Tensor:
+            eye = torch.eye(n, dtype=like.dtype, device=like.device)
+            return torch.stack([vjp(e.expand_as(like)) for e in eye], dim=1)
+
+        return cls(make, n, inverse)
 
     @property
     def closed_form(self) -> bool:
