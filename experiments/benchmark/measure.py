@@ -32,8 +32,9 @@ class Settings:
     """How much is measured.
 
     factors: of the batch and of n. rounds: of every contender at every place, fewer where they take more than `budget`
-    seconds together; a round takes a pass again, and the median, until `turn` seconds are over. limit: seconds of one pass; who is expected to take more is not asked, and where a first call,
-    which else does not count, takes more, it is the only one.
+    seconds together; a round takes a pass again, and the median, until `turn` seconds are over. limit: seconds of one
+    pass; who is expected to take more is not asked, and where a first call, which else does not count, takes more, it
+    is the only one.
     """
 
     layer: str

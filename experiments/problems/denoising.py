@@ -140,8 +140,8 @@ class DualSystem:
         pivots = root.diagonal().square()
         if int(info) or float(pivots.min()) <= 1e-13 * float(pivots.max()):
             raise InputError(
-                f"D of shape {tuple(D.shape)} and norm {float(D.norm()):.3g} has dependent rows, so its dual is not "
-                "unique. Lower train.lr, or start from another D."
+                f"D of shape {tuple(self.D.shape)} and norm {float(self.D.norm()):.3g} has dependent rows, so its dual "
+                "is not unique. Lower train.lr, or start from another D."
             )
         return torch.cholesky_inverse(root)
 
