@@ -61,11 +61,15 @@ def record(step: StepFunction, state: Tensors, params: Tensors, users: bool = Tr
 
 
 def vjp_of(
-    recorded: Recorded, inputs: Sequence[Tensor], cotangent: Sequence[Tensor], **kwargs: Any
+    recorded: Recorded, inputs: Sequence[Tensor], cotangent: Sequence[Tensor | None], **kwargs: Any
 ) -> list[Tensor | None]:
-    """Pull `cotangent` back through the recorded step to `inputs`; None where an input takes no part."""
+    """Pull `cotangent` back through the recorded step to `inputs`; None where an input takes no part.
+
+    A part of the cotangent may be None for zero.
+    """
     wanted = [i for i in inputs if i.requires_grad]
-    reached = [(out, v) for out, v in zip(recorded.outputs, cotangent, strict=True) if out.requires_grad]
+    parts = zip(recorded.outputs, cotangent, strict=True)
+    reached = [(out, v) for out, v in parts if v is not None and out.requires_grad]
     if not wanted or not reached:
         return [None] * len(inputs)
     outputs, vectors = zip(*reached, strict=True)
@@ -86,11 +90,17 @@ class StateVJP:
 
     def __call__(self, v: Tensor) -> Tensor:
         """Return Phi^T v."""
-        return self._pulled(v, ())[0]
+        return self._pulled(unflatten(v, self.recorded.state), ())[0]
 
     def last(self, v: Tensor) -> Tensor:
-        """Return Phi^T v, and keep Psi^T v."""
-        moved, kept = self._pulled(v, self.leaves)
+        """Return Phi^T v, and keep Psi^T v.
+
+        Where v is zero in a part of the state, as in the multipliers if nothing but x is used, that part costs nothing.
+        """
+        parts: Sequence[Tensor | None] = unflatten(v, self.recorded.state)
+        if len(parts) > 1 and v.any():
+            parts = [part if part is not None and part.any() else None for part in parts]
+        moved, kept = self._pulled(parts, self.leaves)
         self._last = v, kept
         return moved
 
@@ -98,9 +108,9 @@ class StateVJP:
         """Return Psi^T v if v is the very tensor that `last` was called with, else None."""
         return self._last[1] if self._last is not None and self._last[0] is v else None
 
-    def _pulled(self, v: Tensor, leaves: Sequence[Tensor]) -> tuple[Tensor, list[Tensor | None]]:
+    def _pulled(self, v: Sequence[Tensor | None], leaves: Sequence[Tensor]) -> tuple[Tensor, list[Tensor | None]]:
         state = self.recorded.state
-        pulled = vjp_of(self.recorded, (*state, *leaves), unflatten(v, state))
+        pulled = vjp_of(self.recorded, (*state, *leaves), v)
         moved = [torch.zeros_like(s) if p is None else p for p, s in zip(pulled, state, strict=False)]
         return flatten(moved), pulled[len(state) :]
 
