@@ -12,6 +12,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from experiments.problems.blocks import Chosen
 from foldopt.lu import lu_factor
 from foldopt.projections import capped_simplex
 
@@ -195,9 +196,9 @@ class BlockStep(nn.Module):
 
 def project(z: Tensor, totals: tuple[int, int], near: Tensor | None = None) -> Tensor:
     """Return the nearest feasible point to z = (x, y), (B, 2n); near: a guess of it, see `capped_simplex`."""
-    guesses = (None, None) if near is None else near.chunk(2, 1)
-    parts = zip(z.chunk(2, 1), totals, guesses, strict=True)
-    return torch.cat([capped_simplex(part, total, near=guess) for part, total, guess in parts], 1)
+    blocks = 2 * len(z), z.shape[1] // 2
+    guess = None if near is None else near.reshape(blocks)
+    return capped_simplex(z.reshape(blocks), z.new_tensor(totals).repeat(len(z)), near=guess).reshape(z.shape)
 
 
 def crossed(Q: Tensor, z: Tensor) -> Tensor:
@@ -219,19 +220,19 @@ def coupled(Q: Tensor, w: Tensor, g: Tensor) -> Tensor:
     u moves the solution as g moves (c, d). One system is solved per sample, of the size of what is free to move in a
     block: u is zero where w is. NaN in the samples where it is singular.
     """
-    (wx, wy), (gx, gy) = w.chunk(2, 1), g.chunk(2, 1)
-    kx, ky = (int((part != 0).sum(1).max()) if len(w) else 0 for part in (wx, wy))
-    x, y = ((part != 0).to(torch.uint8).topk(k, dim=1).indices for part, k in ((wx, kx), (wy, ky)))
-    A = Q.to(g)[x[:, :, None], y[:, None, :]]
-    wx, wy, hx, hy = wx.gather(1, x), wy.gather(1, y), gx.gather(1, x), gy.gather(1, y)
-    M = torch.eye(kx, dtype=g.dtype, device=g.device) - _derivative(wx, A @ _derivative(wy, A.mT))
-    rhs = _derivative(wx, hx[:, :, None] + A @ _derivative(wy, hy[:, :, None]))
+    n = len(Q)
+    x, y = (Chosen(part != 0) for part in w.chunk(2, 1))
+    hx, hy = (on.take(part)[:, :, None] for on, part in ((x, g[:, :n]), (y, g[:, n:])))
+    Jx, Jy = (_derivative(on.take(part)) for on, part in ((x, w[:, :n]), (y, w[:, n:])))
+    place = (x.index * n)[:, :, None] + y.index[:, None, :]
+    A = Q.to(g).reshape(-1).index_select(0, place.view(-1)).view(place.shape)
+    JxAJy = Jx @ A @ Jy
+    M = torch.eye(A.shape[1], dtype=g.dtype, device=g.device) - JxAJy @ A.mT
     lu, pivots, info = lu_factor(M)
-    ux = torch.linalg.lu_solve(lu, pivots, rhs)
+    ux = torch.linalg.lu_solve(lu, pivots, Jx @ hx + JxAJy @ hy)
     ux = torch.where((info == 0)[:, None, None], ux, torch.nan)
-    uy = _derivative(wy, hy[:, :, None] + A.mT @ ux)
-    whole = (torch.zeros_like(gx).scatter(1, i, u[:, :, 0]) for i, u in ((x, ux), (y, uy)))
-    return torch.cat(list(whole), 1)
+    uy = Jy @ (hy + A.mT @ ux)
+    return torch.cat([x.put(ux[:, :, 0]), y.put(uy[:, :, 0])], 1)
 
 
 class SmoothedSolution(NamedTuple):
@@ -273,8 +274,8 @@ def maximize(
         kept = reached.topk(few, dim=1).indices
         x = x.view(B, K, n).gather(1, kept[:, :, None].expand(B, few, n)).reshape(B * few, n)
         cs, ds = repeated(c, few), repeated(d, few)
-    x, iterations = _newton(Q, climb(x, cs, ds, SWEEPS[1]), cs, ds, totals, smoothing)
-    x, y, residual = _sweep(Q, x, cs, ds, totals, smoothing)
+    x, y, iterations = _newton(Q, climb(x, cs, ds, SWEEPS[1]), cs, ds, totals, smoothing)
+    x, y, residual = _sweep(Q, x, y, cs, ds, totals, smoothing)
     value = _value(Q, x, y, cs, ds, smoothing)
     best = value.view(B, few).argmax(1)
     row = torch.arange(B, device=Q.device) * few + best
@@ -298,50 +299,59 @@ def _climb(
 
 
 def _sweep(
-    Q: Tensor, x: Tensor, c: Tensor, d: Tensor, totals: tuple[int, int], smoothing: Smoothing
+    Q: Tensor, x: Tensor, near: Tensor, c: Tensor, d: Tensor, totals: tuple[int, int], smoothing: Smoothing
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the best x for the best y for x, the best y for that one, and how far x moved, (B,)."""
-    y = smoothing.block(d + x @ Q, totals[1])
+    """Return the best x for the best y for x, the best y for that one, and how far x moved, (B,).
+
+    near: a guess of the first y.
+    """
+    y = smoothing.block(d + x @ Q, totals[1], near)
     new = smoothing.block(c + y @ Q.mT, totals[0], x)
     return new, smoothing.block(d + new @ Q, totals[1], y), (new - x).abs().amax(1)
 
 
 def _newton(
     Q: Tensor, x: Tensor, c: Tensor, d: Tensor, totals: tuple[int, int], smoothing: Smoothing
-) -> tuple[Tensor, Tensor]:
-    """Polish x to a fixed point of `_sweep` by Newton's method; sweeps take over where that brings it no closer."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Polish x to a fixed point of `_sweep` by Newton's method; sweeps take over where that brings it no closer.
+
+    Returns x, the best y for it, and how many steps that took, (B,).
+    """
     iterations = torch.zeros(len(x), dtype=torch.long, device=x.device)
-    todo = torch.arange(len(x), device=x.device)
-    near = torch.zeros_like(x)  # y of the iteration before
+    y = smoothing.block(d + x @ Q, totals[1], smoothing.rough(d + x @ Q, totals[1]))
+    moved = smoothing.block(c + y @ Q.mT, totals[0], x)
     for _ in range(MAX_NEWTON):
-        now, C, D = x[todo], c[todo], d[todo]
-        y = smoothing.block(D + now @ Q, totals[1], near[todo])
-        moved = smoothing.block(C + y @ Q.mT, totals[0], now)
-        near[todo] = y
-        r = moved - now
-        size = r.abs().amax(1)
-        far = size > TOLERANCE / 10
-        if not far.any():
+        size = (moved - x).abs().amax(1)
+        todo = (size > TOLERANCE / 10).nonzero()[:, 0]
+        if not len(todo):
             break
-        now, C, D, y, moved, r, size, todo = (t[far] for t in (now, C, D, y, moved, r, size, todo))
+        now, C, D, Y, step = (t[todo] for t in (x, c, d, y, moved))
+        r = step - now
         # r + J Q J (Q'r + ...): what the sweep leaves of an error, summed up
-        weights = torch.cat([smoothing.slopes(moved), smoothing.slopes(y)], 1)
+        weights = torch.cat([smoothing.slopes(step), smoothing.slopes(Y)], 1)
         more = coupled(Q, weights, torch.cat([torch.zeros_like(r), r @ Q], 1))[:, : x.shape[1]]
-        trial = moved + torch.where(more.isfinite().all(1, keepdim=True), more, 0)
-        ahead = smoothing.block(C + smoothing.block(D + trial @ Q, totals[1], y) @ Q.mT, totals[0], moved)
-        closer = (ahead - trial).abs().amax(1) < size / 2
-        x[todo[closer]] = trial[closer]
-        if not closer.all():
-            x[todo[~closer]] = _climb(Q, moved[~closer], C[~closer], D[~closer], totals, smoothing.block, BETWEEN)
+        trial = step + torch.where(more.isfinite().all(1, keepdim=True), more, 0)
+        Y = smoothing.block(D + trial @ Q, totals[1], Y)
+        ahead = smoothing.block(C + Y @ Q.mT, totals[0], step)
+        worse = (ahead - trial).abs().amax(1) >= size[todo] / 2
+        if worse.any():
+            part = C[worse], D[worse]
+            trial[worse] = _climb(Q, step[worse], *part, totals, smoothing.block, BETWEEN)
+            Y[worse] = smoothing.block(part[1] + trial[worse] @ Q, totals[1])
+            ahead[worse] = smoothing.block(part[0] + Y[worse] @ Q.mT, totals[0])
+        for whole, new in ((x, trial), (y, Y), (moved, ahead)):
+            whole[todo] = new
         iterations[todo] += 1
-    return x, iterations
+    return x, y, iterations
 
 
-def _derivative(w: Tensor, A: Tensor) -> Tensor:
-    """Return (diag(w) - ww' / sum w) A for every row of w (B, n); A (n, m) or (B, n, m)."""
+def _derivative(w: Tensor) -> Tensor:
+    """Return diag(w) - ww' / sum w for every row of w, (B, k), as (B, k, k)."""
     total = w.sum(1, keepdim=True)
     share = w / torch.where(total > 0, total, 1)
-    return w[:, :, None] * (A - (share[:, None, :] @ A))
+    J = w[:, :, None] * -share[:, None, :]
+    J.diagonal(dim1=1, dim2=2).add_(w)
+    return J
 
 
 def _value(Q: Tensor, x: Tensor, y: Tensor, c: Tensor, d: Tensor, smoothing: Smoothing) -> Tensor:
