@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 FDPGState = tuple[Tensor, Tensor, Tensor, Tensor]
 MAX_PIVOTS = 60
-GUESS, RHO, RELAXATION = 20, 0.2, 1.8  # of ADMM before the first pivot; RHO is relative to the diagonal of D D'
+GUESS, RHO, RELAXATION = 25, 0.2, 1.8  # of ADMM before the first pivot; RHO is relative to the diagonal of D D'
 SAFE = 1e-10  # pivots of Cholesky that are further apart are left to LU
 EARLY = (1, 2, 4, 8)  # iterations of FDPG at which its residual is looked at, beside every 20th
 TOLERANCE = 1e-11
