@@ -110,8 +110,8 @@ scaling: .venv/.installed ## growth of every backend in n, batch and iterations:
 forward-tolerance: .venv/.installed ## sensitivity of training to the forward solver's tolerance, from the run folders
 	$(PY) -m scripts.figures --study forward_tolerance --profile $(PROFILE)
 
-bench: .venv/.installed ## time, memory and accuracy of every layer beside its peers, against the targets (some 20 minutes; THREADS="1 4")
-	$(PY) -m scripts.bench --profile $(PROFILE) $(addprefix --threads=,$(THREADS))
+bench: .venv/peers/.installed ## time, memory and accuracy of every layer beside its peers, against the targets (some 20 minutes; THREADS="1 4")
+	.venv/peers/bin/python -m scripts.bench --profile $(PROFILE) $(addprefix --threads=,$(THREADS))
 
 unrolling-cost: .venv/.installed ## time and memory of unrolling the denoiser as its iterations grow (a figure)
 	$(PY) -m scripts.measure unrolling-cost --profile $(PROFILE)

@@ -67,7 +67,7 @@ def execute(cfg: DictConfig, console: Console | None = None, wait: bool = False)
         if cfg.seed >= MOST_SEEDS:
             raise InputError(f"seed={cfg.seed}: take one below {MOST_SEEDS}.")
         require_whole("threads", cfg.threads, 1)
-        if torch.get_num_threads() != cfg.threads:  # to set it makes LU unsafe for other libraries, see foldopt.lu
+        if torch.get_num_threads() != cfg.threads:  # to set it makes LU unsafe for other libraries, see foldopt.batched
             torch.set_num_threads(cfg.threads)
         _set_determinism(cfg.deterministic)
         torch.manual_seed(cfg.seed)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from foldopt.batched import matvec
 from foldopt.checks import is_certified, require_finite
 from foldopt.errors import InfeasibleError, InputError
 from foldopt.solvers.qp import solve_qp
@@ -57,48 +58,66 @@ def capped_simplex(x: Tensor, total: Tensor | float, upper: float = 1.0, *, near
     bad = ((total < 0) | (total > n * upper) | ~total.isfinite()).nonzero()[:, 0].tolist()
     if bad:
         raise InputError(f"total is outside of [0, {n * upper}] for the samples {bad[:10]}: no point sums to it.")
+    if near is not None and not transformed():  # a guess is judged by looking at numbers, which torch.func hides
+        y = _guessed(x, total, upper, near)
+        if y is not None:
+            return y
     with torch.no_grad():
-        # A guess is judged by looking at numbers, which torch.func hides.
-        guessed = _guessed(x, total, upper, near) if near is not None and not transformed() else None
-        kink, below = _threshold(x, total, upper) if guessed is None else guessed
+        kink, below = _threshold(x, total, upper)
     z = x - kink[:, None]  # theta = kink - below is as small as the total here, however large x is
     with torch.no_grad():
-        for _ in range(2 if guessed is None else 0):
-            excess, free, _ = _excess(z + below[:, None], total, upper)
+        for _ in range(2):
+            free, full = _sets(z + below[:, None], upper)
+            excess = _excess(z + below[:, None], free, _missing(total, full, upper))
             below = torch.where(free.any(1), below - excess, below)
     z = z + below[:, None]
-    excess, free, full = _excess(z, total, upper)
     with torch.no_grad():
+        free, full = _sets(z, upper)
         finite = x.isfinite().all(1)[:, None]
-        bound = torch.where(full, upper, 0.0) if upper != torch.inf else torch.zeros_like(x)
-        bound = torch.where(finite, bound.to(x), torch.nan)
+        bound = torch.where(finite, _at_bounds(x, full, upper), torch.nan)
+    excess = _excess(z, free, _missing(total, full, upper))
     return torch.where(free & finite, (z - excess[:, None]).clamp(min=0), bound)
 
 
-def _excess(z: Tensor, total: Tensor, upper: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Return how much less each free entry of z must be for clamp(z, 0, upper) to sum to total, free and full ones."""
-    full = z >= upper
-    free = (z > 0) & ~full
-    held = upper * full.sum(1).to(z.dtype) if upper != torch.inf else torch.zeros_like(total)
-    missing = total - held
-    excess = (torch.where(free, z, 0).sum(1) - missing) / free.sum(1).clamp(min=1).to(z.dtype)
-    return excess, free, full
+def _sets(y: Tensor, upper: float) -> tuple[Tensor, Tensor]:
+    """Return which entries are between the bounds, and which at the upper one or above, (B, n) bool each."""
+    full = y >= upper
+    return (y > 0) & ~full, full
 
 
-def _guessed(x: Tensor, total: Tensor, upper: float, near: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Return what `_threshold` does if the free and full entries of y are those of `near` in every row, else None."""
-    full = near >= upper
-    free = (near > 0) & ~full
-    count, capped = free.sum(1), full.sum(1)
-    kink = torch.where(torch.where(count[:, None] > 0, free, full), x, torch.inf).amin(1, keepdim=True)
+def _missing(total: Tensor, full: Tensor, upper: float) -> Tensor:
+    """Return what the free entries have to sum to, (B,)."""
+    return total - upper * full.sum(1).to(total) if upper != torch.inf else total
+
+
+def _at_bounds(x: Tensor, full: Tensor, upper: float) -> Tensor:
+    """Return the upper bound where full, else 0, in the dtype of x, (B, n)."""
+    return full * x.new_tensor(upper) if upper != torch.inf else torch.zeros_like(x)
+
+
+def _excess(z: Tensor, free: Tensor, missing: Tensor) -> Tensor:
+    """Return how much less each free entry of z must be for these to sum to `missing`, (B,)."""
+    return (torch.where(free, z, 0).sum(1) - missing) / free.sum(1).clamp(min=1)
+
+
+def _guessed(x: Tensor, total: Tensor, upper: float, near: Tensor) -> Tensor | None:
+    """Return y if its free and full entries are those of `near` in every row, else None."""
+    with torch.no_grad():
+        free, full = _sets(near, upper)
+        some = free.any(1)
+        missing = _missing(total, full, upper)
+        vertex = ~some & (missing == 0)
+        kink = torch.where(torch.where(some[:, None], free, full), x, torch.inf).amin(1, keepdim=True)
+        missing = torch.where(vertex, upper, missing)  # at a vertex the least of the full entries is just at its bound
     z = x - kink
-    held = upper * capped.to(x) if upper != torch.inf else torch.zeros_like(total)
-    below = (total - held - torch.where(free, z, 0).sum(1)) / count.to(x)
-    below = torch.where(count > 0, below, upper)  # at a vertex the least of the full entries is just at its bound
-    y = z + below[:, None]
-    right = torch.where(full, y >= upper, torch.where(free, (y > 0) & (y < upper), y <= 0))
-    right &= ((count > 0) | (held == total))[:, None]
-    return (kink[:, 0], below) if right.all() else None
+    moved = z - _excess(z, free, missing)[:, None]
+    with torch.no_grad():
+        inside = (moved > 0) & (moved < upper)
+        right = torch.where(full, moved >= upper, torch.where(free, inside, moved <= 0)) & (some | vertex)[:, None]
+        if not right.all():
+            return None
+        bound = _at_bounds(x, full, upper)
+    return torch.where(free, moved, bound)
 
 
 def _threshold(x: Tensor, total: Tensor, upper: float) -> tuple[Tensor, Tensor]:
@@ -141,8 +160,8 @@ def affine(x: Tensor, A: Tensor, b: Tensor) -> Tensor:
     pivots = root.diagonal(dim1=1, dim2=2)
     if (info > 0).any() or not (pivots.amin(1) > 1e-7 * pivots.amax(1)).all():
         raise InputError("A has linearly dependent rows; drop the redundant ones.")
-    residual = torch.einsum("bpn,bn->bp", A, x) - b
-    return x - torch.einsum("bpn,bp->bn", A, torch.cholesky_solve(residual[:, :, None], root)[:, :, 0])
+    residual = matvec(A, x) - b
+    return x - matvec(A.mT, torch.cholesky_solve(residual[:, :, None], root)[:, :, 0])
 
 
 def half_space(x: Tensor, a: Tensor, b: Tensor | float) -> Tensor:

@@ -54,7 +54,7 @@ def measure(settings: Settings) -> pd.DataFrame:
     (NaN where it was called once), error_x, error_vjp (relative to `REFERENCE`, to `OURS` where that is too slow; inf
     for samples without an answer), and why there is no number.
     """
-    if torch.get_num_threads() != settings.threads:  # to set it makes LU unsafe for peers, see foldopt.lu
+    if torch.get_num_threads() != settings.threads:  # to set it makes LU unsafe for peers, see foldopt.batched
         torch.set_num_threads(settings.threads)
     layer = LAYERS[settings.layer]
     expected: dict[str, float] = {}

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from experiments.problems.blocks import Chosen
-from foldopt.lu import lu_factor
+from foldopt.batched import lu_factor
 from foldopt.projections import capped_simplex
 
 SWEEPS = (3, 12)  # over the blocks: from all starts, then from those kept

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from foldopt.batched import matvec
+
 
 class Chosen:
     """Each sample's chosen coordinates in a row, of as many as the sample of most has.
@@ -42,4 +44,4 @@ class Chosen:
 
 def times(K: Tensor, x: Tensor) -> Tensor:
     """Return K x, (B, n), for symmetric K (n, n) or (B, n, n)."""
-    return x @ K if K.dim() == 2 else torch.bmm(K, x[:, :, None])[:, :, 0]
+    return x @ K if K.dim() == 2 else matvec(K, x)

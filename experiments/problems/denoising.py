@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from experiments.problems.blocks import Chosen
 from experiments.problems.cone import cvxpy_for
+from foldopt.batched import lu_factor
 from foldopt.checks import require_whole
 from foldopt.errors import InputError
-from foldopt.lu import lu_factor
 from foldopt.prox import soft_threshold
 from foldopt.transforms import transformed
 from foldopt.updates import DualProximalGradient

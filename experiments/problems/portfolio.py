@@ -16,6 +16,7 @@ from torch import Tensor
 from experiments.problems.blocks import Chosen, times
 from experiments.problems.cone import cvxpy_for
 from experiments.problems.portfolio_sqp import PortfolioSQP
+from foldopt.batched import matvec
 from foldopt.errors import InfeasibleError, InputError
 from foldopt.solvers.gurobi import GurobiQCQP
 from foldopt.solvers.interior_point import solve_qcqp
@@ -128,7 +129,7 @@ class PortfolioProblem:
         """Return the quadratic model at (x, nu, lam) in closed form; V (n, n) or (B, n, n), gamma () or (B,)."""
         B, n = x.shape
         V, limit = V.expand(B, n, n), gamma.expand(B)[:, None]
-        Vx = torch.einsum("bij,bj->bi", V, x) / limit
+        Vx = matvec(V, x) / limit
         g = torch.cat([(x * Vx).sum(1, keepdim=True) - 1, -x], 1)
         identity = torch.eye(n, dtype=x.dtype, device=x.device).expand(B, n, n)
         jacobian_g = torch.cat([2 * Vx[:, None, :], -identity], 1)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from foldopt.batched import matvec
 from foldopt.linear_solve.base import VJP, LinearSolveInfo, relative, require_relative
 from foldopt.linear_solve.phi import Phi
 
@@ -26,7 +27,7 @@ class Dense:
 
     def certified(self, method: str, g: Tensor, v: Tensor, phi: Phi) -> LinearSolveInfo:
         """Return the certificate of `v`."""
-        residual = relative(g + torch.einsum("bij,bi->bj", phi.matrix(), v) - v, g).nan_to_num(nan=torch.inf)
+        residual = relative(g + matvec(phi.matrix().mT, v) - v, g).nan_to_num(nan=torch.inf)
         products = torch.full((len(g),), phi.products, device=g.device)
         return LinearSolveInfo.of(method, products, residual, self.tolerance(g.dtype))
 
@@ -76,7 +77,7 @@ class LeastSquares(Dense):
         equations = torch.eye(g.shape[1], dtype=g.dtype, device=g.device) - matrix.mT
         U, S, Vh = torch.linalg.svd(torch.where(finite[:, None, None], equations, 0))
         zero = (self.cutoff or (1e-10 if g.dtype == torch.float64 else 1e-5)) * S[:, :1] >= S
-        v = torch.einsum("bkn,bk->bn", Vh, torch.einsum("bnk,bn->bk", U, g) / torch.where(zero, torch.inf, S))
+        v = matvec(Vh.mT, matvec(U.mT, g) / torch.where(zero, torch.inf, S))
         v = torch.where(finite[:, None], v, torch.nan)
         info = self.certified("least_squares", g, v, phi)
         singular = finite & zero.any(1)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from foldopt.batched import matvec
 from foldopt.errors import InputError
 from foldopt.linear_solve.base import VJP, Iterative, LinearSolveInfo, norm, relative, safe_ratio
 from foldopt.linear_solve.phi import Phi
@@ -108,8 +109,8 @@ class GMRES(Krylov):
             seen = basis[:, : j + 1]
             column = torch.zeros_like(rhs[:, : j + 1])
             for _ in range(2):
-                overlap = torch.einsum("bkn,bn->bk", seen, w)
-                w = w - torch.einsum("bkn,bk->bn", seen, overlap)
+                overlap = matvec(seen, w)
+                w = w - matvec(seen.mT, overlap)
                 column = column + overlap
             height = norm(w)
             broken = height <= 10 * torch.finfo(r.dtype).eps * size
@@ -135,7 +136,7 @@ class GMRES(Krylov):
         dead = unused | (R.diagonal(dim1=1, dim2=2) == 0)
         R = R + torch.diag_embed(dead.to(r.dtype))
         y = torch.linalg.solve_triangular(R, rhs[:, :used].masked_fill(dead, 0)[:, :, None], upper=True)
-        return self.preconditioned(torch.einsum("bkn,bk->bn", basis[:, :used], y[:, :, 0])), steps
+        return self.preconditioned(matvec(basis[:, :used].mT, y[:, :, 0])), steps
 
 
 @dataclass(frozen=True)

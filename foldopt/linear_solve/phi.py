@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foldopt.lu import lu_factor
+from foldopt.batched import lu_factor
 
 
 class Phi:

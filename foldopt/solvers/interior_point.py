@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from foldopt.batched import lu_factor, matvec
 from foldopt.errors import InputError
-from foldopt.lu import lu_factor
 
 QuadraticConstraints = tuple[Tensor, Tensor, Tensor]
 
@@ -77,10 +77,10 @@ def solve_qcqp(
     for step in range(max_iter + 1):
         Qx = torch.einsum("bkij,bj->bki", Q, x)
         J = torch.cat([Qx + r, G], 1)
-        values = torch.cat([torch.einsum("bki,bi->bk", 0.5 * Qx + r, x), torch.einsum("bmi,bi->bm", G, x)], 1)
-        Hx = torch.einsum("bij,bj->bi", H, x)
-        rd = Hx + q + torch.einsum("bpi,bp->bi", A, nu) + torch.einsum("bmi,bm->bi", J, lam)
-        rp = torch.einsum("bpi,bi->bp", A, x) - b
+        values = torch.cat([matvec(0.5 * Qx + r, x), matvec(G, x)], 1)
+        Hx = matvec(H, x)
+        rd = Hx + q + matvec(A.mT, nu) + matvec(J.mT, lam)
+        rp = matvec(A, x) - b
         ri = values + slack - limits
         gap = (lam * slack).sum(1)
         dual_scale = cost + largest(Hx) + largest(lam)
@@ -131,10 +131,10 @@ class _Newton:
     def direction(self, rd: Tensor, rp: Tensor, ri: Tensor, rc: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return the step (dx, dnu, dlam, dslack) for the residuals and complementarity lam * slack - target."""
         weighted = self.ratio * ri - rc / self.slack
-        rhs = -torch.cat([rd + torch.einsum("bmi,bm->bi", self.J, weighted), rp], 1)
+        rhs = -torch.cat([rd + matvec(self.J.mT, weighted), rp], 1)
         step = torch.linalg.lu_solve(self.lu, self.pivots, rhs[:, :, None])[:, :, 0]
         dx, dnu = step[:, : self.n], step[:, self.n :]
-        ds = -ri - torch.einsum("bmi,bi->bm", self.J, dx)
+        ds = -ri - matvec(self.J, dx)
         return dx, dnu, -(rc + self.lam * ds) / self.slack, ds
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from foldopt.batched import matvec
 from foldopt.solvers.interior_point import largest
 from foldopt.solvers.qp import solve_qp
 
@@ -31,11 +32,11 @@ def recover_multipliers(
     rows = torch.cat([jacobian_h, jacobian_g], 1) * used[:, :, None]
     scale = largest(rows.flatten(1)).clamp(min=torch.finfo(rows.dtype).tiny)[:, None]
     normal = rows @ rows.mT / scale[:, :, None] ** 2 + torch.diag_embed((~used).to(rows.dtype))
-    target = torch.einsum("bkn,bn->bk", rows, gradient) / scale**2
+    target = matvec(rows, gradient) / scale**2
     sign = torch.cat([rows.new_zeros(m, p), -torch.eye(m, dtype=rows.dtype, device=rows.device)], 1).expand(B, m, p + m)
     none = rows.new_zeros(B, 0, p + m), rows.new_zeros(B, 0)
     # Nonnegative least squares finds the support; least squares on it is not squared in its conditioning.
     found = solve_qp(normal, target, *none, sign, rows.new_zeros(B, m), ~active)
     support = torch.cat([used[:, :p], active & (found.x[:, p:] > 0)], 1)
-    y = -torch.einsum("bkn,bn->bk", torch.linalg.pinv((rows * support[:, :, None]).mT), gradient)
+    y = -matvec(torch.linalg.pinv((rows * support[:, :, None]).mT), gradient)
     return y[:, :p], torch.where(support[:, p:], y[:, p:], 0).clamp(min=0)

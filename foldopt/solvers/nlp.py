@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from foldopt.batched import matvec
 from foldopt.errors import InputError
 from foldopt.solvers.interior_point import largest
 from foldopt.solvers.qp import QPSolution, solve_qp
@@ -82,8 +83,8 @@ def kkt_residual(x: Tensor, nu: Tensor, lam: Tensor, data: SQPData) -> Tensor:
     """Return the worst relative violation (B,) of the KKT conditions at (x, nu, lam); `data` is the model there."""
     pulled = [
         data.gradient,
-        torch.einsum("bpn,bp->bn", data.jacobian_h, nu),
-        torch.einsum("bmn,bm->bn", data.jacobian_g, lam),
+        matvec(data.jacobian_h.mT, nu),
+        matvec(data.jacobian_g.mT, lam),
     ]
     stationarity = largest(pulled[0] + pulled[1] + pulled[2]) / (1 + torch.stack([largest(t) for t in pulled]).amax(0))
     infeasible = largest(torch.cat([data.h, data.g.clamp(min=0)], 1)) / (1 + largest(x))
@@ -150,7 +151,7 @@ def _convexified(data: SQPData, active: Tensor) -> tuple[Tensor, Tensor]:
         weight = factor * scale[:, None]
         augmented = H + weight[:, :, None] * J.mT @ J
         take = ~done & (torch.linalg.eigvalsh(augmented)[:, 0] > floor)
-        shift = torch.einsum("bkn,bk->bn", J, weight * target)
+        shift = matvec(J.mT, weight * target)
         hessian = torch.where(take[:, None, None], augmented, hessian)
         gradient = torch.where(take[:, None], gradient + shift, gradient)
         done = done | take

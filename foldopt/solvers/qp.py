@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from foldopt.batched import lu_factor, matvec
 from foldopt.errors import InputError
-from foldopt.lu import lu_factor
 from foldopt.solvers.interior_point import largest, solve_qcqp, unit
 
 QPParts = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -115,7 +115,7 @@ class _Factor(NamedTuple):
         """Solve K z = rhs for rhs of shape (B, N); in the least-squares sense where K is singular."""
         z = torch.linalg.lu_solve(self.lu, self.pivots, rhs[:, :, None])[:, :, 0]
         if self.pinv is not None:
-            z[self.singular] = torch.einsum("bij,bj->bi", self.pinv, rhs[self.singular])
+            z[self.singular] = matvec(self.pinv, rhs[self.singular])
         return z
 
 
@@ -128,15 +128,13 @@ def _candidate(
     rhs = torch.cat([-q, b, torch.where(active, h, 0)], 1)
     x, nu, lam = factor.solve(rhs).split([n, p, h.shape[1]], 1)
     lam = torch.where(active, lam, 0)
-    slack = h - torch.einsum("bmn,bn->bm", G, x)
-    stationarity = (
-        torch.einsum("bij,bj->bi", H, x) + q + torch.einsum("bpn,bp->bn", A, nu) + torch.einsum("bmn,bm->bn", G, lam)
-    )
+    slack = h - matvec(G, x)
+    stationarity = matvec(H, x) + q + matvec(A.mT, nu) + matvec(G.mT, lam)
     dual_scale = largest(q) + largest(lam)
     primal_scale = 1 + largest(x)
     ok = (
         (largest(stationarity) <= TOLERANCE * dual_scale)
-        & (largest(torch.einsum("bpn,bn->bp", A, x) - b) <= TOLERANCE * primal_scale)
+        & (largest(matvec(A, x) - b) <= TOLERANCE * primal_scale)
         & ((lam >= -TOLERANCE * dual_scale[:, None]) & (slack >= -TOLERANCE * primal_scale[:, None])).all(1)
     )
     return x, nu, lam, ok, factor
@@ -156,7 +154,7 @@ def _pivoted(data: QPParts, guess: Tensor) -> tuple[list[Tensor], Tensor]:
         if not len(todo):
             break
         part = _rows(data, todo)
-        slack = part[5] - torch.einsum("bmn,bn->bm", part[4], x)
+        slack = part[5] - matvec(part[4], x)
         trial = torch.where(trial, lam > 0, slack < 0)
         *point, factor = _candidate(*part, trial)
         solved = point[3]
@@ -187,7 +185,7 @@ class _KKT(torch.autograd.Function):
             data = _rows((H, q, A, b, G, h), hard)
             point = solve_qcqp(*data)
             nu_ip, lam_ip = point.equality_dual.to(q), point.inequality_dual.to(q)
-            found = lam_ip > data[5] - torch.einsum("bmn,bn->bm", data[4], point.x.to(q))
+            found = lam_ip > data[5] - matvec(data[4], point.x.to(q))
             polished, found = _pivoted(data, found)
             exact, good = polished[3][:, None], (polished[3] | point.ok)[:, None]
             x, nu, lam, active, ok, singular = (t.clone() for t in (x, nu, lam, active, ok, singular))

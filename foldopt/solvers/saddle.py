@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from foldopt.batched import matvec
 from foldopt.solvers.interior_point import largest
 
 PIVOTS = 15  # where the rows are independent the active set usually settles in 5
@@ -62,7 +63,7 @@ class Saddle(NamedTuple):
         which every step solves for one guess of the active set (Kostreva, 1978; Judice and Pires, 1994). It may cycle.
         """
         half = _triangular(self.L, p)
-        r = limits + _times(self.Y.mT, half)  # the slack is r + M y
+        r = limits + matvec(self.Y.mT, half)  # the slack is r + M y
         equality = torch.arange(r.shape[1], device=r.device) < k
         held = (r < 0) | equality
         y = torch.zeros_like(r)
@@ -70,16 +71,16 @@ class Saddle(NamedTuple):
         for _ in range(PIVOTS):
             M, now, part = (self.M, held, r) if len(todo) == len(r) else (self.M[todo], held[todo], r[todo])
             new = _on_block(M, now, -part)
-            slack = part + _times(M, new)
+            slack = part + matvec(M, new)
             following = torch.where(now, (new > 0) | equality, slack < 0)
             changed = (following != now).any(1)
             y[todo], held[todo] = new, following
             todo = todo[changed]
             if not len(todo):
                 break
-        x = -_triangular(self.L, half + _times(self.Y, y), transposed=True)
-        Qx = (_times(Q, x) + _times(Q.mT, x)) / 2
-        Cx, forces = _times(C, x), _times(C.mT, y)
+        x = -_triangular(self.L, half + matvec(self.Y, y), transposed=True)
+        Qx = (matvec(Q, x) + matvec(Q.mT, x)) / 2
+        Cx, forces = matvec(C, x), matvec(C.mT, y)
         slack = limits - Cx
         dual = TOLERANCE * (largest(p) + largest(Qx))
         primal = TOLERANCE * (largest(limits) + largest(Cx))[:, None]
@@ -94,13 +95,13 @@ class Saddle(NamedTuple):
         NaN in the samples where the held rows are dependent.
         """
         rest = torch.where(held, 0, given)
-        r = rest + _on_block(self.M, held, target - _times(self.M, rest))
-        return r, torch.where(held, target, _times(self.M, r))
+        r = rest + _on_block(self.M, held, target - matvec(self.M, rest))
+        return r, torch.where(held, target, matvec(self.M, r))
 
     def _solved(self, shifted: Tensor, r1: Tensor, r2: Tensor) -> tuple[Tensor, Tensor]:
         half = _triangular(self.L, r1)
-        c = torch.cholesky_solve((_times(self.Y.mT, half) - r2)[:, :, None], shifted)[:, :, 0]
-        return _triangular(self.L, half - _times(self.Y, c), transposed=True), c
+        c = torch.cholesky_solve((matvec(self.Y.mT, half) - r2)[:, :, None], shifted)[:, :, 0]
+        return _triangular(self.L, half - matvec(self.Y, c), transposed=True), c
 
 
 class _Solve(torch.autograd.Function):
@@ -122,10 +123,6 @@ class _Solve(torch.autograd.Function):
         gQ = -0.5 * pair @ pair.flip(2).mT if of_Q else None
         gC = -torch.stack([c, b2], 2) @ pair.mT if of_C else None
         return None, gQ, gC, None, b1, b2
-
-
-def _times(A: Tensor, x: Tensor) -> Tensor:
-    return torch.bmm(A, x[:, :, None])[:, :, 0]
 
 
 def _triangular(L: Tensor, r: Tensor, transposed: bool = False) -> Tensor:

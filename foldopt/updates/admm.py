@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from foldopt.batched import matvec, solve
 from foldopt.checks import require_positive
 from foldopt.errors import InputError
-from foldopt.lu import solve
 from foldopt.solvers.multipliers import recover_multipliers
 from foldopt.solvers.saddle import Saddle
 from foldopt.transforms import transformed
@@ -66,8 +66,8 @@ class ADMM(nn.Module):
         With dependent active constraints they are not unique, and this is one choice of them.
         """
         Q, p, G, h, A, _ = batched_qp(*params)
-        gradient = torch.einsum("bij,bj->bi", Q, x) + p
-        _, lam = recover_multipliers(gradient, A, torch.einsum("bmn,bn->bm", G, x) - h, G)
+        gradient = matvec(Q, x) + p
+        _, lam = recover_multipliers(gradient, A, matvec(G, x) - h, G)
         return self.state(x, lam, G)
 
     def jacobian(self, state: ADMMState, *params: Tensor) -> Tensor:
@@ -156,9 +156,9 @@ class ADMM(nn.Module):
         """Return (x, Gx) of argmin 1/2 x'Qx + p'x + rho/2 |Gx - target|^2 subject to Ax = b."""
         reduced = self._reduced(Q, G, A)
         if reduced is None:
-            pull = self.rho * torch.einsum("bmn,bm->bn", G, target)
+            pull = self.rho * matvec(G.mT, target)
             x = solve(self._kkt(Q, G, A), torch.cat([pull - p, b], 1))[:, : p.shape[1]]
-            return x, torch.einsum("bmn,bn->bm", G, x)
+            return x, matvec(G, x)
         saddle, shifted = reduced
         x, y = saddle.solve(Q, _rows(G, A), shifted, -p, torch.cat([b, target], 1))
         return x, target + y[:, b.shape[1] :] / self.rho

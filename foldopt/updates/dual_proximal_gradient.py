@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from foldopt.batched import matvec
 from foldopt.checks import require_positive
 from foldopt.errors import InputError
 
@@ -38,13 +39,13 @@ class DualProximalGradient(nn.Module):
         """Return the dual after one step."""
         s = self._step(D)
         u = self.primal(w, D, d)
-        Du = u @ D.mT if D.dim() == 2 else torch.einsum("bmn,bn->bm", D, u)
+        Du = u @ D.mT if D.dim() == 2 else matvec(D, u)
         return w - s * (Du - self.prox(Du - w / s, 1 / s, D, d, *params))
 
     @staticmethod
     def primal(w: Tensor, D: Tensor, d: Tensor) -> Tensor:
         """Return x = d + D'w, (B, n)."""
-        return d + (w @ D if D.dim() == 2 else torch.einsum("bmn,bm->bn", D, w))
+        return d + (w @ D if D.dim() == 2 else matvec(D.mT, w))
 
     @staticmethod
     def dual(x: Tensor, D: Tensor, d: Tensor) -> Tensor:

@@ -1,8 +1,11 @@
-"""LU factorization of batches, past a fault of PyTorch's with several threads.
+"""Linear algebra on batches, past a fault and a slow path of PyTorch's on the CPU.
 
-After ``torch.set_num_threads(k)``, k above 1, torch.linalg factors the matrices of a batch on the CPU in threads that
-oneMKL splits once more; from some 150 rows on the pivots are then wrong, without a word in `info`, or it never returns
-(pytorch issues 141358 and 142815, torch 2.5 to 2.15). Larger matrices are therefore factored one after the other there.
+**LU.** After ``torch.set_num_threads(k)``, k above 1, torch.linalg factors the matrices of a batch on the CPU in
+threads that oneMKL splits once more; from some 150 rows on the pivots are then wrong, without a word in `info`, or it
+never returns (pytorch issues 141358 and 142815, torch 2.5 to 2.15). Larger matrices are therefore factored one after
+the other there.
+
+**Matrix times vector.** torch.bmm with a single column takes 2 to 5 times as long as with a single row.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-LARGEST = 128  # rows that are safe in a batch
+LARGEST = 128  # rows of which LU is safe in a batch
 
 
 def lu_factor(M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -24,6 +27,11 @@ def lu_factor(M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def solve(M: Tensor, rhs: Tensor) -> Tensor:
     """Return the solution of M z = rhs, M (B, n, n), rhs (B, n) or (B, n, k), as torch.linalg.solve does."""
     return torch.linalg.solve(M, rhs) if _safe(M) else torch.stack(list(map(torch.linalg.solve, M, rhs)))
+
+
+def matvec(A: Tensor, x: Tensor) -> Tensor:
+    """Return A x, (B, m), for A (B, m, n) and x (B, n)."""
+    return torch.bmm(x[:, None, :], A.mT)[:, 0]
 
 
 def _safe(M: Tensor) -> bool:
