@@ -12,12 +12,14 @@ from foldopt.batched import matvec
 class Chosen:
     """Each sample's chosen coordinates in a row, of as many as the sample of most has.
 
-    chosen: (B, n) bool. index: (B, k), which coordinates. used: (B, k) bool, False where a sample has fewer.
+    chosen: (B, n) bool. most: how many there is room for, at least those of any sample. index: (B, k), which
+    coordinates. used: (B, k) bool, False where a sample has fewer.
     """
 
-    def __init__(self, chosen: Tensor) -> None:
+    def __init__(self, chosen: Tensor, most: int | None = None) -> None:
         B, n = chosen.shape
-        most = int(chosen.sum(1).max()) if B else 0
+        if most is None:
+            most = int(chosen.sum(1).max()) if B else 0
         self.index = chosen.to(torch.uint8).topk(most, dim=1).indices
         self.used = chosen.gather(1, self.index)
         self.n = n

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
 FDPGState = tuple[Tensor, Tensor, Tensor, Tensor]
 MAX_PIVOTS = 60
-GUESS, RHO, RELAXATION = 25, 0.2, 1.8  # of ADMM before the first pivot; RHO is relative to the diagonal of D D'
+GUESS, RHO, RELAXATION = 20, 0.5, 1.8  # of ADMM before the first pivot
+LARGEST = 4_000_000  # entries of factored blocks that are kept for the next system
 SAFE = 1e-10  # pivots of Cholesky that are further apart are left to LU
 EARLY = (1, 2, 4, 8)  # iterations of FDPG at which its residual is looked at, beside every 20th
 TOLERANCE = 1e-11
@@ -100,13 +101,13 @@ class FDPG(nn.Module):
         return new, new + (t - 1) / t_new * (new - w), 1 / t_new, s
 
 
-def stepsize(D: Tensor) -> Tensor:
+def stepsize(D: Tensor, M: Tensor | None = None) -> Tensor:
     """Return a stepsize of the dual, at most 1 / |D|_2^2 and close to it; ().
 
     (28b) has 1/4, which is right for the differencing operator but not for what is learned from it. |D|_2^2 is the
     spectral radius of M = D D', and that of M^8 is at most any norm of M^8.
     """
-    M = D.detach() @ D.detach().mT
+    M = D.detach() @ D.detach().mT if M is None else M
     size = M.abs().sum(1).amax()
     power = M / size
     for _ in range(3):
@@ -131,7 +132,7 @@ class DualSystem:
     @cached_property
     def stepsize(self) -> Tensor:
         """The stepsize of `DenoisingStep`."""
-        return stepsize(self.D)
+        return stepsize(self.D, self.M)
 
     @cached_property
     def inverse(self) -> Tensor:
@@ -145,12 +146,11 @@ class DualSystem:
             )
         return torch.cholesky_inverse(root)
 
-    @cached_property
-    def damped(self) -> tuple[Tensor, Tensor]:
-        """The penalty rho that suits ADMM, (), and the inverse of M + rho I."""
-        rho = RHO * self.M.diagonal().mean()
-        eye = torch.eye(len(self.M), dtype=self.M.dtype, device=self.M.device)
-        return rho, torch.cholesky_inverse(torch.linalg.cholesky_ex(self.M + rho * eye)[0])
+    def damped(self, rho: Tensor) -> Tensor:
+        """Return the inverse of M + rho I, (m, m); rho (), above 0."""
+        shifted = self.M.clone()
+        shifted.diagonal().add_(rho)
+        return torch.cholesky_inverse(torch.linalg.cholesky_ex(shifted)[0])
 
     @classmethod
     def of(cls, D: Tensor) -> DualSystem:
@@ -162,24 +162,52 @@ class DualSystem:
 
     def solve(self, r: Tensor, free: Tensor) -> Tensor:
         """Return z, (B, m), with (M z)_F = r_F on each sample's free set F, (B, m) bool, and zero elsewhere."""
-        if self._blocks is None or not torch.equal(self._blocks.free, free):
-            self._blocks = _Blocks(self, free)
-        return self._blocks.solve(r)
+        kept = self._blocks
+        if kept is not None and kept.holds(free):
+            return kept.solve(r)
+        blocks = _Blocks(self, free)
+        if kept is None or len(free) >= len(kept.free):  # not where a part of a batch is looked at
+            self._blocks = blocks if blocks.root.numel() <= LARGEST else None
+        return blocks.solve(r)
 
 
 class _Blocks:
     """The factored systems of the free sets of a batch, (B, m) bool, by the smaller of the free and the bound ones."""
 
     def __init__(self, dual: DualSystem, free: Tensor) -> None:
-        self.free, inverse = free, dual.inverse
         bound, inside = (int(s.sum(1).max()) if len(s) else 0 for s in (~free, free))
-        self.inverse = None if inside < bound else inverse
-        self.chosen = Chosen(free if inside < bound else ~free)
-        block = self.chosen.block(dual.M if self.inverse is None else self.inverse)
-        self.root, info = torch.linalg.cholesky_ex(block)
-        sizes = self.root.diagonal(dim1=1, dim2=2).square()
-        exact = (info == 0) & (sizes.amin(1) > SAFE * sizes.amax(1)) if min(bound, inside) else info == 0
-        self.lu = None if exact.all() else lu_factor(block)[:2]
+        inverse = dual.inverse  # which refuses dependent rows
+        self.free, self.inverse = free.clone(), None if inside < bound else inverse
+        self.K = dual.M if self.inverse is None else self.inverse
+        self.chosen = Chosen(self._side(free))
+        block = self.chosen.block(self.K)
+        self.root, exact = _cholesky(block)
+        self.lu = None if exact else lu_factor(block)[:2]
+
+    def _side(self, free: Tensor) -> Tensor:
+        return free if self.inverse is None else ~free
+
+    def holds(self, free: Tensor) -> bool:
+        """Return whether these are the systems of `free`; those of a few samples are replaced if that makes them so."""
+        if free.shape != self.free.shape:
+            return False
+        rows = (free != self.free).any(1).nonzero()[:, 0]
+        if not len(rows):
+            return True
+        side, most = self._side(free[rows]), self.chosen.index.shape[1]
+        if self.lu is not None or 2 * len(rows) > len(free) or int(side.sum(1).max()) > most:
+            return False
+        chosen = Chosen(side, most)
+        root, exact = _cholesky(chosen.block(self.K))
+        if exact:
+            for whole, part in (
+                (self.free, free[rows]),
+                (self.chosen.index, chosen.index),
+                (self.chosen.used, chosen.used),
+                (self.root, root),
+            ):
+                whole[rows] = part
+        return exact
 
     def solve(self, r: Tensor) -> Tensor:
         """Return what `DualSystem.solve` does."""
@@ -194,6 +222,14 @@ class _Blocks:
         y = self.chosen.take(r)[:, :, None]
         y = torch.cholesky_solve(y, self.root) if self.lu is None else torch.linalg.lu_solve(*self.lu, y)
         return self.chosen.put(y[:, :, 0])
+
+
+def _cholesky(blocks: Tensor) -> tuple[Tensor, bool]:
+    """Return the Cholesky factors of (B, k, k) and whether these can be trusted."""
+    root, info = torch.linalg.cholesky_ex(blocks)
+    sizes = root.diagonal(dim1=1, dim2=2).square()
+    close = sizes.amin(1) > SAFE * sizes.amax(1) if root.shape[1] else True
+    return root, bool(((info == 0) & close).all())
 
 
 class DenoisingProblem:
@@ -264,21 +300,26 @@ class DenoisingProblem:
             w[running], side[running] = found, new
             iterations[running] += 1
             running = running[(new != old).any(1)]
-        return self._certified(D, d, dual, w, iterations)
+        return self._certified(D, d, dual, q, w, iterations)
 
     def fdpg(self, D: Tensor, d: Tensor, *, iterations: int = 10_000, tol: float = 1e-8) -> DenoisingSolution:
         """Solve by FDPG (eq. 28) from zero, until every sample's residual is below `tol`."""
         D, d = _checked(D, d)
-        for taken, w in enumerate(islice(self._descent(D @ D.mT, d @ D.mT, stepsize(D)), iterations), 1):
-            if (taken % 20 == 0 or taken in EARLY) and float(self._residual(D, d, w).max()) <= tol:
+        M, q = D @ D.mT, d @ D.mT
+        for taken, w in enumerate(islice(self._descent(M, q, stepsize(D)), iterations), 1):
+            if (taken % 20 == 0 or taken in EARLY) and float(self._residual(M, q, w).max()) <= tol:
                 break
-        residual = self._residual(D, d, w)
+        residual = self._residual(M, q, w)
         counts = torch.full((len(d),), taken, device=d.device)
         return DenoisingSolution(d + w @ D, w, counts, residual, residual <= tol)
 
     def _guess(self, dual: DualSystem, q: Tensor) -> Tensor:
-        """Return w after some over-relaxed steps of ADMM, which split off |w| <= weight (Boyd et al., 2011, 3.4.3)."""
-        rho, inverse = dual.damped
+        """Return w after some over-relaxed steps of ADMM, which split off |w| <= weight (Boyd et al., 2011, 3.4.3).
+
+        M w is of the size of q and w of that of the weight, so their ratio is what a penalty has to be like.
+        """
+        rho = (RHO * q.abs().mean() / self.weight).clamp(min=1e-3 * float(dual.M.diagonal().mean()))
+        inverse = dual.damped(rho)
         move, pull = -q @ inverse, rho * inverse
         v = z = torch.zeros_like(q)  # v: z plus the scaled dual
         for _ in range(GUESS):
@@ -334,24 +375,25 @@ class DenoisingProblem:
         w = self.weight * side if near is None else torch.where(side == 0, near, self.weight * side)
         return w + dual.solve(-q - w @ dual.M, side == 0)
 
-    def _certified(self, D: Tensor, d: Tensor, dual: DualSystem, w: Tensor, iterations: Tensor) -> DenoisingSolution:
-        w = self._on_sides(dual, d @ D.mT, self._sides(w), w)
-        residual = self._residual(D, d, w)
+    def _certified(
+        self, D: Tensor, d: Tensor, dual: DualSystem, q: Tensor, w: Tensor, iterations: Tensor
+    ) -> DenoisingSolution:
+        w = self._on_sides(dual, q, self._sides(w), w)
+        residual = self._residual(dual.M, q, w)
         hard = (residual > TOLERANCE).nonzero()[:, 0]
         if len(hard):  # the pivots went round in a circle
             rough = self.fdpg(D, d[hard], tol=1e-13).w
-            polished = self._on_sides(dual, d[hard] @ D.mT, self._sides(rough), rough)
-            better = self._residual(D, d[hard], polished) < self._residual(D, d[hard], rough)
+            polished = self._on_sides(dual, q[hard], self._sides(rough), rough)
+            better = self._residual(dual.M, q[hard], polished) < self._residual(dual.M, q[hard], rough)
             w[hard] = torch.where(better[:, None], polished, rough)
-            residual = self._residual(D, d, w)
+            residual = self._residual(dual.M, q, w)
         return DenoisingSolution(d + w @ D, w, iterations, residual, residual <= TOLERANCE)
 
-    def _residual(self, D: Tensor, d: Tensor, w: Tensor) -> Tensor:
-        """Return how far a projected gradient step of size 1 / |D|^2 moves w, relative to its own size, (B,)."""
-        slope = (d + w @ D) @ D.mT
-        size = D.square().sum(1).amax()
-        moved = w - (w - slope / size).clamp(-self.weight, self.weight)
-        scale = ((d @ D.mT).abs().amax(1) / size).clamp(min=self.weight)
+    def _residual(self, M: Tensor, q: Tensor, w: Tensor) -> Tensor:
+        """Return how far a projected gradient step of size 1 / max M_ii moves w, relative to its own size, (B,)."""
+        size = M.diagonal().amax()
+        moved = w - (w - (q + w @ M) / size).clamp(-self.weight, self.weight)
+        scale = (q.abs().amax(1) / size).clamp(min=self.weight)
         return moved.abs().amax(1) / scale
 
 

@@ -9,6 +9,8 @@ from experiments.problems.blocks import Chosen, times
 from foldopt.solvers.qp import TOLERANCE
 from foldopt.updates.sqp import SQP, SQPState
 
+SAFE = 1e-10  # smaller pivots of V on the assets held, relative to its largest variance, are left to the general step
+
 
 class PortfolioSQP(SQP):
     """`foldopt.SQP` on a `PortfolioProblem`, with the quadratic model solved on the assets that are held.
@@ -49,7 +51,7 @@ def _model_solution(x: Tensor, nu: Tensor, lam: Tensor, c: Tensor, V: Tensor, ga
         on = Chosen(held)
     below = c - top
     k = lam_0 * (2 / gamma)
-    root, _ = torch.linalg.cholesky_ex(on.block(V))
+    root, info = torch.linalg.cholesky_ex(on.block(V))
     ones, c_held, a_held = on.used.to(x), on.take(below), on.take(a)
     P1, Pc, Pa = torch.cholesky_solve(torch.stack([ones, c_held, a_held], 2), root).unbind(2)
     one_P1, one_Pc, one_Pa = (P.sum(1, keepdim=True) for P in (P1, Pc, Pa))
@@ -62,5 +64,7 @@ def _model_solution(x: Tensor, nu: Tensor, lam: Tensor, c: Tensor, V: Tensor, ga
     multipliers = torch.cat([lam_0 - fallen, reduced], 1)
     with torch.no_grad():
         size = c.abs().amax(1, keepdim=True) + multipliers.abs().amax(1, keepdim=True)
-        fits = (new >= -TOLERANCE).all() & (multipliers >= -TOLERANCE * size).all()
+        least = torch.where(on.used, root.diagonal(dim1=1, dim2=2).square(), torch.inf).amin(1)
+        regular = (info == 0) & (least > SAFE * V.diagonal(dim1=-2, dim2=-1).amax(-1))
+        fits = regular.all() & (new >= -TOLERANCE).all() & (multipliers >= -TOLERANCE * size).all()
     return (new, shift + top, multipliers) if fits else None

@@ -355,6 +355,24 @@ def test_a_closed_form_of_the_adjoint_is_certified(factor, method, products):
     torch.testing.assert_close(tangent, torch.ones_like(tangent))
 
 
+@pytest.mark.parametrize("used", [(True, False), (False, True), (True, True), (False, False)])
+def test_parts_of_the_state_that_nothing_uses_change_no_gradient(used):
+    class Step(nn.Module):
+        def forward(self, state, c):
+            return 0.5 * (state[0] + c), 0.5 * (state[1] + c.sin()[:, :2])
+
+        def inverse(self, g, *_):
+            return 2 * g
+
+    c = torch.rand(4, 3, generator=torch.Generator().manual_seed(0), dtype=F64).requires_grad_()
+    state = foldopt.fold(lambda c: (c, c.sin()[:, :2]), Step())(c)
+    exact = c, c.sin()[:, :2]
+    found, expected = (
+        sum(float(u) * part.square().sum() for u, part in zip(used, parts, strict=True)) for parts in (state, exact)
+    )
+    torch.testing.assert_close(*(torch.autograd.grad(value, c)[0] for value in (found, expected)))
+
+
 @pytest.mark.parametrize("order", [1, 2])
 @pytest.mark.parametrize("name", ["auto", "direct", "closed form"])
 def test_a_call_leaves_nothing_to_the_garbage_collector(name, order):
