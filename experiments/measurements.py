@@ -24,6 +24,7 @@ from foldopt.errors import FoldoptError, InputError
 T = TypeVar("T")
 STATUS = Path("/proc/self/status")
 CLEAR = Path("/proc/self/clear_refs")
+LAST_BITS = 2.0**-50  # by which a layer's parameters change from pass to pass, relatively: nothing is known of them
 
 
 def measured_once(

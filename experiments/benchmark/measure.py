@@ -16,14 +16,13 @@ from torch import Tensor
 from experiments import runs
 from experiments.benchmark.layers import LAYERS, OURS, REFERENCE, Layer, Leaves, Place, Solve
 from experiments.components import make
-from experiments.measurements import peak_memory, seconds
+from experiments.measurements import LAST_BITS, peak_memory, seconds
 from foldopt.errors import FoldoptError
 
 COLUMNS = (
     *("variant", "n", "batch", "contender", "samples", "seconds_forward", "seconds_backward", "peak_bytes"),
     *("error_x", "error_vjp", "why"),
 )
-LAST_BITS = 2.0**-50  # by which parameters change from pass to pass, relatively
 FLOOR, NETWORK = "lu", "network"  # beside the contenders: the bare linear solve, and a step of the study's network
 
 

@@ -88,7 +88,7 @@ def judged(table: pd.DataFrame, threads: int) -> pd.DataFrame:
     A target of speed does not hold where ours is less accurate than who it is compared with, beyond `EXACT`.
     """
     rows = []
-    for target in TARGETS:
+    for number, target in enumerate(TARGETS):
         layer = LAYERS[target.layer]
         part = table[(table["layer"] == target.layer) & (table["threads"] == threads)]
         part = part[(part["n"] == layer.n) & (part["batch"] == layer.batch)]
@@ -106,6 +106,7 @@ def judged(table: pd.DataFrame, threads: int) -> pd.DataFrame:
         rows.append(
             {
                 **asdict(target),
+                "number": number,
                 "against": peer["contender"],
                 "variant": peer["variant"],
                 "measured": worst,
@@ -164,18 +165,22 @@ def make(
     artifacts = Artifacts(output_root(profile))
     content = {"machine": machine(), **made_with(), "rows": json.loads(table.to_json(orient="records"))}
     artifacts.write("bench/bench.json", (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
-    verdicts = judged(table, max(threads))
+    verdicts = {count: judged(table, count) for count in threads}
     where, repeats = machine(), Settings("", 1, **PROFILES[profile]).rounds
     note = (
         f"{where['cpu']}, {where['cores']} cores; float64; medians of up to {repeats} rounds, in which all take turns."
     )
     artifacts.markdown(
         "bench/targets",
-        ("Layer", "Part", "Against", "Where", "Measured", "Target", "Holds", "Error of x, ours / theirs", "Of the vjp"),
+        (
+            *("Layer", "Part", "Against", "Target"),
+            *(_threads(count).capitalize() for count in threads),
+            *("Error of x, ours / theirs", "Of the vjp"),
+        ),
         _verdict_rows(verdicts),
-        f"How many times as long the other takes, in the variant where that is least; ≤: how many times as long ours "
-        f"takes, where that is most; {_threads(max(threads))}. {note} Errors are "
-        f"relative, against folding with a direct solver. Made by: `{command}`",
+        "How many times as long the other takes, in the variant where that is least; ≤: how many times as long ours "
+        f"takes, where that is most. **Bold**: missed. {note} Errors, and who is the fastest of the others, with "
+        f"{_threads(max(threads))}; errors are relative, against folding with a direct solver. Made by: `{command}`",
     )
     artifacts.markdown(
         "bench/layers",
@@ -212,7 +217,7 @@ def make(
     )
     artifacts.figure("bench", figure)
     plt.close(figure)
-    return artifacts, verdicts
+    return artifacts, verdicts[max(threads)]
 
 
 def _threads(count: int) -> str:
@@ -224,23 +229,25 @@ def title(layer: Layer, contender: str) -> str:
     return BESIDE[contender] if contender in BESIDE else layer.contenders[contender].title
 
 
-def _verdict_rows(verdicts: pd.DataFrame) -> Iterator[list[str]]:
-    for row in verdicts.itertuples():
+def _verdict_rows(verdicts: Mapping[int, pd.DataFrame]) -> Iterator[list[str]]:
+    measured = {count: frame.set_index("number") for count, frame in verdicts.items()}
+    for row in verdicts[max(verdicts)].itertuples():
         layer = LAYERS[row.layer]
         ours = "" if row.ours == OURS else f", {title(layer, row.ours)}"
         yield [
-            layer.title + ours,
-            row.part,
-            title(layer, row.against),
-            row.variant,
-            f"{row.measured:,.3g}×",
+            *(layer.title + ours, row.part, title(layer, row.against)),
             f"{'≤ ' if row.at_most else ''}{row.factor:,g}×",
-            "yes" if row.holds else "**no**",
+            *(_measured(frame.loc[row.number]) for frame in measured.values()),
             *(
                 f"{getattr(row, f'{error}_ours'):.0e} / {getattr(row, f'{error}_theirs'):.0e}"
                 for error in ("error_x", "error_vjp")
             ),
         ]
+
+
+def _measured(verdict: pd.Series) -> str:
+    where = f" ({verdict['variant']})" if verdict["variant"] else ""
+    return f"{verdict['measured']:,.3g}×{where}" if verdict["holds"] else f"**{verdict['measured']:,.3g}×**{where}"
 
 
 def _layer_rows(rows: pd.DataFrame, table: pd.DataFrame) -> Iterable[list[str]]:

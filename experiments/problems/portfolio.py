@@ -209,8 +209,9 @@ class PortfolioProblem:
     def _checked(self, c: Tensor) -> Tensor:
         if c.dim() != 2 or c.shape[1] != self.n:
             raise InputError(f"c has shape {tuple(c.shape)}, expected (B, {self.n}): one return per asset of V.")
-        bad = (~c.isfinite().all(1)).nonzero()[:, 0].tolist()
-        if bad:
+        finite = c.isfinite()
+        if not finite.all():
+            bad = (~finite.all(1)).nonzero()[:, 0].tolist()
             raise InputError(
                 f"c holds NaN or inf in {len(bad)} of {len(c)} samples, first {bad[:10]}; check the predictions."
             )
@@ -310,9 +311,9 @@ def _pivoted(given: _Instances, support: Tensor, settled: Tensor, most: int) -> 
         iterations += ~settled[:, 0]
         point, following, fits = _on_support(given, support)
         settled = settled | fits
-        left = len(support) - int(settled.sum())
-        if left == 0:
+        if settled.all():
             break
+        left = len(support) - int(settled.sum())
         support = torch.where(settled, support, following)
         if 2 * left <= len(support) and len(support) > FEW:
             rows = (~settled[:, 0]).nonzero()[:, 0]

@@ -137,8 +137,9 @@ class TopKProblem:
     def _checked(self, c: Tensor) -> Tensor:
         if c.dim() != 2 or c.shape[1] != self.n:
             raise InputError(f"c has shape {tuple(c.shape)}, expected (B, {self.n}): one logit per class.")
-        bad = (~c.isfinite().all(1)).nonzero()[:, 0].tolist()
-        if bad:
+        finite = c.isfinite()
+        if not finite.all():
+            bad = (~finite.all(1)).nonzero()[:, 0].tolist()
             raise InputError(
                 f"c holds NaN or inf in {len(bad)} of {len(c)} samples, first {bad[:10]}; check the network."
             )

@@ -149,10 +149,12 @@ def test_tables_json_and_figure_are_written(tmp_path, monkeypatch):
 
     monkeypatch.setattr(report, "measured_once", made)
     monkeypatch.setattr(report, "output_root", lambda profile: tmp_path)
-    _, verdicts = report.make("smoke", list(LAYERS), [1], "make bench PROFILE=smoke")
+    _, verdicts = report.make("smoke", list(LAYERS), [1, 3], "make bench PROFILE=smoke")
     assert len(verdicts) == len(report.TARGETS) - 3, "no network was measured"
     text = (tmp_path / "bench/targets.md").read_text()
-    assert "| **no** |" in text
+    assert "| One thread | 3 threads |" in text
+    assert "| 100× | **1×** (λ = 2) | **1×** (λ = 2) |" in text
+    assert "| ≤ 3× | 1× | 1× |" in text
     assert "Made by: `make bench PROFILE=smoke`" in text
     assert "qpth" in (tmp_path / "bench/layers.md").read_text()
     assert "| QPLayer | – | – |" in (tmp_path / "bench/growth.md").read_text(), "one place has no growth"
