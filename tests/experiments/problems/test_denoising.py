@@ -260,6 +260,33 @@ def test_a_step_alone_takes_dependent_rows():
         assert layer(D, d, torch.tensor(2.0, dtype=F64)).isfinite().all()
 
 
+@pytest.mark.parametrize("share", [0.2, 0.8])
+@pytest.mark.parametrize("learned", ["independent", "nearly dependent"])
+def test_systems_that_are_kept_are_those_of_their_free_sets(share, learned):
+    """From one call to the next some samples change, or all, or the batch is another one."""
+    D = operator(0.1, n=40)
+    if learned == "nearly dependent":  # left to LU
+        D[1] = D[0] + 3e-6 * operator(1.0, n=40, seed=1)[1]
+    gen = torch.Generator().manual_seed(0)
+
+    def drawn(*shape):
+        return torch.rand(*shape, generator=gen, dtype=F64)
+
+    kept, free = DualSystem(D), drawn(12, 39) < share
+    few = free.clone()
+    few[[2, 7]] = few[[7, 2]]
+    most = few.clone()
+    most[3] = drawn(39) < (0.1 if share < 0.5 else 0.9)
+    for chosen in (free, free, few, few[:4], most, drawn(12, 39) < share, ~free, drawn(5, 39) < share, free):
+        r = drawn(len(chosen), 39) - 0.5
+        found = kept.solve(r, chosen)
+        residual = torch.where(chosen, found @ kept.M - r, found)
+        rounding = 1e-13 * kept.inverse.abs().max()
+        assert residual.abs().max() < rounding, "z solves the system on its free set, and is zero elsewhere"
+        if learned != "nearly dependent":
+            torch.testing.assert_close(found, DualSystem(D).solve(r, chosen), rtol=1e-9, atol=1e-10)
+
+
 def test_the_system_of_another_operator_is_not_taken_for_this_one():
     D = operator()
     kept = DualSystem.of(D)

@@ -391,6 +391,21 @@ def test_a_singular_covariance_is_solved_by_the_interior_point(rank):
     assert torch.allclose(p.value(s.x, c), p.value(p.gurobi(c).x, c), atol=1e-6)
 
 
+@pytest.mark.parametrize("near", [0.0, 1e-12])
+def test_where_v_is_singular_on_the_assets_held_the_step_is_the_general_one(near):
+    """Two assets that are the same: of their sum alone anything is known, and the closed form has no answer."""
+    V = torch.diag(torch.tensor([1.0, 1.0, 1.0, 4.0], dtype=torch.float64))
+    V[0, 1] = V[1, 0] = 1 - near
+    p = PortfolioProblem(V, 0.6)
+    c = torch.tensor([[1.0, 1.0, 0.9, 0.5]], dtype=torch.float64)
+    s = p.exact(c)
+    step = PortfolioSQP(p)
+    for closed, general in zip(step(s.state, *p.params(c)), foldopt.SQP(p)(s.state, *p.params(c)), strict=True):
+        torch.testing.assert_close(closed, general, rtol=1e-12, atol=1e-12)
+    assert (s.x[0, :2] > 0).all(), "both are held"
+    assert step.last is not None
+
+
 def test_smallest_variance_of_a_diagonal_covariance():
     variances = torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64)
     assert float(smallest_variance(torch.diag(variances)[None])[0]) == pytest.approx(float(1 / (1 / variances).sum()))
