@@ -105,10 +105,10 @@ def _guessed(x: Tensor, total: Tensor, upper: float, near: Tensor) -> Tensor | N
     with torch.no_grad():
         free, full = _sets(near, upper)
         some = free.any(1)
-        missing = _missing(total, full, upper)
-        vertex = ~some & (missing == 0)
         kink = torch.where(torch.where(some[:, None], free, full), x, torch.inf).amin(1, keepdim=True)
-        missing = torch.where(vertex, upper, missing)  # at a vertex the least of the full entries is just at its bound
+    missing = _missing(total, full, upper)
+    vertex = ~some & (missing == 0)
+    missing = torch.where(vertex, upper, missing)  # at a vertex the least of the full entries is just at its bound
     z = x - kink
     moved = z - _excess(z, free, missing)[:, None]
     with torch.no_grad():
