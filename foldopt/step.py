@@ -97,10 +97,9 @@ class StateVJP:
 
         Where v is zero in a part of the state, as in the multipliers if nothing but x is used, that part costs nothing.
         """
-        parts: Sequence[Tensor | None] = unflatten(v, self.recorded.state)
-        if len(parts) > 1 and v.any():
-            parts = [part if part is not None and part.any() else None for part in parts]
-        moved, kept = self._pulled(parts, self.leaves)
+        parts = unflatten(v, self.recorded.state)
+        whole = len(parts) == 1 or not v.any()
+        moved, kept = self._pulled(parts if whole else [p if p.any() else None for p in parts], self.leaves)
         self._last = v, kept
         return moved
 

@@ -247,7 +247,14 @@ def _verdict_rows(verdicts: Mapping[int, pd.DataFrame]) -> Iterator[list[str]]:
 
 def _measured(verdict: pd.Series) -> str:
     where = f" ({verdict['variant']})" if verdict["variant"] else ""
-    return f"{verdict['measured']:,.3g}×{where}" if verdict["holds"] else f"**{verdict['measured']:,.3g}×**{where}"
+    ratio = _ratio(verdict["measured"])
+    return f"{ratio}{where}" if verdict["holds"] else f"**{ratio}**{where}"
+
+
+def _ratio(value: float) -> str:
+    """Return three digits of a ratio, without a power of ten."""
+    rounded = float(f"{value:.3g}")
+    return f"{rounded:,.0f}×" if rounded >= 100 else f"{rounded:g}×"
 
 
 def _layer_rows(rows: pd.DataFrame, table: pd.DataFrame) -> Iterable[list[str]]:
@@ -293,9 +300,9 @@ def draw(table: pd.DataFrame, caption: str) -> Figure:
             panel.set_yticks(range(len(part)), [title(layer, c) for c in part["contender"]], fontsize=6)
             for place, (value, ratio) in enumerate(zip(micro, part["ratio"], strict=True)):
                 end = max(value, 1e6 * part["slowest"].iloc[place])
-                panel.text(1.1 * end, place, f"{ratio:.3g}×", va="center", fontsize=5.5)
+                panel.text(1.1 * end, place, _ratio(ratio), va="center", fontsize=5.5)
             panel.set_xscale("log")
-            panel.set_xlim(0.5 * micro.min(), 6 * micro.max())
+            panel.set_xlim(0.5 * micro.min(), 20 * micro.max())
             panel.set_title(
                 f"{layer.title}{', ' if first else ''}{first}, n = {layer.n}, batch {layer.batch}", fontsize=7
             )

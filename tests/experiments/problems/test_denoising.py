@@ -5,7 +5,8 @@ import torch
 
 import foldopt
 from data.denoising import generate
-from experiments.problems.denoising import DenoisingProblem, DenoisingStep, DualSystem, differencing, stepsize
+from experiments.problems.denoising import DenoisingProblem, DenoisingStep, differencing
+from experiments.problems.denoising_dual import DualSystem, stepsize
 from foldopt.errors import InputError
 from foldopt.solvers.qp import solve_qp
 from foldopt.solvers.qpth import solve_qpth

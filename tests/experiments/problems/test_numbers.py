@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 import foldopt
 from experiments.problems.bilinear import BilinearProblem
 from experiments.problems.denoising import DenoisingProblem, DenoisingStep, differencing
-from experiments.problems.portfolio import PortfolioProblem, smallest_variance
+from experiments.problems.portfolio import PortfolioProblem
+from experiments.problems.portfolio_exact import smallest_variance
 from experiments.problems.topk import TopKProblem, TopKSQP, TopKStep, multipliers, solve_topk
 from foldopt.errors import InputError
 from tests.drawn import F64, normal, not_finite, points, properties, scales, seeds

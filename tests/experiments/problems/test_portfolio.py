@@ -8,7 +8,8 @@ import torch
 
 import foldopt
 from data.portfolio import generate
-from experiments.problems.portfolio import FEW, PortfolioProblem, smallest_variance
+from experiments.problems.portfolio import PortfolioProblem
+from experiments.problems.portfolio_exact import FEW, smallest_variance
 from experiments.problems.portfolio_sqp import PortfolioSQP
 from foldopt.errors import InfeasibleError, InputError, LinearSolveError
 
