@@ -304,7 +304,9 @@ def draw(table: pd.DataFrame, caption: str) -> Figure:
             panel.set_xscale("log")
             panel.set_xlim(0.5 * micro.min(), 20 * micro.max())
             panel.set_title(
-                f"{layer.title}{', ' if first else ''}{first}, n = {layer.n}, batch {layer.batch}", fontsize=7
+                f"{layer.title}{', ' if first else ''}{first}, n = {layer.n}, batch {layer.batch}",
+                fontsize=7,
+                loc="right",
             )
             panel.tick_params(axis="x", labelsize=6)
             panel.set_xlabel("µs per sample, forward and backward", fontsize=6.5)
