@@ -66,13 +66,13 @@ def seconds(call: Callable[[], T]) -> tuple[T, float]:
     return result, time.perf_counter() - begin
 
 
-def peak_memory(call: Callable[[], T]) -> tuple[T, int]:
-    """Return what `call` returns and by how many bytes it raises the memory in use at its highest point.
+def peak_memory(call: Callable[[], T], device: str = "cpu") -> tuple[T, int]:
+    """Return what `call`, which computes on `device`, returns and by how many bytes it raises the memory in use.
 
-    On a GPU the memory of its tensors, else the resident memory of this process. Raises FoldoptError without a GPU
-    where the system is not Linux.
+    That is its highest point: on a GPU of the memory of tensors there, else of this process. Raises FoldoptError for
+    the CPU where the system is not Linux.
     """
-    if torch.cuda.is_available():
+    if device != "cpu":
         _synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -80,7 +80,7 @@ def peak_memory(call: Callable[[], T]) -> tuple[T, int]:
         _synchronize()
         return result, torch.cuda.max_memory_allocated() - before
     if not CLEAR.exists():
-        raise FoldoptError("peak memory is read from /proc/self, which only Linux has; measure on Linux or on a GPU.")
+        raise FoldoptError("peak memory is read from /proc/self, which only Linux has; measure on Linux.")
     ctypes.CDLL(None).malloc_trim(0)
     CLEAR.write_text("5")
     before = _resident("VmRSS")
@@ -94,5 +94,5 @@ def _resident(name: str) -> int:
 
 
 def _synchronize() -> None:
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         torch.cuda.synchronize()

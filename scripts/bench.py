@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 
+import torch
 from rich.console import Console
 
 from experiments import studies
@@ -19,14 +20,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--layer", action="append", choices=LAYERS, help="default: all")
     parser.add_argument("--profile", default="default", choices=studies.PROFILES, help="how long it is measured")
     parser.add_argument("--threads", type=int, action="append", help="default: 1, and as many as there are cores")
+    parser.add_argument("--no-cuda", action="store_true", help="leave the GPU out, where there is one")
     options = parser.parse_args(arguments)
     console = Console()
     names = options.layer or list(LAYERS)
     threads = sorted(set(options.threads or (1, os.cpu_count() or 1)))
     command = "make bench" + ("" if options.profile == "default" else f" PROFILE={options.profile}")
     command += f' THREADS="{" ".join(map(str, threads))}"' if options.threads else ""
-    artifacts, _ = report.make(options.profile, names, threads, command)
-    console.print((artifacts.root / "bench" / "targets.md").read_text(), markup=False, highlight=False, soft_wrap=True)
+    gpu = None if options.no_cuda or not torch.cuda.is_available() else torch.cuda.get_device_name()
+    artifacts, _ = report.make(options.profile, names, threads, command, gpu)
+    for table in ("targets", *(["cuda"] if gpu else [])):
+        text = (artifacts.root / "bench" / f"{table}.md").read_text()
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
     for line in artifacts.lines():
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     return 0

@@ -29,7 +29,7 @@ class Contender:
     """Who computes a layer.
 
     overrides: of a study's run, its backend and solvers. peer: whether it is not ours. needs: packages without which it
-    is left out. most: how many samples it is given at most, of the same batch.
+    is left out. most: how many samples it is given at most, of the same batch. gpu: whether it computes on one.
     """
 
     title: str
@@ -37,6 +37,7 @@ class Contender:
     peer: bool = False
     needs: tuple[str, ...] = ()
     most: int | None = None
+    gpu: bool = True
 
     def installed(self) -> bool:
         """Whether all that it needs is there."""
@@ -57,7 +58,7 @@ class Layer:
     """A layer and its contenders: `OURS` is what a user gets, errors are relative to `REFERENCE`, where there is one.
 
     key: of n in the task, None where the data has it. n, batch: the study's. variants: overrides by name. system: n ->
-    the size of the linear system behind its backward pass.
+    the size of the linear system behind its backward pass. fast: who is given very large batches too.
     """
 
     title: str
@@ -68,23 +69,27 @@ class Layer:
     contenders: Mapping[str, Contender]
     variants: Mapping[str, tuple[str, ...]]
     system: Callable[[int], int]
+    fast: tuple[str, ...] = (OURS,)
 
-    def places(self, factors: Sequence[int]) -> list[Place]:
+    def places(self, factors: Sequence[int], many: int = 0) -> list[Place]:
         """Return every variant at the study's size, and the first one at `factors` times its batch, and its n.
 
-        Sizes of which the matrices of a batch, n by n, have more than `LARGEST` entries are left out.
+        many: a very large batch, measured as well, or 0. Sizes of which the matrices of a batch, n by n, have more than
+        `LARGEST` entries are left out.
         """
         first = next(iter(self.variants))
         grown = [Place(first, self.n, factor * self.batch) for factor in factors if factor > 1]
         if self.key:
             sizes = [factor * self.n for factor in factors if factor > 1]
             grown += [Place(first, n, self.batch) for n in sizes if self.batch * n * n <= LARGEST]
+        grown += [Place(first, self.n, many)] if many else []
         return [*(Place(variant, self.n, self.batch) for variant in self.variants), *grown]
 
     def identity(self) -> dict[str, object]:
         """Return what the numbers depend on beside the size."""
         contenders = {name: (c.overrides, c.most) for name, c in self.contenders.items()}
-        return {"overrides": self.overrides, "variants": self.variants, "contenders": contenders}
+        given = {"overrides": self.overrides, "variants": self.variants, "contenders": contenders}
+        return {**given, "fast": self.fast}
 
     def problem(self, place: Place, names: Collection[str], seed: int) -> tuple[Leaves, Mapping[str, Solve]]:
         """Return the parameters that it is given at `place`, and how each of the contenders in `names` solves it."""
@@ -202,10 +207,12 @@ def _unrolled(*kinds: str) -> dict[str, Contender]:
 def _cone(name: str, *more: str) -> Contender:
     solver = name.split(",")[0].upper()
     overrides = ("backend=cvxpylayers", f"backend.solver={solver}", *more)
-    return Contender(f"cvxpylayers ({name})", overrides, peer=True, needs=("cvxpylayers",))
+    return Contender(f"cvxpylayers ({name})", overrides, peer=True, needs=("cvxpylayers",), gpu=False)
 
 
-GUROBI = Contender("folded, Gurobi one by one", ("backend=fold", "backend.forward=gurobi"), needs=("gurobipy",))
+GUROBI = Contender(
+    "folded, Gurobi one by one", ("backend=fold", "backend.forward=gurobi"), needs=("gurobipy",), gpu=False
+)
 QPTH = Contender("qpth", ("backend=qpth",), peer=True, needs=("qpth",))
 TIGHT = "+backend.solver_args={eps: 1e-9, max_iters: 100000}"
 
@@ -264,6 +271,7 @@ LAYERS: Mapping[str, Layer] = {
         },
         {"τ = 1": ("task.temperature=1",), "τ = 0.05": ("task.temperature=0.05",)},
         lambda n: n,
+        (OURS, "exact", "sqp"),
     ),
     "bilinear": Layer(
         "bilinear, f-PGD",
@@ -281,6 +289,7 @@ LAYERS: Mapping[str, Layer] = {
                 peer=True,
                 needs=("gurobipy",),
                 most=2,
+                gpu=False,
             ),
         },
         {"": ()},
@@ -294,7 +303,7 @@ LAYERS: Mapping[str, Layer] = {
         32,
         {
             OURS: Contender("enumeration", ("backend=two_stage",)),
-            "gurobi": Contender("Gurobi one by one", peer=True, needs=("gurobipy",), most=8),
+            "gurobi": Contender("Gurobi one by one", peer=True, needs=("gurobipy",), most=8, gpu=False),
         },
         {"": ()},
         lambda n: n,
@@ -310,8 +319,8 @@ LAYERS: Mapping[str, Layer] = {
             "direct": Contender("folded ADMM, direct"),
             "gmres": Contender("folded ADMM, GMRES"),
             "qpth": QPTH,
-            "cvxpylayers": Contender("cvxpylayers (Clarabel)", peer=True, needs=("cvxpylayers",), most=8),
-            "proxsuite": Contender("proxsuite's QPLayer", peer=True, needs=("proxsuite",)),
+            "cvxpylayers": Contender("cvxpylayers (Clarabel)", peer=True, needs=("cvxpylayers",), most=8, gpu=False),
+            "proxsuite": Contender("proxsuite's QPLayer", peer=True, needs=("proxsuite",), gpu=False),
         },
         {"": ()},
         lambda n: n + n // 2,

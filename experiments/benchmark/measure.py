@@ -30,15 +30,18 @@ FLOOR, NETWORK = "lu", "network"  # beside the contenders: the bare linear solve
 class Settings:
     """How much is measured.
 
-    factors: of the batch and of n. rounds: of every contender at every place, fewer where they take more than `budget`
-    seconds together; a round takes a pass again, and the median, until `turn` seconds are over. limit: seconds of one
-    pass; who is expected to take more is not asked, and where a first call, which else does not count, takes more, it
-    is the only one.
+    device: "cpu", or "cuda" for the first variant. factors: of the batch and of n. many: a very large batch, for who is
+    fast; 0 for none. rounds: of every contender at every place, fewer where they take more than `budget` seconds
+    together; a round takes a pass again, and the median, until `turn` seconds are over. limit: seconds of one pass; who
+    is expected to take more is not asked, and where a first call, which else does not count, takes more, it is the only
+    one.
     """
 
     layer: str
     threads: int
+    device: str = "cpu"
     factors: tuple[int, ...] = (1, 4, 16)
+    many: int = 4096
     rounds: int = 7
     budget: float = 1.0
     turn: float = 0.05
@@ -50,18 +53,21 @@ def measure(settings: Settings) -> pd.DataFrame:
     """Return one row per place, contender and round: seconds and bytes per batch, errors.
 
     Columns variant, n, batch, contender, samples (that it was given), seconds_forward, seconds_backward, peak_bytes
-    (NaN where it was called once), error_x, error_vjp (relative to `REFERENCE`, to `OURS` where that is too slow; inf
-    for samples without an answer), and why there is no number.
+    (NaN where it was called once), error_x, error_vjp (relative to `REFERENCE` on the CPU, to `OURS` where that is too
+    slow; inf for samples without an answer), and why there is no number.
     """
     if torch.get_num_threads() != settings.threads:  # to set it makes LU unsafe for peers, see foldopt.batched
         torch.set_num_threads(settings.threads)
     layer = LAYERS[settings.layer]
     expected: dict[str, float] = {}
     rows = []
-    for place in layer.places(settings.factors):
+    first = layer.places((1,))[0]
+    for place in layer.places(settings.factors, settings.many):
+        if settings.device != "cpu" and place.variant != first.variant:
+            continue
         found = list(_at(layer, place, expected, settings))
         rows += [{"variant": place.variant, "n": place.n, "batch": place.batch, **row} for row in found]
-        if place == layer.places((1,))[0]:
+        if place == first:
             for row in found:
                 if "seconds_forward" in row:
                     expected[row["contender"]] = row["seconds_forward"] + row["seconds_backward"]
@@ -70,11 +76,17 @@ def measure(settings: Settings) -> pd.DataFrame:
 
 def _at(layer: Layer, place: Place, expected: Mapping[str, float], settings: Settings) -> Iterator[dict]:
     growth = (place.n / layer.n) ** 2 * place.batch / layer.batch  # what to expect of time: n^2, and often n^3
+    if settings.device != "cpu":  # where small problems take as long as large ones
+        growth = 1.0
     asked = {}
     for name, contender in layer.contenders.items():
+        if place.batch == settings.many and name not in layer.fast:
+            continue
         missing = [package for package in contender.needs if not contender.installed()]
         if missing:
             yield {"contender": name, "why": f"{', '.join(missing)} is not installed"}
+        elif settings.device != "cpu" and not contender.gpu:
+            yield {"contender": name, "why": "computes on the CPU"}
         elif growth * expected.get(name, 0.0) > settings.limit:
             yield {"contender": name, "why": f"would take more than {settings.limit:g} s"}
         else:
@@ -86,17 +98,19 @@ def _at(layer: Layer, place: Place, expected: Mapping[str, float], settings: Set
     reference = solves[REFERENCE if REFERENCE in asked else OURS]
     x = reference(leaves)
     cotangent = torch.randn(x.shape, generator=generator, dtype=x.dtype)
+    device = torch.device(settings.device)
     calls: dict[str, partial] = {}
     exact = {}
     for name, contender in asked.items():
         samples = min(contender.most or place.batch, place.batch)
         given = tuple(t[:samples] if len(t) == place.batch else t for t in leaves)
         if samples not in exact:
-            exact[samples] = _pass(reference, given, cotangent[:samples])[:2]
-        calls[name] = partial(_measured, solves[name], given, cotangent[:samples], exact[samples], count(1))
-    calls[FLOOR] = partial(_linear_solve, place.batch, layer.system(place.n), generator)
+            exact[samples] = tuple(t.to(device) for t in _pass(reference, given, cotangent[:samples])[:2])
+        there = tuple(t.to(device) for t in given), cotangent[:samples].to(device)
+        calls[name] = partial(_measured, solves[name], *there, exact[samples], count(1))
+    calls[FLOOR] = _linear_solve(place.batch, layer.system(place.n), device)
     if layer.key not in (None, "n"):  # a synthetic study: its size is ours to choose
-        calls[NETWORK] = _network_step(layer, place)
+        calls[NETWORK] = _network_step(layer, place, device)
     yield from _taking_turns(calls, settings)
 
 
@@ -110,7 +124,7 @@ def _taking_turns(calls: Mapping[str, partial], settings: Settings) -> Iterator[
             if time.perf_counter() - begin > settings.limit:
                 yield {"contender": name, **row}
                 continue
-            memory[name], spent[name] = peak_memory(call)[1], 0.0
+            memory[name], spent[name] = peak_memory(call, settings.device)[1], 0.0
         except FoldoptError as error:
             yield {"contender": name, "why": str(error).split("\n")[0][:200]}
     names = list(spent)
@@ -164,19 +178,26 @@ def _error(found: Tensor, exact: Tensor) -> float:
     return float(((found - exact).norm() / exact.norm()).nan_to_num(nan=torch.inf)) if len(exact) else 0.0
 
 
-def _linear_solve(batch: int, size: int, generator: torch.Generator) -> dict[str, float]:
-    """Return the time of a batch of general linear systems, the floor of a backward pass."""
-    M = torch.randn(batch, size, size, generator=generator, dtype=torch.float64) + size * torch.eye(size)
-    g = torch.ones(batch, size, 1, dtype=torch.float64)
-    _, taken = seconds(lambda: torch.linalg.solve(M, g))
-    return {"samples": batch, "seconds_forward": 0.0, "seconds_backward": taken, "error_x": 0.0, "error_vjp": 0.0}
+def _linear_solve(batch: int, size: int, device: torch.device) -> partial:
+    """Return what solves a batch of general linear systems, the floor of a backward pass."""
+    generator = torch.Generator(device).manual_seed(0)
+    M = torch.randn(batch, size, size, generator=generator, dtype=torch.float64, device=device)
+    M.diagonal(dim1=1, dim2=2).add_(size)
+    g = torch.ones(batch, size, 1, dtype=torch.float64, device=device)
+
+    def solve() -> dict[str, float]:
+        _, taken = seconds(lambda: torch.linalg.solve(M, g))
+        return {"samples": batch, "seconds_forward": 0.0, "seconds_backward": taken, "error_x": 0.0, "error_vjp": 0.0}
+
+    return partial(solve)
 
 
-def _network_step(layer: Layer, place: Place) -> partial:
+def _network_step(layer: Layer, place: Place, device: torch.device) -> partial:
     """Return what takes a training step of the study's network alone, the layer's gradient being given."""
     parts = layer.built(place, layer.contenders[OURS].overrides)
     cfg = runs.compose([*layer.overrides])
-    optimizer = make(cfg.optimizer, "optimizer", params=parts.model.parameters(), lr=cfg.train.lr)
+    optimizer = make(cfg.optimizer, "optimizer", params=parts.model.to(device).parameters(), lr=cfg.train.lr)
+    parts.task.to(device)
     samples = parts.task.splits["train"]
 
     def step() -> dict[str, float]:

@@ -21,12 +21,14 @@ from experiments.execution import made_with
 from experiments.figures import style
 from experiments.measurements import measured_once
 
-KEYS = ["layer", "threads", "variant", "n", "batch", "contender"]
+KEYS = ["layer", "device", "threads", "variant", "n", "batch", "contender"]
 CONES = ("clarabel", "scs", "scs_tight")
 BESIDE = {FLOOR: "batched LU of the backward pass's size", NETWORK: "step of the network alone"}
 EXACT = 1e-7  # an error below this is no worse than any other
+FASTER = 50  # how many times as fast a GPU is to be as all cores of the CPU, in a very large batch
+QUICK = {"limit": 1.0}  # on a GPU, where who is slow is slower still: of many small kernels
 PROFILES: Mapping[str, dict] = {
-    "smoke": {"factors": (1,), "rounds": 1, "budget": 0.1, "limit": 2.0},
+    "smoke": {"factors": (1,), "many": 128, "rounds": 1, "budget": 0.1, "limit": 2.0},
     "default": {},
     "paper": {"rounds": 15, "budget": 10.0, "limit": 60.0},
 }
@@ -83,14 +85,14 @@ def medians(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def judged(table: pd.DataFrame, threads: int) -> pd.DataFrame:
-    """Return one row per target that could be measured: ratio, whether it holds, and the errors on both sides.
+    """Return one row per target that could be measured on the CPU: ratio, whether it holds, the errors on both sides.
 
     A target of speed does not hold where ours is less accurate than who it is compared with, beyond `EXACT`.
     """
     rows = []
     for number, target in enumerate(TARGETS):
         layer = LAYERS[target.layer]
-        part = table[(table["layer"] == target.layer) & (table["threads"] == threads)]
+        part = table[(table["layer"] == target.layer) & (table["device"] == "cpu") & (table["threads"] == threads)]
         part = part[(part["n"] == layer.n) & (part["batch"] == layer.batch)]
         ours = part[part["contender"] == target.ours].set_index("variant")
         theirs = part[part["contender"].isin(target.against)]
@@ -124,7 +126,8 @@ def judged(table: pd.DataFrame, threads: int) -> pd.DataFrame:
 def exponents(table: pd.DataFrame) -> dict[tuple[str, str], float]:
     """Return, by layer and axis ("batch" or "n"), the exponent of the time of a batch of `OURS` on one thread."""
     found = {}
-    ours = table[(table["contender"] == OURS) & (table["threads"] == table["threads"].min())]
+    ours = table[(table["contender"] == OURS) & (table["device"] == "cpu")]
+    ours = ours[ours["threads"] == ours["threads"].min()]
     for name, layer in LAYERS.items():
         part = ours[(ours["layer"] == name) & (ours["variant"] == next(iter(layer.variants)))]
         for axis, other, usual in (("batch", "n", layer.n), ("n", "batch", layer.batch)):
@@ -133,6 +136,35 @@ def exponents(table: pd.DataFrame) -> dict[tuple[str, str], float]:
                 seconds = line["total"] * line["batch"]
                 found[name, axis] = float(np.polyfit(np.log(line[axis].astype(float)), np.log(seconds), 1)[0])
     return found
+
+
+def throughput(table: pd.DataFrame) -> pd.DataFrame:
+    """Return one row per layer and who is fast in it: all cores of the CPU beside the GPU, in a very large batch.
+
+    Columns layer, contender, many (samples), cpu and cuda (seconds per sample at the study's batch), cpu_many and
+    cuda_many (at `many`), peak_bytes, error_x and error_vjp (of the last). Empty where no GPU was measured.
+    """
+    on = table["device"] == "cuda"
+    cores = ~on & (table["threads"] == table.loc[~on, "threads"].max())
+    rows = []
+    for name, layer in LAYERS.items():
+        first = next(iter(layer.variants))
+        here = (table["layer"] == name) & (table["n"] == layer.n) & (table["variant"] == first)
+        for who in layer.fast:
+            own = here & (table["contender"] == who)
+            cpu, cuda = (table[own & where].set_index("batch") for where in (cores, on))
+            if cpu.empty or cuda.empty:
+                continue
+            many = max(cuda.index)
+            rows.append(
+                {
+                    **{"layer": name, "contender": who, "many": many},
+                    **{"cpu": cpu["total"][layer.batch], "cuda": cuda["total"][layer.batch]},
+                    **{"cpu_many": cpu["total"].get(many, np.nan), "cuda_many": cuda["total"][many]},
+                    **cuda.loc[many, ["peak_bytes", "error_x", "error_vjp"]].to_dict(),
+                }
+            )
+    return pd.DataFrame(rows)
 
 
 def machine() -> dict[str, str | int]:
@@ -144,27 +176,35 @@ def machine() -> dict[str, str | int]:
 
 
 def make(
-    profile: str, names: Sequence[str], threads: Sequence[int], command: str, say: Callable[[str], None] = print
+    profile: str,
+    names: Sequence[str],
+    threads: Sequence[int],
+    command: str,
+    gpu: str | None = None,
+    say: Callable[[str], None] = print,
 ) -> tuple[Artifacts, pd.DataFrame]:
     """Measure the layers in `names` where that is not done yet, and write results/bench and the figure.
 
-    say: what is being measured. Returns what was written, and `judged`. Every layer is measured in a process of its
-    own, and kept: what was measured when this is stopped is not measured again.
+    gpu: its name, where one is measured too. say: what is being measured. Returns what was written, and `judged`. Every
+    layer is measured in a process of its own, and kept: what was measured when this is stopped is not measured again.
     """
     frames = []
-    for count in threads:
+    for device, count in [*(("cpu", count) for count in threads), *([("cuda", 1)] if gpu else [])]:
         for name in names:
-            say(f"Measuring: {LAYERS[name].title}, {_threads(count)}")
-            settings = Settings(name, count, **PROFILES[profile])
-            also = LAYERS[name].identity(), machine(), made_with()["versions"]
-            rows = measured_once(f"bench-{name}-{count}", settings, measure, *also, threads=count)
-            frames.append(rows.assign(layer=name, threads=count))
+            say(f"Measuring: {LAYERS[name].title}, {_place(device, count)}")
+            settings = Settings(name, count, device, **PROFILES[profile] | (QUICK if device == "cuda" else {}))
+            also = LAYERS[name].identity(), machine(), made_with()["versions"], gpu if device == "cuda" else None
+            where = count if device == "cpu" else device
+            rows = measured_once(f"bench-{name}-{where}", settings, measure, *also, threads=count)
+            frames.append(rows.assign(layer=name, device=device, threads=count))
     rows = pd.concat(frames, ignore_index=True)
     rows["variant"] = rows["variant"].fillna("")
     table = medians(rows)
     artifacts = Artifacts(output_root(profile))
-    content = {"machine": machine(), **made_with(), "rows": json.loads(table.to_json(orient="records"))}
-    artifacts.write("bench/bench.json", (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+    if gpu:
+        _write_gpu(artifacts, rows, table, gpu, command)
+        rows, table = (frame[frame["device"] == "cpu"] for frame in (rows, table))
+    _write_json(artifacts, "bench/bench", table, machine())
     verdicts = {count: judged(table, count) for count in threads}
     where, repeats = machine(), Settings("", 1, **PROFILES[profile]).rounds
     note = (
@@ -182,25 +222,7 @@ def make(
         f"takes, where that is most. **Bold**: missed. {note} Errors, and who is the fastest of the others, with "
         f"{_threads(max(threads))}; errors are relative, against folding with a direct solver. Made by: `{command}`",
     )
-    artifacts.markdown(
-        "bench/layers",
-        (
-            "Layer",
-            "n",
-            "Batch",
-            "Who",
-            "Threads",
-            "Forward (µs)",
-            "Backward (µs)",
-            "Ratio",
-            "Memory (MB)",
-            "Error of x",
-            "Of the vjp",
-        ),
-        _layer_rows(rows, table),
-        f"Microseconds per sample; ratio: to folding, forward and backward; memory: the highest, of a batch. {note} "
-        f"Made by: `{command}`",
-    )
+    _write_layers(artifacts, "bench/layers", rows, table, note, command)
     grown = {key: f"{exponent:.2f}" for key, exponent in exponents(table).items()}
     artifacts.markdown(
         "bench/growth",
@@ -218,6 +240,64 @@ def make(
     artifacts.figure("bench", figure)
     plt.close(figure)
     return artifacts, verdicts[max(threads)]
+
+
+def _write_json(artifacts: Artifacts, name: str, table: pd.DataFrame, where: Mapping[str, str | int]) -> None:
+    content = {"machine": where, **made_with(), "rows": json.loads(table.to_json(orient="records"))}
+    artifacts.write(f"{name}.json", (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def _write_layers(
+    artifacts: Artifacts, name: str, rows: pd.DataFrame, table: pd.DataFrame, note: str, command: str
+) -> None:
+    artifacts.markdown(
+        name,
+        (
+            *("Layer", "n", "Batch", "Who", "Threads", "Forward (µs)", "Backward (µs)", "Ratio", "Memory (MB)"),
+            *("Error of x", "Of the vjp"),
+        ),
+        _layer_rows(rows, table),
+        f"Microseconds per sample; ratio: to folding, forward and backward; memory: the highest, of a batch. {note} "
+        f"Made by: `{command}`",
+    )
+
+
+def _write_gpu(artifacts: Artifacts, rows: pd.DataFrame, table: pd.DataFrame, gpu: str, command: str) -> None:
+    """Write bench/cuda.md, bench/cuda_layers.md and bench/cuda.json: the GPU beside the CPU, all contenders on it."""
+    on = [frame[frame["device"] == "cuda"] for frame in (rows, table)]
+    _write_json(artifacts, "bench/cuda", table, machine() | {"gpu": gpu})
+    _write_layers(artifacts, "bench/cuda_layers", *on, f"{gpu}; float64.", command)
+    rows = throughput(table)
+    batches = " and ".join(f"{many:,}" for many in sorted(set(rows["many"])))
+    most = table.loc[table["device"] == "cpu", "threads"].max()
+    artifacts.markdown(
+        "bench/cuda",
+        (
+            *("Layer", "Study's batch: CPU (µs)", "CUDA (µs)", f"Batch {batches}: CPU (µs)", "CUDA (µs)"),
+            *("Ratio", "To the CPU at the study's batch", "Memory (MB)", "Error of x", "Of the vjp"),
+        ),
+        _gpu_rows(rows),
+        f"Microseconds per sample, forward and backward; float64; {gpu}, and {_threads(most)} of {machine()['cpu']}, "
+        f"{machine()['cores']} cores. Target: {FASTER}×; **bold**: missed. Errors and memory are those of the large "
+        f"batch on the GPU, errors relative to a solve on the CPU. Made by: `{command}`",
+    )
+
+
+def _gpu_rows(rows: pd.DataFrame) -> Iterator[list[str]]:
+    for row in rows.itertuples():
+        layer = LAYERS[row.layer]
+        who = "" if row.contender == OURS else f", {title(layer, row.contender)}"
+        ratios = [seconds / row.cuda_many for seconds in (row.cpu_many, row.cpu)]
+        yield [
+            layer.title + who,
+            *(f"{1e6 * seconds:.3g}" for seconds in (row.cpu, row.cuda, row.cpu_many, row.cuda_many)),
+            *(_ratio(ratio) if ratio >= FASTER else f"**{_ratio(ratio)}**" for ratio in ratios),
+            *(f"{row.peak_bytes / 1e6:.0f}", f"{row.error_x:.0e}", f"{row.error_vjp:.0e}"),
+        ]
+
+
+def _place(device: str, count: int) -> str:
+    return _threads(count) if device == "cpu" else "CUDA"
 
 
 def _threads(count: int) -> str:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from experiments.problems.blocks import Chosen
+from experiments.problems.graphs import replayed
 from foldopt.batched import lu_factor
 from foldopt.projections import capped_simplex
 
@@ -65,22 +66,25 @@ class Quadratic:
     def rough(self, s: Tensor, total: int) -> Tensor:
         """Return the projection by one sort per row: the largest entries are full until the rest is below 1."""
         x = s / self.weight
-        if total > MAX_FULL:
-            return capped_simplex(x, total)
-        ordered = x.sort(dim=1, descending=True).values
-        x, ordered = x - ordered[:, :1], ordered - ordered[:, :1]  # as small as they can be
-        theta = ordered.new_empty(len(x), 1)
-        for full in range(total):
-            free = ordered[:, full:]
-            mean = (free.cumsum(1) - (total - full)) / torch.arange(1, free.shape[1] + 1, device=x.device)
-            last = (free > mean).sum(1, keepdim=True) - 1
-            found = mean.gather(1, last.clamp(min=0))
-            theta = torch.where(ordered[:, full - 1 : full] - theta > 1, found, theta) if full else found
-        return (x - theta).clamp(0, 1)
+        return capped_simplex(x, total) if total > MAX_FULL else _by_sorting(x, total)
 
     def slopes(self, x: Tensor) -> Tensor:
         """Return 1 / weight where x is between its bounds, 0 at them."""
         return ((x > 0) & (x < 1)).to(x) / self.weight
+
+
+@replayed
+def _by_sorting(x: Tensor, total: int) -> Tensor:
+    ordered = x.sort(dim=1, descending=True).values
+    x, ordered = x - ordered[:, :1], ordered - ordered[:, :1]  # as small as they can be
+    theta = ordered.new_empty(len(x), 1)
+    for full in range(total):
+        free = ordered[:, full:]
+        mean = (free.cumsum(1) - (total - full)) / torch.arange(1, free.shape[1] + 1, device=x.device)
+        last = (free > mean).sum(1, keepdim=True) - 1
+        found = mean.gather(1, last.clamp(min=0))
+        theta = torch.where(ordered[:, full - 1 : full] - theta > 1, found, theta) if full else found
+    return (x - theta).clamp(0, 1)
 
 
 class Entropy:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from experiments.problems.cone import cvxpy_for
 from experiments.problems.denoising_dual import DualSystem, stepsize
+from experiments.problems.graphs import replayed
 from foldopt.checks import require_whole
 from foldopt.errors import InputError
 from foldopt.prox import soft_threshold
@@ -185,13 +186,7 @@ class DenoisingProblem:
         """
         rho = (RHO * q.abs().mean() / self.weight).clamp(min=1e-3 * float(dual.M.diagonal().mean()))
         inverse = dual.damped(rho)
-        move, pull = -q @ inverse, rho * inverse
-        v = z = torch.zeros_like(q)  # v: z plus the scaled dual
-        for _ in range(GUESS):
-            w = torch.addmm(move, torch.lerp(v, z, 2), pull)
-            v = torch.add(v, w.sub_(z), alpha=RELAXATION)
-            z = v.clamp(-self.weight, self.weight)
-        return z
+        return _admm(-q @ inverse, rho * inverse, self.weight)
 
     def _descent(self, M: Tensor, q: Tensor, step: Tensor) -> Iterator[Tensor]:
         """Yield the iterates of FDPG from zero; its y is w extrapolated by the momentum of (28c-d)."""
@@ -260,6 +255,16 @@ class DenoisingProblem:
         moved = w - (w - (q + w @ M) / size).clamp(-self.weight, self.weight)
         scale = (q.abs().amax(1) / size).clamp(min=self.weight)
         return moved.abs().amax(1) / scale
+
+
+@replayed
+def _admm(move: Tensor, pull: Tensor, weight: float) -> Tensor:
+    v = z = torch.zeros_like(move)  # v: z plus the scaled dual
+    for _ in range(GUESS):
+        w = torch.addmm(move, torch.lerp(v, z, 2), pull)
+        v = torch.add(v, w.sub_(z), alpha=RELAXATION)
+        z = v.clamp(-weight, weight)
+    return z
 
 
 def differencing(n: int) -> Tensor:

@@ -94,10 +94,10 @@ def test_who_is_missing_too_slow_or_refuses_is_said(measured, monkeypatch):
     assert (grown.loc[grown["contender"] == "fold", "why"] == "would take more than 0 s").all()
 
 
-def rows_of(**content):
+def rows_of(device="cpu", **content):
     rows = []
     for (contender, variant), (forward, backward, error) in content["times"].items():
-        row = {"layer": content["layer"], "threads": 1, "variant": variant, "contender": contender}
+        row = {"layer": content["layer"], "device": device, "threads": 1, "variant": variant, "contender": contender}
         row |= {"n": content["n"], "batch": content["batch"], "samples": content["batch"], "peak_bytes": 0, "why": None}
         row |= {"seconds_forward": forward, "seconds_backward": backward, "error_x": error, "error_vjp": error}
         rows += [row, row]
@@ -127,6 +127,26 @@ def test_a_target_is_judged_where_the_ratio_is_least_and_needs_the_accuracy():
     assert not report.judged(report.medians(rows), 1).set_index("against").loc["qpth", "holds"], "faster, less accurate"
 
 
+def test_a_gpu_is_compared_with_all_cores_in_a_large_batch_and_at_the_studys():
+    def at(batch, seconds, **where):
+        times = {("fold", "τ = 1"): (seconds, 0.0, 1e-15), ("exact", "τ = 1"): (seconds / 2, 0.0, 0.0)}
+        return rows_of(layer="multilabel", n=100, batch=batch, times=times, **where)
+
+    one = [at(64, 64e-5), at(4096, 1.0)]
+    both = [frame.assign(threads=2) for frame in (at(64, 32e-5), at(4096, 0.4096))]
+    gpu = [at(batch, 4096e-6, device="cuda") for batch in (64, 4096)]
+    found = report.throughput(report.medians(pd.concat([*one, *both, *gpu]))).set_index("contender")
+    assert list(found.index) == ["fold", "exact"], "f-SQP was not measured"
+    row = found.loc["fold"]
+    assert (row["layer"], row["many"], row["error_x"]) == ("multilabel", 4096, 1e-15)
+    assert row["cpu"] == pytest.approx(5e-6), "with all cores"
+    assert row["cpu_many"] == pytest.approx(1e-4)
+    assert row["cuda"] == pytest.approx(64e-6)
+    assert row["cuda_many"] == pytest.approx(1e-6)
+    refused = report.throughput(report.medians(pd.concat([*both[:1], *gpu])))
+    assert refused["cpu_many"].isna().all(), "the CPU would take too long"
+
+
 def test_growth_is_fitted_for_a_batch():
     places = [(20, 32, 1e-3), (20, 128, 4e-3), (80, 32, 16e-3)]
     rows = pd.concat(
@@ -140,16 +160,17 @@ def test_growth_is_fitted_for_a_batch():
 def test_tables_json_and_figure_are_written(tmp_path, monkeypatch):
     def made(name, settings, *_, threads):
         assert threads == settings.threads
+        assert name.endswith(f"-{settings.threads if settings.device == 'cpu' else settings.device}")
         layer = LAYERS[settings.layer]
         each = [*layer.contenders, measure.FLOOR]
         times = {(who, variant): (1e-3, 1e-3, 0.0) for who in each for variant in layer.variants}
-        return rows_of(layer=settings.layer, n=layer.n, batch=layer.batch, times=times).drop(
-            columns=["layer", "threads"]
-        )
+        rows = rows_of(layer=settings.layer, n=layer.n, batch=layer.batch, times=times)
+        many = rows[rows["contender"].isin(layer.fast)].assign(batch=settings.many, samples=settings.many)
+        return pd.concat([rows, many]).drop(columns=["layer", "device", "threads"])
 
     monkeypatch.setattr(report, "measured_once", made)
     monkeypatch.setattr(report, "output_root", lambda profile: tmp_path)
-    _, verdicts = report.make("smoke", list(LAYERS), [1, 3], "make bench PROFILE=smoke")
+    _, verdicts = report.make("smoke", list(LAYERS), [1, 3], "make bench PROFILE=smoke", "a GPU")
     assert len(verdicts) == len(report.TARGETS) - 3, "no network was measured"
     text = (tmp_path / "bench/targets.md").read_text()
     assert "| One thread | 3 threads |" in text
@@ -157,6 +178,11 @@ def test_tables_json_and_figure_are_written(tmp_path, monkeypatch):
     assert "| ≤ 3× | 1× | 1× |" in text
     assert "Made by: `make bench PROFILE=smoke`" in text
     assert "qpth" in (tmp_path / "bench/layers.md").read_text()
-    assert "| QPLayer | – | – |" in (tmp_path / "bench/growth.md").read_text(), "one place has no growth"
+    assert "| QPLayer | 0.00 | – |" in (tmp_path / "bench/growth.md").read_text(), "one size has no growth"
+    cuda = (tmp_path / "bench/cuda.md").read_text()
+    assert "| QPLayer | 31.2 | 31.2 | 15.6 | 15.6 | **1×** | **2×** |" in cuda
+    assert "a GPU, and 3 threads of" in cuda
+    assert '"gpu": "a GPU"' in (tmp_path / "bench/cuda.json").read_text()
+    assert "CUDA" not in text
     assert '"cores"' in (tmp_path / "bench/bench.json").read_text()
     assert (tmp_path / "figures/bench.png").stat().st_size > 30_000

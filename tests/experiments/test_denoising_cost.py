@@ -67,8 +67,7 @@ def test_peak_memory_of_tensors_that_are_gone_again():
 
 def test_memory_without_a_meter_is_refused(monkeypatch, tmp_path):
     monkeypatch.setattr(measurements, "CLEAR", tmp_path / "missing")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(measurements.FoldoptError, match="measure on Linux or on a GPU"):
+    with pytest.raises(measurements.FoldoptError, match="measure on Linux"):
         measurements.peak_memory(lambda: None)
 
 
