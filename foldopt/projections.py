@@ -54,14 +54,16 @@ def capped_simplex(x: Tensor, total: Tensor | float, upper: float = 1.0, *, near
     n = x.shape[1]
     if not upper > 0:
         raise InputError(f"upper={upper}: expected a number above 0.")
-    total = torch.as_tensor(total, dtype=x.dtype, device=x.device).expand(len(x))
+    if not isinstance(total, Tensor):
+        total = torch.full((), total, dtype=x.dtype, device=x.device)
+    total = total.to(x).expand(len(x))
+    if near is not None and not transformed():  # a guess is judged by looking at numbers, which torch.func hides
+        y = _guessed(x, total, upper, near)
+        if y is not None:  # so there is a point that sums to the total
+            return y
     bad = ((total < 0) | (total > n * upper) | ~total.isfinite()).nonzero()[:, 0].tolist()
     if bad:
         raise InputError(f"total is outside of [0, {n * upper}] for the samples {bad[:10]}: no point sums to it.")
-    if near is not None and not transformed():  # a guess is judged by looking at numbers, which torch.func hides
-        y = _guessed(x, total, upper, near)
-        if y is not None:
-            return y
     with torch.no_grad():
         kink, below = _threshold(x, total, upper)
     z = x - kink[:, None]  # theta = kink - below is as small as the total here, however large x is
@@ -87,12 +89,12 @@ def _sets(y: Tensor, upper: float) -> tuple[Tensor, Tensor]:
 
 def _missing(total: Tensor, full: Tensor, upper: float) -> Tensor:
     """Return what the free entries have to sum to, (B,)."""
-    return total - upper * full.sum(1).to(total) if upper != torch.inf else total
+    return total - upper * full.sum(1, dtype=total.dtype) if upper != torch.inf else total
 
 
 def _at_bounds(x: Tensor, full: Tensor, upper: float) -> Tensor:
     """Return the upper bound where full, else 0, in the dtype of x, (B, n)."""
-    return full * x.new_tensor(upper) if upper != torch.inf else torch.zeros_like(x)
+    return full.to(x.dtype) * upper if upper != torch.inf else torch.zeros_like(x)
 
 
 def _excess(z: Tensor, free: Tensor, missing: Tensor) -> Tensor:
@@ -111,13 +113,12 @@ def _guessed(x: Tensor, total: Tensor, upper: float, near: Tensor) -> Tensor | N
     missing = torch.where(vertex, upper, missing)  # at a vertex the least of the full entries is just at its bound
     z = x - kink
     moved = z - _excess(z, free, missing)[:, None]
+    y = torch.where(free, moved, _at_bounds(x, full, upper))
     with torch.no_grad():
-        inside = (moved > 0) & (moved < upper)
-        right = torch.where(full, moved >= upper, torch.where(free, inside, moved <= 0)) & (some | vertex)[:, None]
+        right = (moved.clamp(0, upper) == y) & (some | vertex)[:, None]
         if not right.all():
             return None
-        bound = _at_bounds(x, full, upper)
-    return torch.where(free, moved, bound)
+    return y
 
 
 def _threshold(x: Tensor, total: Tensor, upper: float) -> tuple[Tensor, Tensor]:

@@ -185,8 +185,7 @@ class DenoisingProblem:
         M w is of the size of q and w of that of the weight, so their ratio is what a penalty has to be like.
         """
         rho = (RHO * q.abs().mean() / self.weight).clamp(min=1e-3 * float(dual.M.diagonal().mean()))
-        inverse = dual.damped(rho)
-        return _admm(-q @ inverse, rho * inverse, self.weight)
+        return _admm(q, dual.damped(rho), rho, self.weight)
 
     def _descent(self, M: Tensor, q: Tensor, step: Tensor) -> Iterator[Tensor]:
         """Yield the iterates of FDPG from zero; its y is w extrapolated by the momentum of (28c-d)."""
@@ -258,12 +257,18 @@ class DenoisingProblem:
 
 
 @replayed
-def _admm(move: Tensor, pull: Tensor, weight: float) -> Tensor:
-    v = z = torch.zeros_like(move)  # v: z plus the scaled dual
+def _admm(q: Tensor, inverse: Tensor, rho: Tensor, weight: float) -> Tensor:
+    """Return z after `GUESS` steps from zero: w = (rho (2z - v) - q) (M + rho I)^-1, v += RELAXATION (w - z), then z.
+
+    v is z plus the scaled dual. The new v is RELAXATION w + (2 - RELAXATION) z less 2z - v, so that one matrix does.
+    """
+    move, pull = -RELAXATION * (q @ inverse), RELAXATION * rho * inverse
+    pull.diagonal().sub_(1)
+    z = u = torch.zeros_like(q)  # u: 2z - v
     for _ in range(GUESS):
-        w = torch.addmm(move, torch.lerp(v, z, 2), pull)
-        v = torch.add(v, w.sub_(z), alpha=RELAXATION)
+        v = torch.addmm(torch.add(move, z, alpha=2 - RELAXATION), u, pull)
         z = v.clamp(-weight, weight)
+        u = torch.lerp(v, z, 2)
     return z
 
 

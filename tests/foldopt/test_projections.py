@@ -172,6 +172,15 @@ def test_a_guess_at_a_vertex():
     torch.testing.assert_close(capped_simplex(x, 2, near=short), exact, rtol=0, atol=1e-15)
 
 
+@pytest.mark.parametrize("total", [-1.0, 4.5, torch.nan, torch.inf])
+@pytest.mark.parametrize("guess", [0.0, 0.5, 1.0])
+def test_a_guess_of_a_projection_that_does_not_exist(total, guess):
+    x = torch.randn(3, 4, generator=torch.Generator().manual_seed(0), dtype=F64)
+    totals = torch.tensor([2.0, total, 0.0], dtype=F64)
+    with pytest.raises(InputError, match=r"outside of \[0, 4.0\] for the samples \[1\]"):
+        capped_simplex(x, totals, near=torch.full_like(x, guess))
+
+
 @pytest.mark.parametrize("scale", [1e-12, 1e12])
 def test_a_guess_at_any_scale(scale):
     x = scale * torch.randn(50, 8, generator=torch.Generator().manual_seed(1), dtype=F64)
