@@ -34,7 +34,7 @@ class Settings:
     fast; 0 for none. rounds: of every contender at every place, fewer where they take more than `budget` seconds
     together; a round takes a pass again, and the median, until `turn` seconds are over. limit: seconds of one pass; who
     is expected to take more is not asked, and where a first call, which else does not count, takes more, it is the only
-    one.
+    one (on a GPU the second, as kernels are loaded in the first).
     """
 
     layer: str
@@ -119,6 +119,8 @@ def _taking_turns(calls: Mapping[str, partial], settings: Settings) -> Iterator[
     memory, spent = {}, {}
     for name, call in calls.items():
         try:
+            if settings.device != "cpu":
+                call()  # loads its kernels
             begin = time.perf_counter()
             row = call()
             if time.perf_counter() - begin > settings.limit:

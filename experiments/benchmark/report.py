@@ -120,7 +120,7 @@ def judged(table: pd.DataFrame, threads: int) -> pd.DataFrame:
                 },
             }
         )
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows) if rows else pd.DataFrame(columns=["number"])
 
 
 def exponents(table: pd.DataFrame) -> dict[tuple[str, str], float]:
@@ -164,7 +164,8 @@ def throughput(table: pd.DataFrame) -> pd.DataFrame:
                     **cuda.loc[many, ["peak_bytes", "error_x", "error_vjp"]].to_dict(),
                 }
             )
-    return pd.DataFrame(rows)
+    columns = ["layer", "contender", "many", "cpu", "cuda", "cpu_many", "cuda_many"]
+    return pd.DataFrame(rows, columns=[*columns, "peak_bytes", "error_x", "error_vjp"])
 
 
 def machine() -> dict[str, str | int]:

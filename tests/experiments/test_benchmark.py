@@ -157,32 +157,56 @@ def test_growth_is_fitted_for_a_batch():
     assert found == {("portfolio", "batch"): pytest.approx(1.0), ("portfolio", "n"): pytest.approx(2.0)}
 
 
-def test_tables_json_and_figure_are_written(tmp_path, monkeypatch):
-    def made(name, settings, *_, threads):
-        assert threads == settings.threads
-        assert name.endswith(f"-{settings.threads if settings.device == 'cpu' else settings.device}")
-        layer = LAYERS[settings.layer]
-        each = [*layer.contenders, measure.FLOOR]
-        times = {(who, variant): (1e-3, 1e-3, 0.0) for who in each for variant in layer.variants}
-        rows = rows_of(layer=settings.layer, n=layer.n, batch=layer.batch, times=times)
-        many = rows[rows["contender"].isin(layer.fast)].assign(batch=settings.many, samples=settings.many)
-        return pd.concat([rows, many]).drop(columns=["layer", "device", "threads"])
+@pytest.fixture
+def reported(tmp_path, monkeypatch):
+    """The files that `report.make` writes, and what it judges, where every pass takes 1 ms forward and 1 ms back."""
 
-    monkeypatch.setattr(report, "measured_once", made)
-    monkeypatch.setattr(report, "output_root", lambda profile: tmp_path)
-    _, verdicts = report.make("smoke", list(LAYERS), [1, 3], "make bench PROFILE=smoke", "a GPU")
+    def call(names, threads, gpu=None, without=()):
+        def made(name, settings, *_, threads):
+            assert threads == settings.threads
+            assert name.endswith(f"-{settings.threads if settings.device == 'cpu' else settings.device}")
+            layer = LAYERS[settings.layer]
+            each = [who for who in [*layer.contenders, measure.FLOOR] if who not in without]
+            times = {(who, variant): (1e-3, 1e-3, 0.0) for who in each for variant in layer.variants}
+            rows = rows_of(layer=settings.layer, n=layer.n, batch=layer.batch, times=times)
+            many = rows[rows["contender"].isin(layer.fast)].assign(batch=settings.many, samples=settings.many)
+            return pd.concat([rows, many]).drop(columns=["layer", "device", "threads"])
+
+        monkeypatch.setattr(report, "measured_once", made)
+        monkeypatch.setattr(report, "output_root", lambda profile: tmp_path)
+        _, verdicts = report.make("smoke", names, threads, "make bench PROFILE=smoke", gpu)
+        return tmp_path, verdicts
+
+    return call
+
+
+def test_tables_json_and_figure_are_written(reported):
+    path, verdicts = reported(list(LAYERS), [1, 3])
     assert len(verdicts) == len(report.TARGETS) - 3, "no network was measured"
-    text = (tmp_path / "bench/targets.md").read_text()
+    text = (path / "bench/targets.md").read_text()
     assert "| One thread | 3 threads |" in text
     assert "| 100× | **1×** (λ = 2) | **1×** (λ = 2) |" in text
     assert "| ≤ 3× | 1× | 1× |" in text
     assert "Made by: `make bench PROFILE=smoke`" in text
-    assert "qpth" in (tmp_path / "bench/layers.md").read_text()
-    assert "| QPLayer | 0.00 | – |" in (tmp_path / "bench/growth.md").read_text(), "one size has no growth"
-    cuda = (tmp_path / "bench/cuda.md").read_text()
-    assert "| QPLayer | 31.2 | 31.2 | 15.6 | 15.6 | **1×** | **2×** |" in cuda
-    assert "a GPU, and 3 threads of" in cuda
-    assert '"gpu": "a GPU"' in (tmp_path / "bench/cuda.json").read_text()
-    assert "CUDA" not in text
-    assert '"cores"' in (tmp_path / "bench/bench.json").read_text()
-    assert (tmp_path / "figures/bench.png").stat().st_size > 30_000
+    assert "qpth" in (path / "bench/layers.md").read_text()
+    assert "| QPLayer | 0.00 | – |" in (path / "bench/growth.md").read_text(), "one size has no growth"
+    assert '"cores"' in (path / "bench/bench.json").read_text()
+    assert (path / "figures/bench.png").stat().st_size > 30_000
+    assert not list(path.glob("bench/cuda*"))
+
+
+def test_a_gpu_has_tables_of_its_own(reported):
+    path, _ = reported(list(LAYERS), [1, 3], "a GPU")
+    for name in ("targets", "layers", "growth"):
+        assert "GPU" not in (path / f"bench/{name}.md").read_text()
+    text = (path / "bench/cuda.md").read_text()
+    assert "| QPLayer | 31.2 | 31.2 | 15.6 | 15.6 | **1×** | **2×** |" in text
+    assert "a GPU, and 3 threads of" in text
+    assert "qpth" in (path / "bench/cuda_layers.md").read_text()
+    assert '"gpu": "a GPU"' in (path / "bench/cuda.json").read_text()
+
+
+def test_a_layer_without_peers_is_measured_and_not_judged(reported):
+    path, verdicts = reported(["vertex"], [1], without=("gurobi",))
+    assert verdicts.empty
+    assert "enumeration" in (path / "bench/layers.md").read_text()
