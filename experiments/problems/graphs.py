@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
+from threading import Lock
 from typing import NamedTuple
 
 import torch
@@ -25,6 +26,7 @@ def replayed(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     a CPU it is called as it is.
     """
     recordings: dict[tuple, _Recording | None] = {}
+    one_at_a_time = Lock()
 
     @wraps(function)
     @torch.no_grad()
@@ -33,7 +35,7 @@ def replayed(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         if not tensors[0].is_cuda or torch.cuda.is_current_stream_capturing():
             return function(*given)
         where = tensors[0].device
-        with torch.cuda.device(where):
+        with one_at_a_time, torch.cuda.device(where):
             stream = torch.cuda.current_stream().cuda_stream
             key = where, stream, *((v.shape, v.dtype) if isinstance(v, Tensor) else v for v in given)
             if key not in recordings:

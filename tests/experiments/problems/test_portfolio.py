@@ -170,6 +170,27 @@ def test_the_step_in_closed_form_is_the_general_one(error, batched, stepsize):
         assert (closed - general).abs().max() <= 1e-9 * max(float(general.abs().max()), 1e-6 * largest)
 
 
+@pytest.mark.parametrize("parts", [[0], [1], [2], [0, 1], [0, 2], [1, 2]])
+def test_the_vjp_in_closed_form_is_that_of_the_recorded_operations(parts):
+    """Of any part of the state; with a graph of its own the step goes back through its operations."""
+    p, c = instances("targets", 0)
+    c = c[nondegenerate(p, c, 0.03)]
+    leaves = [t.detach().clone().requires_grad_() for t in (*p.exact(*p.params(c)).state, *p.params(c))]
+    new = [PortfolioSQP(p)(tuple(leaves[:3]), *leaves[3:])[part] for part in parts]
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(part.shape, generator=generator, dtype=part.dtype) for part in new]
+    wanted = [leaf for leaf in leaves if leaf is not leaves[1]]  # nu takes no part
+    closed = torch.autograd.grad(new, wanted, weights, retain_graph=True)
+    recorded = torch.autograd.grad(new, wanted, weights, create_graph=True)
+    largest = max(float(g.abs().max()) for g in recorded)
+    for mine, other in zip(closed, recorded, strict=True):
+        if mine.shape == p.V.shape:
+            mine, other = mine + mine.mT, other + other.mT
+        assert (mine - other).abs().max() <= 1e-10 * max(float(other.abs().max()), 1e-6 * largest)
+    assert all(not g.requires_grad for g in closed)
+    assert all(g.requires_grad for g in recorded)
+
+
 def test_where_the_guess_does_not_fit_the_step_is_the_general_one():
     p, c = instances("targets", 0)
     params = p.params(c[:4])
