@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 import torch
 
-from experiments.benchmark import layers, measure, report
+from experiments.benchmark import layers, measure, report, verdicts
 from experiments.benchmark.layers import LAYERS, Contender, Place
 from foldopt.errors import SolverError
 
@@ -35,9 +35,9 @@ def test_all_layers_name_what_is_ours_and_what_errors_are_relative_to():
     for name, layer in LAYERS.items():
         both = {layers.OURS, layers.REFERENCE}
         assert both & set(layer.contenders) == (both if name != "vertex" else {layers.OURS}), "a vertex has one solver"
-    for target in report.TARGETS:
+    for target in verdicts.TARGETS:
         known = {*LAYERS[target.layer].contenders, measure.FLOOR, measure.NETWORK}
-        assert {target.ours, *target.against} <= known | set(report.CONES)
+        assert {target.ours, *target.against} <= known | set(verdicts.CONES)
 
 
 @pytest.mark.parametrize(
@@ -114,17 +114,18 @@ def test_a_target_is_judged_where_the_ratio_is_least_and_needs_the_accuracy():
         ("lu", "λ = 1"): (0.0, 1e-3, 0.0),
     }
     rows = rows_of(layer="denoising", n=100, batch=32, times=times)
-    table = report.medians(rows)
+    table = verdicts.medians(rows)
     assert table.set_index(["contender", "variant"]).loc[("qpth", "λ = 2"), "ratio"] == pytest.approx(150)
-    verdicts = report.judged(table, 1).set_index("against")
-    assert verdicts.loc["qpth", "variant"] == "λ = 1"
-    assert verdicts.loc["qpth", "measured"] == pytest.approx(110)
-    assert verdicts.loc["qpth", "holds"]
-    assert verdicts.loc["lu", "measured"] == pytest.approx(5), "where it is most"
-    assert not verdicts.loc["lu", "holds"]
+    judged = verdicts.judged(table, 1).set_index("against")
+    assert judged.loc["qpth", "variant"] == "λ = 1"
+    assert judged.loc["qpth", "measured"] == pytest.approx(110)
+    assert judged.loc["qpth", "holds"]
+    assert judged.loc["lu", "measured"] == pytest.approx(5), "where it is most"
+    assert not judged.loc["lu", "holds"]
 
     rows.loc[rows["contender"] == "fold", ["error_x", "error_vjp"]] = 1e-3
-    assert not report.judged(report.medians(rows), 1).set_index("against").loc["qpth", "holds"], "faster, less accurate"
+    again = verdicts.judged(verdicts.medians(rows), 1).set_index("against")
+    assert not again.loc["qpth", "holds"], "faster, less accurate"
 
 
 def test_a_gpu_is_compared_with_all_cores_in_a_large_batch_and_at_the_studys():
@@ -135,7 +136,7 @@ def test_a_gpu_is_compared_with_all_cores_in_a_large_batch_and_at_the_studys():
     one = [at(64, 64e-5), at(4096, 1.0)]
     both = [frame.assign(threads=2) for frame in (at(64, 32e-5), at(4096, 0.4096))]
     gpu = [at(batch, 4096e-6, device="cuda") for batch in (64, 4096)]
-    found = report.throughput(report.medians(pd.concat([*one, *both, *gpu]))).set_index("contender")
+    found = verdicts.throughput(verdicts.medians(pd.concat([*one, *both, *gpu]))).set_index("contender")
     assert list(found.index) == ["fold", "exact"], "f-SQP was not measured"
     row = found.loc["fold"]
     assert (row["layer"], row["many"], row["error_x"]) == ("multilabel", 4096, 1e-15)
@@ -143,7 +144,7 @@ def test_a_gpu_is_compared_with_all_cores_in_a_large_batch_and_at_the_studys():
     assert row["cpu_many"] == pytest.approx(1e-4)
     assert row["cuda"] == pytest.approx(64e-6)
     assert row["cuda_many"] == pytest.approx(1e-6)
-    refused = report.throughput(report.medians(pd.concat([*both[:1], *gpu])))
+    refused = verdicts.throughput(verdicts.medians(pd.concat([*both[:1], *gpu])))
     assert refused["cpu_many"].isna().all(), "the CPU would take too long"
 
 
@@ -153,7 +154,7 @@ def test_growth_is_fitted_for_a_batch():
         rows_of(layer="portfolio", n=n, batch=batch, times={("fold", ""): (seconds, 0.0, 0.0)})
         for n, batch, seconds in places
     )
-    found = report.exponents(report.medians(rows))
+    found = verdicts.exponents(verdicts.medians(rows))
     assert found == {("portfolio", "batch"): pytest.approx(1.0), ("portfolio", "n"): pytest.approx(2.0)}
 
 
@@ -174,15 +175,15 @@ def reported(tmp_path, monkeypatch):
 
         monkeypatch.setattr(report, "measured_once", made)
         monkeypatch.setattr(report, "output_root", lambda profile: tmp_path)
-        _, verdicts = report.make("smoke", names, threads, "make bench PROFILE=smoke", gpu)
-        return tmp_path, verdicts
+        _, judged = report.make("smoke", names, threads, "make bench PROFILE=smoke", gpu)
+        return tmp_path, judged
 
     return call
 
 
 def test_tables_json_and_figure_are_written(reported):
-    path, verdicts = reported(list(LAYERS), [1, 3])
-    assert len(verdicts) == len(report.TARGETS) - 3, "no network was measured"
+    path, judged = reported(list(LAYERS), [1, 3])
+    assert len(judged) == len(verdicts.TARGETS) - 3, "no network was measured"
     text = (path / "bench/targets.md").read_text()
     assert "| One thread | 3 threads |" in text
     assert "| 100× | **1×** (λ = 2) | **1×** (λ = 2) |" in text
@@ -207,6 +208,6 @@ def test_a_gpu_has_tables_of_its_own(reported):
 
 
 def test_a_layer_without_peers_is_measured_and_not_judged(reported):
-    path, verdicts = reported(["vertex"], [1], without=("gurobi",))
-    assert verdicts.empty
+    path, judged = reported(["vertex"], [1], without=("gurobi",))
+    assert judged.empty
     assert "enumeration" in (path / "bench/layers.md").read_text()
