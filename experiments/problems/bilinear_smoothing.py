@@ -166,11 +166,11 @@ class GradientStep(nn.Module):
             g, rest = self._moved(g), g
             return rest + coupled(self.Q, weights, g) / self.stepsize
         u = coupled(self.Q, weights, g)
-        return g + self._moved(u) / self.stepsize
+        return torch.add(g, self._moved(u), alpha=1 / self.stepsize)
 
     def _moved(self, u: Tensor) -> Tensor:
         """Return (I - alpha H) u."""
-        return u - self.stepsize * (self.smoothing.weight * u - crossed(self.Q, u))
+        return torch.add((1 - self.stepsize * self.smoothing.weight) * u, crossed(self.Q, u), alpha=self.stepsize)
 
 
 class BlockStep(nn.Module):
@@ -231,11 +231,11 @@ def coupled(Q: Tensor, w: Tensor, g: Tensor) -> Tensor:
     place = (x.index * n)[:, :, None] + y.index[:, None, :]
     A = Q.to(g).reshape(-1).index_select(0, place.view(-1)).view(place.shape)
     JxAJy = Jx @ A @ Jy
-    M = torch.eye(A.shape[1], dtype=g.dtype, device=g.device) - JxAJy @ A.mT
-    lu, pivots, info = lu_factor(M)
-    ux = torch.linalg.lu_solve(lu, pivots, Jx @ hx + JxAJy @ hy)
+    eye = torch.eye(A.shape[1], dtype=g.dtype, device=g.device)
+    lu, pivots, info = lu_factor(torch.baddbmm(eye, JxAJy, A.mT, alpha=-1))
+    ux = torch.linalg.lu_solve(lu, pivots, torch.baddbmm(Jx @ hx, JxAJy, hy))
     ux = torch.where((info == 0)[:, None, None], ux, torch.nan)
-    uy = Jy @ (hy + A.mT @ ux)
+    uy = Jy @ torch.baddbmm(hy, A.mT, ux)
     return torch.cat([x.put(ux[:, :, 0]), y.put(uy[:, :, 0])], 1)
 
 
@@ -351,9 +351,8 @@ def _newton(
 
 def _derivative(w: Tensor) -> Tensor:
     """Return diag(w) - ww' / sum w for every row of w, (B, k), as (B, k, k)."""
-    total = w.sum(1, keepdim=True)
-    share = w / torch.where(total > 0, total, 1)
-    J = w[:, :, None] * -share[:, None, :]
+    total = w.sum(1, keepdim=True).clamp(min=torch.finfo(w.dtype).tiny)
+    J = w[:, :, None] * (w / -total)[:, None, :]
     J.diagonal(dim1=1, dim2=2).add_(w)
     return J
 
