@@ -162,7 +162,10 @@ def solve_topk(c: Tensor, k: int) -> TopKSolution:
         counts = torch.arange(k, 0, -1, device=c.device, dtype=c.dtype)
         m = (top <= tails - counts.log()).to(torch.uint8).argmax(1, keepdim=True)
         free = torch.ones_like(c, dtype=torch.bool).scatter(1, where, torch.arange(k, device=c.device) >= m)
-    theta = torch.where(free, c, -torch.inf).logsumexp(1, keepdim=True) - (k - m.to(c.dtype)).log()
+    others = tails.gather(1, m)
+    if torch.is_grad_enabled():  # the same number, with a derivative
+        others = torch.where(free, c, -torch.inf).logsumexp(1, keepdim=True)
+    theta = others - (k - m.to(c.dtype)).log()
     return TopKSolution(torch.where(free, (c - theta).clamp(max=0), 0), free)
 
 

@@ -41,7 +41,7 @@ class Auto:
         v, info = found or steps.pop(0)[1](vjp, g, phi)
         for name, solver in steps:
             if info.ok.all():
-                break
+                return v, info
             better, new = solver(vjp, g, phi)
             v, info = _improved(v, info, better, new, f"{info.method}+{name}")
         return (v, info) if info.ok.all() else self._singular(g, v, info, phi)

@@ -24,7 +24,7 @@ def measured(monkeypatch):
 
     def call(layer, **settings):
         monkeypatch.setitem(LAYERS, "tried", layer)
-        chosen = {"factors": (1,), "rounds": 3, "budget": 5.0, **settings}
+        chosen = {"factors": (1,), "many": 0, "rounds": 3, "budget": 5.0, **settings}
         return measure.measure(measure.Settings("tried", 1, **chosen))
 
     yield call
@@ -67,13 +67,24 @@ def test_the_vertex_is_that_of_gurobi_and_has_no_backward_pass(measured):
     assert (own["seconds_backward"] == 0).all()
 
 
+def test_a_very_large_batch_is_for_who_is_fast(measured):
+    layer = dataclasses.replace(small("portfolio", ("fold", "direct", "gmres"), 12, 3), fast=("fold", "gmres"))
+    rows = measured(layer, many=40)
+    for batch, who in ((3, {"fold", "direct", "gmres"}), (40, {"fold", "gmres"})):
+        part = rows[rows["batch"] == batch]
+        assert set(part["contender"]) == who | {measure.FLOOR, measure.NETWORK}
+        assert (part["samples"] == batch).all()
+        assert (part[["error_x", "error_vjp"]] < 1e-8).all(axis=None)
+
+
 def test_growth_is_of_batch_and_of_n():
     places = LAYERS["portfolio"].places((1, 4))
     assert places == [Place("", 20, 32), Place("", 20, 128), Place("", 80, 32)]
-    assert LAYERS["multilabel"].places((1, 4)) == [
+    assert LAYERS["multilabel"].places((1, 4), 4096) == [
         Place("τ = 1", 100, 64),
         Place("τ = 0.05", 100, 64),
         Place("τ = 1", 100, 256),
+        Place("τ = 1", 100, 4096),
     ], "its n is the number of classes"
 
 
