@@ -15,7 +15,6 @@ from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from foldopt.errors import LinearSolveError, SolverError
 from foldopt.linear_solve import LinearSolveInfo, LinearSolver, Phi
@@ -26,6 +25,7 @@ from foldopt.transforms import (
     looped,
     opaque,
     outer_tangents,
+    plain,
     pulled_back,
     pushed_forward,
     through_autograds_vmap,
@@ -329,9 +329,9 @@ class _Tangent(_Linear):
 
 
 def _solved(linear: _Linear, params: Tensors) -> Tensors:
-    plain = not torch.is_grad_enabled() and forward_ad._current_level < 0 and not transformed(*params)
+    alone = not torch.is_grad_enabled() and plain(*params)
     try:
-        return (linear(*params) if plain else fixed_point(linear, *params))[: linear.n]
+        return (linear(*params) if alone else fixed_point(linear, *params))[: linear.n]
     finally:
         linear.of.report(linear.certificate)
 

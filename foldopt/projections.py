@@ -54,9 +54,9 @@ def capped_simplex(x: Tensor, total: Tensor | float, upper: float = 1.0, *, near
     n = x.shape[1]
     if not upper > 0:
         raise InputError(f"upper={upper}: expected a number above 0.")
-    if not isinstance(total, Tensor):
+    if isinstance(total, int | float):  # as_tensor would copy it to a GPU, and wait
         total = torch.full((), total, dtype=x.dtype, device=x.device)
-    total = total.to(x).expand(len(x))
+    total = torch.as_tensor(total, dtype=x.dtype, device=x.device).expand(len(x))
     if near is not None and not transformed():  # a guess is judged by looking at numbers, which torch.func hides
         y = _guessed(x, total, upper, near)
         if y is not None:  # so there is a point that sums to the total
@@ -115,7 +115,7 @@ def _guessed(x: Tensor, total: Tensor, upper: float, near: Tensor) -> Tensor | N
     moved = z - _excess(z, free, missing)[:, None]
     y = torch.where(free, moved, _at_bounds(x, full, upper))
     with torch.no_grad():
-        right = (moved.clamp(0, upper) == y) & (some | vertex)[:, None]
+        right = torch.where(free, (y > 0) & (y < upper), moved.clamp(0, upper) == y) & (some | vertex)[:, None]
         if not right.all():
             return None
     return y

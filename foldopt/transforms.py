@@ -189,6 +189,11 @@ def transformed(*tensors: Tensor) -> bool:
     )
 
 
+def plain(*tensors: Tensor) -> bool:
+    """Return whether neither a transform nor forward-mode differentiation is under way."""
+    return forward_ad._current_level < 0 and not transformed(*tensors)
+
+
 class Undeclared(TorchFunctionMode):
     """While a layer runs on plain tensors, refuse those of a transform: they were closed over, not passed.
 

@@ -27,6 +27,8 @@ def main(arguments: list[str] | None = None) -> int:
     threads = sorted(set(options.threads or (1, os.cpu_count() or 1)))
     command = "make bench" + ("" if options.profile == "default" else f" PROFILE={options.profile}")
     command += f' THREADS="{" ".join(map(str, threads))}"' if options.threads else ""
+    if options.layer or options.no_cuda:  # which make bench does not offer
+        command = " ".join(["python -m scripts.bench", *(arguments or sys.argv[1:])])
     gpu = None if options.no_cuda or not torch.cuda.is_available() else torch.cuda.get_device_name()
     artifacts, _ = report.make(options.profile, names, threads, command, gpu)
     for table in ("targets", *(["cuda"] if gpu else [])):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -23,6 +23,7 @@ COLUMNS = (
     *("variant", "n", "batch", "contender", "samples", "seconds_forward", "seconds_backward", "peak_bytes"),
     *("error_x", "error_vjp", "why"),
 )
+Call = Callable[[], dict[str, float]]  # takes one pass, and returns what it took
 FLOOR, NETWORK = "lu", "network"  # beside the contenders: the bare linear solve, and a step of the study's network
 
 
@@ -99,7 +100,7 @@ def _at(layer: Layer, place: Place, expected: Mapping[str, float], settings: Set
     x = reference(leaves)
     cotangent = torch.randn(x.shape, generator=generator, dtype=x.dtype)
     device = torch.device(settings.device)
-    calls: dict[str, partial] = {}
+    calls: dict[str, Call] = {}
     exact = {}
     for name, contender in asked.items():
         samples = min(contender.most or place.batch, place.batch)
@@ -114,7 +115,7 @@ def _at(layer: Layer, place: Place, expected: Mapping[str, float], settings: Set
     yield from _taking_turns(calls, settings)
 
 
-def _taking_turns(calls: Mapping[str, partial], settings: Settings) -> Iterator[dict]:
+def _taking_turns(calls: Mapping[str, Call], settings: Settings) -> Iterator[dict]:
     """Yield the rows of `calls`, every round in another order, after a first call of each."""
     memory, spent = {}, {}
     for name, call in calls.items():
@@ -140,7 +141,7 @@ def _taking_turns(calls: Mapping[str, partial], settings: Settings) -> Iterator[
             yield {"contender": name, **row, "peak_bytes": memory[name]}
 
 
-def _round(call: partial, turn: float) -> tuple[dict[str, float], float]:
+def _round(call: Call, turn: float) -> tuple[dict[str, float], float]:
     """Return the medians of as many calls as `turn` seconds hold, at least one, and how long that took."""
     begin = time.perf_counter()
     rows = [call()]
@@ -180,7 +181,7 @@ def _error(found: Tensor, exact: Tensor) -> float:
     return float(((found - exact).norm() / exact.norm()).nan_to_num(nan=torch.inf)) if len(exact) else 0.0
 
 
-def _linear_solve(batch: int, size: int, device: torch.device) -> partial:
+def _linear_solve(batch: int, size: int, device: torch.device) -> Call:
     """Return what solves a batch of general linear systems, the floor of a backward pass."""
     generator = torch.Generator(device).manual_seed(0)
     M = torch.randn(batch, size, size, generator=generator, dtype=torch.float64, device=device)
@@ -191,10 +192,10 @@ def _linear_solve(batch: int, size: int, device: torch.device) -> partial:
         _, taken = seconds(lambda: torch.linalg.solve(M, g))
         return {"samples": batch, "seconds_forward": 0.0, "seconds_backward": taken, "error_x": 0.0, "error_vjp": 0.0}
 
-    return partial(solve)
+    return solve
 
 
-def _network_step(layer: Layer, place: Place, device: torch.device) -> partial:
+def _network_step(layer: Layer, place: Place, device: torch.device) -> Call:
     """Return what takes a training step of the study's network alone, the layer's gradient being given."""
     parts = layer.built(place, layer.contenders[OURS].overrides)
     cfg = runs.compose([*layer.overrides])
@@ -214,4 +215,4 @@ def _network_step(layer: Layer, place: Place, device: torch.device) -> partial:
         given = {"samples": place.batch, "error_x": 0.0, "error_vjp": 0.0}
         return {**given, "seconds_forward": forward, "seconds_backward": backward}
 
-    return partial(step)
+    return step

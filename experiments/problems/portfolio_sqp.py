@@ -6,12 +6,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn.functional import pad
 
 from experiments.problems.blocks import Chosen, times
 from foldopt.solvers.qp import TOLERANCE
-from foldopt.transforms import transformed
+from foldopt.transforms import plain
 from foldopt.updates.sqp import SQP, SQPState
 
 SAFE = 1e-10  # smaller pivots of V on the assets held, relative to its largest variance, are left to the general step
@@ -29,13 +28,13 @@ class PortfolioSQP(SQP):
         """Return the state after one step."""
         x, _, lam = state
         given = x, lam, *params
-        if transformed(*given) or forward_ad._current_level >= 0:
-            model = _solved(*given)
-            new = None if model is None else model.state
-        else:
+        if plain(*given):
             with torch.no_grad():
                 model = _solved(*given)
             new = None if model is None else _Model.apply(model, *given)
+        else:
+            model = _solved(*given)
+            new = None if model is None else model.state
         if new is None:
             return super().forward(state, *params)
         self.last = None

@@ -172,6 +172,23 @@ def test_a_guess_at_a_vertex():
     torch.testing.assert_close(capped_simplex(x, 2, near=short), exact, rtol=0, atol=1e-15)
 
 
+@pytest.mark.parametrize("near", [[0.5, 0.5, 0.0], [1.0, 0.0, 0.0], [0.9, 0.1, 0.0], [0.4, 0.3, 0.3]])
+def test_at_a_tie_the_derivative_does_not_depend_on_the_guess(near):
+    """x is a vertex itself, where entries between the bounds in the guess end at a bound."""
+    x = torch.tensor([[1.0, 0.0, 0.0]], dtype=F64, requires_grad=True)
+    g = torch.tensor([[1.0, -2.0, 0.5]], dtype=F64)
+    plain = capped_simplex(x, 1.0)
+    guessed = capped_simplex(x, 1.0, near=torch.tensor([near], dtype=F64))
+    assert torch.equal(guessed, plain)
+    assert torch.equal(*(torch.autograd.grad(y, x, g)[0] for y in (guessed, plain)))
+
+
+def test_a_total_may_be_whatever_a_tensor_can_be_made_of():
+    x = torch.randn(2, 3, generator=torch.Generator().manual_seed(0), dtype=F64)
+    for total in (1, 1.0, [1.0, 1.0], torch.ones(2), torch.ones(2, dtype=F64).numpy()):
+        torch.testing.assert_close(capped_simplex(x, total).sum(1), torch.ones(2, dtype=F64))
+
+
 @pytest.mark.parametrize("total", [-1.0, 4.5, torch.nan, torch.inf])
 @pytest.mark.parametrize("guess", [0.0, 0.5, 1.0])
 def test_a_guess_of_a_projection_that_does_not_exist(total, guess):

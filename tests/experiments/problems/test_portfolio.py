@@ -7,44 +7,10 @@ import pytest
 import torch
 
 import foldopt
-from data.portfolio import generate
 from experiments.problems.portfolio import PortfolioProblem
 from experiments.problems.portfolio_exact import FEW, smallest_variance
-from experiments.problems.portfolio_sqp import PortfolioSQP
 from foldopt.errors import InfeasibleError, InputError, LinearSolveError
-
-N = 20
-
-
-def problem(seed=0, degree=3, tau=0.1, n=N):
-    drawn = generate(seed, degree, 80, 1, 1, n_assets=n, tau=tau)
-    return PortfolioProblem(drawn.V, drawn.gamma), drawn
-
-
-def untrained_predictions(drawn, seed):
-    torch.manual_seed(seed)
-    n = len(drawn.V)
-    layers = [torch.nn.Linear(5, 64), torch.nn.ReLU(), torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, n)]
-    with torch.no_grad():
-        return torch.nn.Sequential(*layers).double()(drawn.features["train"])
-
-
-def instances(kind, seed, degree=3, tau=0.1, n=N):
-    p, drawn = problem(seed, degree, tau, n)
-    return p, drawn.returns["train"] if kind == "targets" else untrained_predictions(drawn, seed)
-
-
-def layer(p, solve=None, **options):
-    options = {"dtype": torch.float64, **options}
-    return foldopt.fold(solve or (lambda *params: p.exact(*params).state), p.optimizers["sqp"](), **options)
-
-
-def nondegenerate(p, c, margin=1e-3):
-    """Samples with an active risk limit and strict complementarity, hence a derivative."""
-    s = p.exact(c)
-    reduced = s.lam[:, 1:] / c.std(1, keepdim=True)
-    strict = torch.where(s.x > 0, s.x, reduced).amin(1) > margin
-    return strict & (s.lam[:, 0] > margin * c.std(1)) & ((s.x > 0).sum(1) > 2)
+from tests.experiments.problems.portfolios import N, instances, layer, nondegenerate, problem
 
 
 def kkt_vjp(p, x, lam, g):
@@ -126,80 +92,6 @@ def test_every_linear_solver_gives_the_same_gradient():
         gradients.append(torch.autograd.grad(layer(p, linear_solver=name)(*p.params(leaf))[0], leaf, g)[0])
     for other in gradients[1:]:
         assert ((other - gradients[0]).norm(dim=1) <= 1e-8 * gradients[0].norm(dim=1) + 1e-10).all()
-
-
-def test_the_full_sqp_step_is_newton_at_the_solution():
-    p, c = instances("targets", 0)
-    c = c[nondegenerate(p, c)]
-    s = p.exact(c)
-    x = s.x.clone().requires_grad_()
-    for step in (foldopt.SQP(p), p.optimizers["sqp"]()):
-        stepped = step((x, s.nu, s.lam), *p.params(c))[0]
-        (pulled,) = torch.autograd.grad(stepped, x, torch.randn_like(x))
-        assert pulled.abs().max() < 1e-9, "Phi is zero"
-
-
-@pytest.mark.parametrize("stepsize", [1.0, 0.5])
-@pytest.mark.parametrize("batched", [False, True])
-@pytest.mark.parametrize("error", [0.0, 1e-6, 1e-4])
-def test_the_step_in_closed_form_is_the_general_one(error, batched, stepsize):
-    p, c = instances("targets", 0)
-    c = c[nondegenerate(p, c, 0.03)]
-    params = list(p.params(c))
-    if batched:
-        scale = torch.linspace(0.5, 2, len(c), dtype=c.dtype)
-        params[1:] = params[1] * scale[:, None, None], params[2] * scale
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(like):
-        return torch.randn(like.shape, generator=generator, dtype=like.dtype)
-
-    state = [part * (1 + error * normal(part)) for part in p.exact(*params).state]
-    leaves = [t.detach().clone().requires_grad_() for t in (*state, *params)]
-    weights = [normal(part) for part in state]
-    found = []
-    for step in (foldopt.SQP(p, stepsize), PortfolioSQP(p, stepsize)):
-        new = step(tuple(leaves[:3]), *leaves[3:])
-        gradients = torch.autograd.grad(new, leaves, weights, allow_unused=True)
-        gradients = [torch.zeros_like(t) if g is None else g for g, t in zip(gradients, leaves, strict=True)]
-        gradients[4] = (gradients[4] + gradients[4].mT) / 2  # of V, which is symmetric
-        found.append([part.detach() for part in (*new, *gradients)])
-    assert step.last is None, "it was the closed form"
-    largest = max(float(part.abs().max()) for part in found[0][3:])
-    for general, closed in zip(*found, strict=True):
-        assert (closed - general).abs().max() <= 1e-9 * max(float(general.abs().max()), 1e-6 * largest)
-
-
-@pytest.mark.parametrize("parts", [[0], [1], [2], [0, 1], [0, 2], [1, 2]])
-def test_the_vjp_in_closed_form_is_that_of_the_recorded_operations(parts):
-    """Of any part of the state; with a graph of its own the step goes back through its operations."""
-    p, c = instances("targets", 0)
-    c = c[nondegenerate(p, c, 0.03)]
-    leaves = [t.detach().clone().requires_grad_() for t in (*p.exact(*p.params(c)).state, *p.params(c))]
-    new = [PortfolioSQP(p)(tuple(leaves[:3]), *leaves[3:])[part] for part in parts]
-    generator = torch.Generator().manual_seed(0)
-    weights = [torch.randn(part.shape, generator=generator, dtype=part.dtype) for part in new]
-    wanted = [leaf for leaf in leaves if leaf is not leaves[1]]  # nu takes no part
-    closed = torch.autograd.grad(new, wanted, weights, retain_graph=True)
-    recorded = torch.autograd.grad(new, wanted, weights, create_graph=True)
-    largest = max(float(g.abs().max()) for g in recorded)
-    for mine, other in zip(closed, recorded, strict=True):
-        if mine.shape == p.V.shape:
-            mine, other = mine + mine.mT, other + other.mT
-        assert (mine - other).abs().max() <= 1e-10 * max(float(other.abs().max()), 1e-6 * largest)
-    assert all(not g.requires_grad for g in closed)
-    assert all(g.requires_grad for g in recorded)
-
-
-def test_where_the_guess_does_not_fit_the_step_is_the_general_one():
-    p, c = instances("targets", 0)
-    params = p.params(c[:4])
-    exact = p.exact(*params).state
-    for state in (p.sqp_start(c[:4]), (exact[0], exact[1], exact[2] * 0), p.exact(c[4:8]).state):
-        step = PortfolioSQP(p)
-        for closed, general in zip(step(state, *params), foldopt.SQP(p)(state, *params), strict=True):
-            assert torch.equal(closed, general)
-        assert step.last is not None
 
 
 def test_closed_form_model_is_that_of_the_functions():
@@ -411,21 +303,6 @@ def test_a_singular_covariance_is_solved_by_the_interior_point(rank):
     assert s.ok.all()
     assert s.residual.max() < 1e-7
     assert torch.allclose(p.value(s.x, c), p.value(p.gurobi(c).x, c), atol=1e-6)
-
-
-@pytest.mark.parametrize("near", [0.0, 1e-12])
-def test_where_v_is_singular_on_the_assets_held_the_step_is_the_general_one(near):
-    """Two assets that are the same: of their sum alone anything is known, and the closed form has no answer."""
-    V = torch.diag(torch.tensor([1.0, 1.0, 1.0, 4.0], dtype=torch.float64))
-    V[0, 1] = V[1, 0] = 1 - near
-    p = PortfolioProblem(V, 0.6)
-    c = torch.tensor([[1.0, 1.0, 0.9, 0.5]], dtype=torch.float64)
-    s = p.exact(c)
-    step = PortfolioSQP(p)
-    for closed, general in zip(step(s.state, *p.params(c)), foldopt.SQP(p)(s.state, *p.params(c)), strict=True):
-        torch.testing.assert_close(closed, general, rtol=1e-12, atol=1e-12)
-    assert (s.x[0, :2] > 0).all(), "both are held"
-    assert step.last is not None
 
 
 def test_smallest_variance_of_a_diagonal_covariance():
