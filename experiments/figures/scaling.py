@@ -193,7 +193,9 @@ def make(profile: str, command: str) -> Artifacts:
         f"Exponents of time and peak memory in n, batch and iterations, fitted to the three largest values. {note}. "
         f"Made by: `{command}`",
     )
-    caption = f"{note}.\nMade by: {command}".replace("Where they", "\nWhere they")
+    legend = "Numbers: exponents, fitted to the three largest values of each series"
+    caption = f"{legend}. Made by: {command}"
+    caption = f"{note}.\n{caption}".replace("Where they", "\nWhere they")
     figure = draw(table, fitted, caption)
     artifacts.figure("scaling", figure)
     plt.close(figure)
@@ -262,4 +264,5 @@ def _draw_panel(
     style.plain_log(panel.yaxis, subs=(1,) if high > 50 * low else (1, 2, 5))
     panel.tick_params(labelsize=6)
     style.grid(panel)
+    panel.set_ylim(top=unit * high * (high / low) ** 0.35)  # room for the legend
     panel.legend(fontsize=5.5, frameon=False, loc="upper left", handlelength=1.2, labelspacing=0.15, ncols=2)
