@@ -8,11 +8,12 @@ fixed point of. `QPLayer` (quadratic programs), `NLPLayer` (any smooth program, 
 Fioretto, 2023); equation numbers in the docstrings are the paper's.
 """
 
-from foldopt import diagnostics, errors, linear_solve, projections, prox, updates
+from foldopt import diagnostics, errors, linear_solve, projections, prox, updates, verdicts
 from foldopt.diagnostics import check
 from foldopt.fixed_point import FoldInfo, fixed_point_vjp
 from foldopt.fold import FoldedLayer, fold
-from foldopt.layers import NLPLayer, QPLayer, f_fdpg, f_pgd_a, f_pgd_b, f_sqp
+from foldopt.layers import NLPLayer, f_fdpg, f_pgd_a, f_pgd_b, f_sqp
+from foldopt.qp.layer import QPLayer
 from foldopt.unroll import unfold, unroll
 from foldopt.updates import ADMM, SQP, DualProximalGradient, ProjectedGradient, ProximalGradient, SmoothProgram
 
@@ -42,4 +43,5 @@ __all__ = [
     "unfold",
     "unroll",
     "updates",
+    "verdicts",
 ]

@@ -29,12 +29,36 @@ class UnboundedError(SolverError):
     """The objective of the samples in `indices` has no finite optimum."""
 
 
+class NonconvexError(SolverError):
+    """The objective of the samples in `indices` is not convex."""
+
+
+class LimitError(SolverError):
+    """The solver ended without a solution, or a proof that there is none, for the samples in `indices`."""
+
+
 class FixedPointError(SolverError):
     """The update step does not fix the solution that the solver returned, for the samples in `indices`."""
 
 
 class LinearSolveError(SolverError):
     """The adjoint equation v = Phi^T v + g was not solved to tolerance for the samples in `indices`."""
+
+
+class DegenerateError(SolverError):
+    """The samples in `indices` are solved, but their solution has no derivative that is asked for."""
+
+
+class KinkError(DegenerateError):
+    """The solution has different derivatives on the two sides."""
+
+
+class NotUniqueError(DegenerateError):
+    """The program has several solutions, which the incoming gradient tells apart."""
+
+
+class DependentRowsError(DegenerateError):
+    """Active rows depend on each other, so the derivative with respect to their right-hand sides is not unique."""
 
 
 class UndeclaredParameterError(FoldoptError, RuntimeError):

@@ -31,8 +31,10 @@ from foldopt.transforms import (
     through_autograds_vmap,
     transformed,
 )
+from foldopt.verdicts import Verdict
 
 POLICIES = ("raise", "warn", "nan", "zero")
+Judge = Callable[[Tensor, Sequence[bool], bool], tuple[Tensor, Verdict]]
 
 
 def fixed_point_vjp(
@@ -74,35 +76,54 @@ def _adjoint_solve(
 class FoldInfo:
     """Per-sample certificates of a layer's last call; all tensors have shape (B,).
 
-    residual: ||U(x*, c) - x*|| / (1 + ||x*||) at the state the solver returned. ok: residual within tolerance.
-    backward: what the linear solver did in the last backward pass (None before it ran).
+    residual: ||U(x*, c) - x*|| / (1 + ||x*||) at the state the solver returned (`QPLayer`: the worst relative violation
+    of the KKT conditions). ok: residual within tolerance. causes: why a sample is not, in a word each ("solved" where
+    it is), from solvers that know. backward: what the linear solver did in the last backward pass (None before it ran).
+    derivative: the verdict on its cotangent, from steps that can tell.
     """
 
     residual: Tensor
     ok: Tensor
+    causes: tuple[str, ...] | None = None
     backward: LinearSolveInfo | None = None
+    derivative: Verdict | None = None
+
+    @property
+    def status(self) -> tuple[str, ...]:
+        """What became of each sample: "solved", or the cause why it was not."""
+        if self.causes is not None:
+            return self.causes
+        return tuple("solved" if ok else "step and solution disagree" for ok in self.ok.tolist())
+
+    @property
+    def verdict(self) -> tuple[str, ...] | None:
+        """The verdict on the last backward pass, a word or two per sample (`foldopt.verdicts.NAMES`), or None."""
+        return None if self.derivative is None else self.derivative.names
 
     @classmethod
     def joined(cls, parts: Sequence[FoldInfo]) -> FoldInfo:
         """Return the certificates of several calls in a row."""
-        return cls(torch.cat([p.residual for p in parts]), torch.cat([p.ok for p in parts]))
+        causes = None if parts[0].causes is None else tuple(c for p in parts for c in p.causes or ())
+        return cls(torch.cat([p.residual for p in parts]), torch.cat([p.ok for p in parts]), causes)
 
 
 @dataclass
 class FixedPoint:
     """What is differentiated by folding; calling it with the params finds the fixed point.
 
-    step: of which it is the fixed point. solver, policy: see `foldopt.fold`. recorded: the step's graph there, if kept.
-    certificate: what the last call found.
+    step: of which it is the fixed point. solver, policy, degenerate: see `foldopt.fold`. recorded: the step's graph
+    there, if kept. certificate: what the last call found.
     """
 
     solver: LinearSolver
     policy: str
+    degenerate: str = "raise"
     step: StepFunction = None  # type: ignore[assignment]  # until it is called
     recorded: Recorded | None = None
     certificate: Any = None  # FoldInfo, or LinearSolveInfo of a derivative
     _phi: Phi | None = None
     users: ClassVar[bool] = False
+    can_judge: bool = False
 
     def __call__(self, *params: Tensor) -> Tensors:
         """Return the parts of the state, then residuals (B,) and which samples have a derivative, (B,) bool."""
@@ -116,6 +137,14 @@ class FixedPoint:
         """Return the solution of the adjoint and tangent equations in closed form (see `Phi`), or None."""
         return None
 
+    def weights(self, recorded: Recorded) -> Tensor | None:
+        """Return the units of the state, (B, N), or None for all 1."""
+        return None
+
+    def judge(self, recorded: Recorded) -> Judge | None:
+        """Return what tells which cotangents have a derivative at a recorded step; None if all have, or none knows."""
+        return None
+
     def phi(self, recorded: Recorded) -> Phi:
         """Return Phi at a recorded step; that of the step of this call is kept, for it may be asked for again."""
         if recorded is self.recorded and self._phi is not None:
@@ -126,6 +155,8 @@ class FixedPoint:
             if closed_form
             else Phi.assembled(StateVJP(recorded), flatten(recorded.state).detach(), inverse)
         )
+        if inverse is not None:
+            phi.weights = self.weights(recorded)
         if recorded is self.recorded:
             self._phi = phi
         return phi
@@ -143,10 +174,10 @@ class FixedPoint:
         kind: Any = type(parts[0])
         self.certificate = kind.joined(parts)
 
-    def report(self, backward: LinearSolveInfo | None) -> None:
-        """Take note of what the linear solver did for a derivative."""
+    def report(self, backward: LinearSolveInfo | None, derivative: Verdict | None) -> None:
+        """Take note of what the linear solver did for a derivative, and of the verdict on it."""
         if isinstance(self.certificate, FoldInfo):
-            self.certificate.backward = backward
+            self.certificate.backward, self.certificate.derivative = backward, derivative
 
 
 def fixed_point(point: FixedPoint, *params: Tensor) -> Tensors:
@@ -186,7 +217,7 @@ class _Fold(torch.autograd.Function):
         x, keep, c = _split(ctx.saved_tensors, n)
         recorded = None if torch.is_grad_enabled() else point.recorded
         leaves = [] if recorded is None else [p for p, need in zip(recorded.params, needed, strict=True) if need]
-        adjoint = _Adjoint(point, n, leaves)
+        adjoint = _Adjoint(point, n, needed, leaves)
         v = _solved(adjoint, (*cotangent[:n], *x, keep, *c))
         if recorded is None or not all(leaf.requires_grad for leaf in leaves):
             return (None, *pulled_back(_Flat(point.step, n), n, (*[False] * n, *needed), v, (*x, *c))[n:])
@@ -202,7 +233,8 @@ class _Fold(torch.autograd.Function):
         with outer_tangents(ctx.saved_tensors) as saved:
             x, keep, c = _split(saved, n)
             r = pushed_forward(_Flat(point.step, n), (*[None] * n, *tangents), (*x, *c))
-            return (*_solved(_Tangent(point, n), (*r, *x, keep, *c)), None, None)
+            moved = [t is not None for t in tangents]
+            return (*_solved(_Tangent(point, n, moved), (*r, *x, keep, *c)), None, None)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], point: FixedPoint, *params: Tensor) -> tuple[Tensors, Any]:
@@ -243,11 +275,19 @@ class _Linear(FixedPoint):
     """The linear fixed point of a derivative; its params are a right-hand side, x*, the samples to keep, and c."""
 
     equation: ClassVar[str]
+    forward_mode: ClassVar[bool]
 
-    def __init__(self, of: FixedPoint, n: int, leaves: Sequence[Tensor] = ()) -> None:
-        super().__init__(of.solver, of.policy)
-        self.of, self.n, self.leaves = of, n, leaves
+    def __init__(self, of: FixedPoint, n: int, moved: Sequence[bool], leaves: Sequence[Tensor] = ()) -> None:
+        super().__init__(of.solver, of.policy, of.degenerate)
+        self.of, self.n, self.moved, self.leaves = of, n, moved, leaves
+        self.derivative: Verdict | None = None
         self.kept: list[Tensor | None] | None = None  # what the leaves get of the answer, where that is known
+
+    def adopt(self, copies: Sequence[Self]) -> None:
+        """Take over what copies of it found."""
+        super().adopt(copies)
+        verdicts = [one.derivative for one in copies if one.derivative is not None]
+        self.derivative = Verdict.joined(verdicts) if len(verdicts) == len(copies) else None
 
     @property
     def step(self) -> StepFunction:
@@ -282,6 +322,7 @@ class _Linear(FixedPoint):
         r, x, keep, c = self.split(params)
         recorded = self.of.recorded or record(self.of.step, x, c, self.of.users)
         every = bool(keep.all())
+        r, verdict = self.judged(recorded, r, None if every else keep)
         y, info = self.solve(recorded, r, None if every else keep)
         self.certificate = info
         solved = bool(info.ok.all())
@@ -301,11 +342,30 @@ class _Linear(FixedPoint):
             keep = keep & info.ok
             y = masked(y, keep, self.policy)
             self.kept = None
+        if verdict is not None and self.degenerate in ("nan", "zero") and not verdict.ok.all():
+            y = masked(y, verdict.ok, self.degenerate)
+            keep = keep & verdict.ok
+            self.kept = None
         return (*y, info.residual, keep.clone())
+
+    def judged(self, recorded: Recorded, r: Tensors, keep: Tensor | None) -> tuple[Tensors, Verdict | None]:
+        """Judge a right-hand side and apply the policy; return the part of it that has a derivative."""
+        judge = self.of.judge(recorded)
+        if judge is None:
+            code = torch.zeros(len(r[0]), dtype=torch.long, device=r[0].device)
+            none = torch.zeros(len(code), 0, dtype=torch.bool, device=code.device)
+            self.derivative = Verdict(code, none, none) if self.of.can_judge else None
+            return r, None
+        g = flatten(r) if keep is None else torch.where(keep[:, None], flatten(r), 0)
+        g, verdict = judge(g, self.moved, self.forward_mode)
+        self.derivative = verdict
+        verdict.enforce(self.degenerate)
+        return unflatten(g, recorded.state), verdict
 
 
 class _Adjoint(_Linear):
     equation = "adjoint equation v = Phi^T v + g"
+    forward_mode = False
 
     def product(self, function: Callable[..., Tensors], state: tuple[int, ...]) -> Callable[..., Tensors]:
         return Pullback(function, self.n, state)
@@ -318,6 +378,7 @@ class _Adjoint(_Linear):
 
 class _Tangent(_Linear):
     equation = "tangent equation t = Phi t + Psi dc"
+    forward_mode = True
 
     def product(self, function: Callable[..., Tensors], state: tuple[int, ...]) -> Callable[..., Tensors]:
         return Pushforward(function, state)
@@ -333,7 +394,7 @@ def _solved(linear: _Linear, params: Tensors) -> Tensors:
     try:
         return (linear(*params) if alone else fixed_point(linear, *params))[: linear.n]
     finally:
-        linear.of.report(linear.certificate)
+        linear.of.report(linear.certificate, linear.derivative)
 
 
 def patched(state: Tensors, ok: Tensor) -> Tensors:

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from foldopt.checks import require_finite
 from foldopt.errors import FixedPointError, InputError
-from foldopt.fixed_point import POLICIES, FixedPoint, FoldInfo, apply_policy, fixed_point, patched
+from foldopt.fixed_point import POLICIES, FixedPoint, FoldInfo, Judge, apply_policy, fixed_point, patched
 from foldopt.linear_solve import LinearSolver
 from foldopt.linear_solve import linear_solver as resolve
 from foldopt.step import Recorded, State, StepFunction, Tensors, Update, as_tuple, flatten, record
 from foldopt.transforms import Undeclared, transformed
+from foldopt.verdicts import require_policy
 
 
 class FixedPointLayer(nn.Module):
@@ -94,7 +95,7 @@ class FixedPointLayer(nn.Module):
         Raises InputError if a parameter holds NaN or inf, or if the black box returns something else than tensors
         (B, ...) on the parameters' device.
         """
-        require_finite(**{f"parameter {i}": p for i, p in enumerate(params) if p.is_floating_point()})
+        self.require(params)
         with torch.no_grad():
             returned = self._update.call_with(weights or {}, self.solve, *(p.detach() for p in params))
         single = isinstance(returned, Tensor)
@@ -113,6 +114,10 @@ class FixedPointLayer(nn.Module):
                 raise InputError(f"solve returned part {i} on {part.device}, but the parameters are on {like.device}.")
         dtype = self.dtype or like.dtype
         return tuple(part.detach().to(dtype) for part in state), single
+
+    def require(self, params: Tensors) -> None:
+        """Refuse parameters that hold NaN or inf."""
+        require_finite(**{f"parameter {i}": p for i, p in enumerate(params) if p.is_floating_point()})
 
     def weights(self) -> dict[str, Tensor]:
         """Return the trainable parameters of the modules that the update uses, by name."""
@@ -151,9 +156,10 @@ class FixedPointLayer(nn.Module):
 class FoldedLayer(FixedPointLayer):
     """A differentiable layer from a black-box solver and one update step; made by `fold`."""
 
-    def __init__(self, *args: Any, linear_solver: LinearSolver, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, linear_solver: LinearSolver, degenerate: str = "raise", **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.linear_solver = linear_solver
+        require_policy(degenerate)
+        self.linear_solver, self.degenerate = linear_solver, degenerate
 
     def layer(self, *params: Tensor) -> State:
         """Return the solution state of the parameters; see `fold`."""
@@ -177,15 +183,16 @@ class Solved(FixedPoint):
         self,
         solver: LinearSolver,
         policy: str,
-        layer: FixedPointLayer,
+        layer: FoldedLayer,
         n_params: int,
         names: list[str],
         recording: bool,
     ) -> None:
-        super().__init__(solver, policy)
+        super().__init__(solver, policy, layer.degenerate)
         self.layer, self.n_params, self.names, self.recording = layer, n_params, names, recording
         self.guarded = transformed()
         self.single = True
+        self.can_judge = hasattr(layer.update, "judge")
 
     def __call__(self, *tensors: Tensor) -> Tensors:
         """Return the state, its residuals and the samples to differentiate."""
@@ -219,6 +226,22 @@ class Solved(FixedPoint):
         stepped = tuple(out.detach() for out in recorded.outputs)
         return self._closed_form("inverse", recorded, (stepped[0] if self.single else stepped,))
 
+    def weights(self, recorded: Recorded) -> Tensor | None:
+        """Return the update's own units of the state, if it has some."""
+        return self._asked("weights", recorded)
+
+    def judge(self, recorded: Recorded) -> Judge | None:
+        """Return the update's own judge of cotangents at this point, if it has one."""
+        return self._asked("judge", recorded)
+
+    def _asked(self, name: str, recorded: Recorded) -> Any:
+        method = getattr(self.layer.update, name, None)
+        if method is None:
+            return None
+        state = recorded.state[0] if self.single else recorded.state
+        with torch.no_grad():
+            return method(state, *recorded.params[: self.n_params])
+
     def _closed_form(self, name: str, recorded: Recorded, more: tuple[Any, ...]) -> Callable[..., Tensor] | None:
         method = getattr(self.layer.update, name, None)
         if method is None:
@@ -240,6 +263,7 @@ def fold(
     linear_solver: str | LinearSolver = "auto",
     tol: float | None = None,
     on_failure: str = "raise",
+    degenerate: str = "raise",
     dtype: torch.dtype | None = None,
     modules: Iterable[nn.Module] = (),
 ) -> FoldedLayer:
@@ -257,6 +281,10 @@ def fold(
         tol: largest accepted ||U(x*, c) - x*|| / (1 + ||x*||) per sample; default 1e-6 in float64, else 1e-3.
         on_failure: what happens to samples whose solution the step does not fix, or whose adjoint equation was not
             solved: "raise" an error, "warn" and use what there is, or make their gradient "nan" or "zero".
+        degenerate: what happens to samples that are solved but whose solution has no derivative for the incoming
+            gradient, where `update` can tell (it has a method ``judge``, as those of `QPLayer` and `NLPLayer`): "raise"
+            an error, "warn" of it and go on as "one_sided", take the derivative of "one_sided" of the pieces that meet
+            there or that of "least_norm", or make the gradient "nan" or "zero". See `foldopt.verdicts`.
         dtype: compute in this dtype and answer in that of the first floating parameter; default: no casting.
         modules: further modules whose parameters `update` uses out of sight (found by themselves: `update` if it is
             a module, and modules it closes over or names).
@@ -283,6 +311,7 @@ def fold(
         linear_solver=resolve(linear_solver),
         tol=tol,
         on_failure=on_failure,
+        degenerate=degenerate,
         dtype=dtype,
         modules=modules,
     )

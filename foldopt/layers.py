@@ -17,7 +17,7 @@ from foldopt.solvers.nlp import solve_nlp
 from foldopt.solvers.qp import solve_qp
 from foldopt.solvers.qpth import solve_qpth
 from foldopt.step import State, as_tuple
-from foldopt.updates.admm import ADMMState, PrimalADMM, PrimalState, batched_qp, symmetric
+from foldopt.updates.admm import PrimalADMM, PrimalState, batched_qp, symmetric
 from foldopt.updates.dual_proximal_gradient import DualProximalGradient
 from foldopt.updates.gradient import ProjectedGradient
 from foldopt.updates.sqp import SQP, SmoothProgram, SQPData, SQPProgram, SQPState
@@ -57,11 +57,11 @@ def f_pgd_b(
     stepsize: float,
     **options: Any,
 ) -> FoldedLayer:
-    """f-PGDb: projected gradient whose projection is itself a folded ADMM, `QPLayer` (paper section 6).
+    """f-PGDb: projected gradient whose projection is itself a folded ADMM, `ADMMLayer` (paper section 6).
 
     Nested folding: the update step contains a folded layer. Arguments as for `f_pgd_a`.
     """
-    inner = QPLayer()
+    inner = ADMMLayer()
 
     def projection(y: Tensor, *params: Tensor) -> Tensor:
         return inner(*_projection_qp(y, polyhedron(*params)))
@@ -136,60 +136,31 @@ def f_sqp(
     return fold(solve, SQP(program, stepsize), dtype=dtype, **options)
 
 
-class QPLayer(nn.Module):
-    """A quadratic program as a layer: folded ADMM (paper eqs. 29-30) around an exact batched solver.
+class ADMMLayer(nn.Module):
+    """A strictly convex quadratic program folded through one step of ADMM (paper eqs. 29-30): the inside of f-PGDb.
 
-    ``QPLayer()(Q, p, G, h, A, b) -> x`` solves min 1/2 x'Qx + p'x subject to Gx <= h, Ax = b, with the arguments of
-    qpth's QPFunction in its order. Every argument may lack the batch dimension; the gradient of one that does is the
-    sum over the batch. A and b may be None.
+    ``ADMMLayer()(Q, p, G, h, A, b) -> x``, arguments as for `QPLayer`, which is exact on more programs; A and b of full
+    row rank. At a weakly active constraint the derivative is the one-sided one with the constraint active.
 
     Args:
-        rho: penalty of ADMM, above 0; the gradient does not depend on it. dtype: float64 by default whatever the
-            caller's, in which x comes back; None keeps the caller's.
-        options: as for `foldopt.fold`. on_failure decides what happens to infeasible or unbounded samples (x is NaN
-            there) and to those without a derivative.
-
-    With at most n constraints and a Q that is safely positive definite the solver factors Q once and looks for the
-    active set among the rows of G, and so does the backward pass; else it is an interior point, and Phi is factored.
-
-    ``fold`` is the folded layer of the states, (x, z, u) and (z, u); ``fold.last`` holds its per-sample certificates.
+        rho: penalty of ADMM, above 0; the gradient does not depend on it. options: as for `foldopt.fold`.
     """
 
-    def __init__(self, rho: float = 1.0, *, dtype: torch.dtype | None = torch.float64, **options: Any) -> None:
+    def __init__(self, rho: float = 1.0, **options: Any) -> None:
         super().__init__()
         self.update = PrimalADMM(rho)
-        self.fold = fold(self._solve, self.update, dtype=dtype, **options)
+        self.fold = fold(self._solve, self.update, **{"dtype": torch.float64, **options})
 
-    def forward(
-        self, Q: Tensor, p: Tensor, G: Tensor, h: Tensor, A: Tensor | None = None, b: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, Q: Tensor, p: Tensor, G: Tensor, h: Tensor, A: Tensor, b: Tensor) -> Tensor:
         """Return the solutions, (B, n), in the dtype of Q."""
-        if A is None or b is None or not A.numel():
-            A, b = p.new_zeros(0, p.shape[-1]), p.new_zeros(0)
         batched_qp(Q, p, G, h, A, b)  # shapes first: what follows would fail in its own words
-        state = self.fold(Q, p, G, h, A, b)
-        if len(state) == 3:
-            return state[0].to(Q.dtype)
-        dtype = self.fold.dtype or Q.dtype
-        solved = state[0].detach().isfinite().all(1, keepdim=True)
-        state = tuple(torch.where(solved, part.to(dtype), 0) for part in state)
-        x = self.update.primal(state, *(t.to(dtype) for t in (Q, p, G, h, A, b)))
-        return torch.where(solved, x, torch.nan).to(Q.dtype)
+        x: Tensor = self.fold(Q, p, G, h, A, b)[0]
+        return x.to(Q.dtype)
 
-    def _solve(self, *params: Tensor) -> ADMMState | PrimalState:
+    def _solve(self, *params: Tensor) -> PrimalState:
         Q, p, G, h, A, b = batched_qp(*params)
-        saddle = self.update.prepare(Q, G, A)
-        if saddle is None:
-            found = solve_qp(symmetric(Q), p, A, b, G, h)
-            return self.update.state(found.x, found.lam, G)
-        k = b.shape[1]
-        x, multipliers, ok = saddle.minimize(Q, p, torch.cat([A, G], 1), torch.cat([b, h], 1), k)
-        lam = multipliers[:, k:]
-        if not ok.all():
-            left = ~ok
-            found = solve_qp(symmetric(Q[left]), *(t[left] for t in (p, A, b, G, h)))
-            x[left], lam[left] = found.x, found.lam
-        return x, *self.update.state(x, lam, G)
+        found = solve_qp(symmetric(Q), p, A, b, G, h)
+        return found.x, *self.update.state(found.x, found.lam, G)
 
 
 class NLPLayer(nn.Module):

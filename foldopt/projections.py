@@ -7,9 +7,13 @@ derivative is a one-sided one.
 NaN and inf raise InputError, except in the step of a layer, which certifies every sample itself: there a sample that is
 not finite comes out as NaN and leaves the others alone. Errors are of the order of the rounding of the dtype, relative
 to the largest of the data; whatever their scale, sums and bounds hold to rounding.
+
+All of them may be transformed by torch.func, in every argument that is a tensor.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +22,40 @@ from foldopt.batched import matvec
 from foldopt.checks import is_certified, require_finite
 from foldopt.errors import InfeasibleError, InputError
 from foldopt.solvers.qp import solve_qp
-from foldopt.transforms import transformed
+from foldopt.transforms import opaque, plain, transformed
+
+
+class _OnValues(torch.autograd.Function):
+    """``_require`` on plain values; the dimensions that vmap maps over come first, the outermost before the others."""
+
+    @staticmethod
+    def forward(fine: Tensor, message: str) -> Tensor:
+        _require(fine, message)
+        return fine.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.mark_non_differentiable(output)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], fine: Tensor, message: str) -> tuple[Tensor, int]:
+        return _OnValues.apply(fine.movedim(in_dims[0], 0), message), 0
+
+
+def _require(fine: Tensor, message: str) -> None:
+    """Raise InputError unless `fine` is true everywhere; ``{bad}`` in the message is where it is not."""
+    if transformed():  # torch.func hides the values
+        _OnValues.apply(fine, message)
+    elif not fine.all():
+        bad = [at[0] if len(at) == 1 else tuple(at) for at in (~fine).nonzero()[:10].tolist()]
+        raise InputError(message.format(bad=bad))
+
+
+def _tensor(value: Any, x: Tensor) -> Tensor:
+    """Return `value` as a tensor of the dtype and device of x; tensors in a list keep their gradients."""
+    if isinstance(value, list | tuple) and any(isinstance(part, Tensor) for part in value):
+        value = torch.stack([_tensor(part, x) for part in value])
+    return torch.as_tensor(value, dtype=x.dtype, device=x.device)
 
 
 def box(x: Tensor, lower: Tensor | float, upper: Tensor | float) -> Tensor:
@@ -27,9 +64,11 @@ def box(x: Tensor, lower: Tensor | float, upper: Tensor | float) -> Tensor:
     Raises InputError where lower exceeds upper.
     """
     require_finite(x=x)
-    lower, upper = (torch.as_tensor(bound, dtype=x.dtype, device=x.device) for bound in (lower, upper))
-    if not ((lower <= upper) & (lower < torch.inf) & (upper > -torch.inf)).all():
-        raise InputError("lower exceeds upper, or is NaN, in some entries: the box is empty; swap or widen the bounds.")
+    lower, upper = _tensor(lower, x), _tensor(upper, x)
+    _require(
+        (lower <= upper) & (lower < torch.inf) & (upper > -torch.inf),
+        "lower exceeds upper, or is NaN, in some entries: the box is empty; swap or widen the bounds.",
+    )
     y = torch.where(x <= lower, lower, x)  # torch.maximum would mix both sides at a tie
     return torch.where(y >= upper, upper, y)
 
@@ -52,18 +91,23 @@ def capped_simplex(x: Tensor, total: Tensor | float, upper: float = 1.0, *, near
         raise InputError(f"x has shape {tuple(x.shape)}, expected (B, n).")
     require_finite(x=x)
     n = x.shape[1]
+    if isinstance(upper, Tensor):
+        if upper.dim() > 0 or upper.requires_grad or not plain(upper):
+            raise InputError("upper is a tensor; expected a number: it is one for all samples and has no derivative.")
+        upper = float(upper)
     if not upper > 0:
         raise InputError(f"upper={upper}: expected a number above 0.")
     if isinstance(total, int | float):  # as_tensor would copy it to a GPU, and wait
         total = torch.full((), total, dtype=x.dtype, device=x.device)
-    total = torch.as_tensor(total, dtype=x.dtype, device=x.device).expand(len(x))
+    total = _tensor(total, x).expand(len(x))
     if near is not None and not transformed():  # a guess is judged by looking at numbers, which torch.func hides
         y = _guessed(x, total, upper, near)
         if y is not None:  # so there is a point that sums to the total
             return y
-    bad = ((total < 0) | (total > n * upper) | ~total.isfinite()).nonzero()[:, 0].tolist()
-    if bad:
-        raise InputError(f"total is outside of [0, {n * upper}] for the samples {bad[:10]}: no point sums to it.")
+    _require(
+        (total >= 0) & (total <= n * upper) & (total < torch.inf),
+        f"total is outside of [0, {n * upper}] for the samples {{bad}}: no point sums to it.",
+    )
     with torch.no_grad():
         kink, below = _threshold(x, total, upper)
     z = x - kink[:, None]  # theta = kink - below is as small as the total here, however large x is
@@ -159,8 +203,10 @@ def affine(x: Tensor, A: Tensor, b: Tensor) -> Tensor:
     gram = A @ A.mT
     root, info = torch.linalg.cholesky_ex(gram)
     pivots = root.diagonal(dim1=1, dim2=2)
-    if (info > 0).any() or not (pivots.amin(1) > 1e-7 * pivots.amax(1)).all():
-        raise InputError("A has linearly dependent rows; drop the redundant ones.")
+    _require(
+        (info == 0) & (pivots.amin(1) > 1e-7 * pivots.amax(1)),
+        "A has linearly dependent rows; drop the redundant ones.",
+    )
     residual = matvec(A, x) - b
     return x - matvec(A.mT, torch.cholesky_solve(residual[:, :, None], root)[:, :, 0])
 
@@ -168,9 +214,9 @@ def affine(x: Tensor, A: Tensor, b: Tensor) -> Tensor:
 def half_space(x: Tensor, a: Tensor, b: Tensor | float) -> Tensor:
     """Project on {a'y <= b}: x - max(a'x - b, 0) a / |a|^2. x: (B, n). a: (n,) or (B, n), not 0. b: number or (B,)."""
     require_finite(x=x, a=a, b=b)
+    b = b if isinstance(b, int | float) else _tensor(b, x)
     size = a.detach().abs().amax(-1, keepdim=True)
-    if not (size > 0).all():
-        raise InputError("a is 0 in some samples, which bounds nothing; drop them or give it a direction.")
+    _require(size > 0, "a is 0 in some samples, which bounds nothing; drop them or give it a direction.")
     a, b = (a / size).expand_as(x), b / size[..., 0]
     excess = ((a * x).sum(1) - b).clamp(min=0)
     return x - (excess / a.square().sum(1))[:, None] * a
@@ -191,7 +237,13 @@ def polyhedron(x: Tensor, A: Tensor, b: Tensor, G: Tensor, h: Tensor) -> Tensor:
     """Project on {A y = b, G y <= h} by a batched QP. x: (B, n). A: (p, n), b: (p,), G: (m, n), h: (m,), or batched.
 
     Raises InfeasibleError with the batch indices where the set is empty, InputError for shapes that do not fit.
+    torch.func.vmap runs it once per sample.
     """
+    data = x, A, b, G, h
+    return _on_polyhedron(*data)[0] if plain(*data) else opaque(_on_polyhedron, *data)[0]
+
+
+def _on_polyhedron(x: Tensor, A: Tensor, b: Tensor, G: Tensor, h: Tensor) -> tuple[Tensor]:
     require_finite(x=x, A=A, b=b, G=G, h=h)
     B, n = x.shape
     identity = torch.eye(n, dtype=x.dtype, device=x.device).expand(B, n, n)
@@ -201,4 +253,4 @@ def polyhedron(x: Tensor, A: Tensor, b: Tensor, G: Tensor, h: Tensor) -> Tensor:
     bad = (~found.ok).nonzero()[:, 0].tolist()
     if bad and not is_certified():
         raise InfeasibleError(f"no point satisfies A y = b, G y <= h for the samples {bad[:10]}; relax them.", bad)
-    return found.x
+    return (found.x,)

@@ -20,7 +20,7 @@ class LinearSolveInfo(NamedTuple):
 
     method: its name. iterations: products with Phi^T. residual: ||g + Phi^T v - v|| / ||g|| measured at the returned v.
     ok: whether v can be trusted. fallback: samples that took more than the method's first means, because I - Phi is
-    singular there or the first one failed.
+    singular there or the first one failed. remedy: what to do about samples that are not ok, where the method knows.
     """
 
     method: str
@@ -28,6 +28,7 @@ class LinearSolveInfo(NamedTuple):
     residual: Tensor
     ok: Tensor
     fallback: Tensor
+    remedy: str = ""
 
     @classmethod
     def of(cls, method: str, iterations: Tensor, residual: Tensor, tol: float) -> LinearSolveInfo:
@@ -37,8 +38,34 @@ class LinearSolveInfo(NamedTuple):
     @classmethod
     def joined(cls, parts: Sequence[LinearSolveInfo]) -> LinearSolveInfo:
         """Return the certificates of several calls in a row."""
-        tensors = (torch.cat(t) for t in zip(*(p[1:] for p in parts), strict=True))
-        return cls(parts[0].method, *tensors)
+        return cls(
+            parts[0].method,
+            torch.cat([p.iterations for p in parts]),
+            torch.cat([p.residual for p in parts]),
+            torch.cat([p.ok for p in parts]),
+            torch.cat([p.fallback for p in parts]),
+            next((p.remedy for p in parts if p.remedy), ""),
+        )
+
+    def at(self, rows: Tensor) -> LinearSolveInfo:
+        """Return the certificates of some samples."""
+        return self._replace(
+            iterations=self.iterations[rows],
+            residual=self.residual[rows],
+            ok=self.ok[rows],
+            fallback=self.fallback[rows],
+        )
+
+    def put(self, rows: Tensor, part: LinearSolveInfo) -> LinearSolveInfo:
+        """Return these certificates with `part` in the place of some samples; the longer name of a method holds."""
+        return LinearSolveInfo(
+            max(self.method, part.method, key=len),
+            self.iterations.index_copy(0, rows, part.iterations),
+            self.residual.index_copy(0, rows, part.residual),
+            self.ok.index_copy(0, rows, part.ok),
+            self.fallback.index_copy(0, rows, part.fallback),
+            self.remedy or part.remedy,
+        )
 
 
 class LinearSolver(Protocol):

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from foldopt.errors import InputError
 from foldopt.linear_solve.base import VJP, LinearSolveInfo, LinearSolver, relative
-from foldopt.linear_solve.dense import Direct, LeastSquares
+from foldopt.linear_solve.dense import Direct, LeastSquares, gigabytes, require_room
 from foldopt.linear_solve.iteration import LFPI, Anderson
 from foldopt.linear_solve.krylov import GMRES, BiCGSTAB
 from foldopt.linear_solve.phi import Phi
@@ -25,33 +27,74 @@ class Auto:
     products with Phi^T where assembling Phi takes N, and usually 1 to 4; so it goes first even for small states.
     Samples that are still left, because I - Phi is singular, are solved in the least-squares sense, and that answer is
     taken if it does solve the equation. `info.fallback` marks the samples that needed more than the first means.
+
+    Large states: above N = 2,000, where assembling Phi takes more products than BiCGSTAB may, BiCGSTAB goes on where
+    GMRES ended before anything is assembled. Then Phi is assembled for as many samples at a time as fit into
+    `max_bytes` (1 GiB; factoring takes about three times as much). Where a single one does not (N > 11,585 in float64),
+    the samples that are left are not ok, and `info.remedy` says what to do.
     """
 
+    max_bytes: float = 2**30
     iterative: ClassVar[GMRES] = GMRES(max_iter=200)
-    direct: ClassVar[Direct] = Direct()
+    iterative_when_large: ClassVar[BiCGSTAB] = BiCGSTAB(max_iter=2000)
+    direct: ClassVar[Direct] = Direct(max_bytes=math.inf)
     least_squares: ClassVar[LeastSquares] = LeastSquares()
+
+    def __post_init__(self) -> None:
+        require_room(self, self.max_bytes)
 
     def __call__(self, vjp: VJP, g: Tensor, phi: Phi | None = None) -> tuple[Tensor, LinearSolveInfo]:
         """Solve for v; see the docstring of `foldopt.linear_solve`."""
         phi = phi or Phi.assembled(vjp, g)
-        steps: list[tuple[str, LinearSolver]] = (
-            [("direct", self.direct)] if phi.closed_form else [("gmres", self.iterative), ("direct", self.direct)]
-        )
         found = self._inverted(vjp, g, phi)
-        v, info = found or steps.pop(0)[1](vjp, g, phi)
-        for name, solver in steps:
-            if info.ok.all():
-                return v, info
-            better, new = solver(vjp, g, phi)
-            v, info = _improved(v, info, better, new, f"{info.method}+{name}")
+        if not phi.closed_form:
+            found = _then(found, self.iterative, vjp, g, phi)
+            if g.shape[1] > self.iterative_when_large.max_iter and not phi.made:
+                found = _then(found, self._resumed, vjp, g, *found)
+            if phi.nbytes > self.max_bytes and not found[1].ok.all():
+                return self._in_parts(vjp, g, *found)
+        return self._dense(vjp, g, phi, found)
+
+    def _dense(
+        self, vjp: VJP, g: Tensor, phi: Phi, found: tuple[Tensor, LinearSolveInfo] | None
+    ) -> tuple[Tensor, LinearSolveInfo]:
+        v, info = _then(found, self.direct, vjp, g, phi)
         return (v, info) if info.ok.all() else self._singular(g, v, info, phi)
+
+    def _resumed(self, vjp: VJP, g: Tensor, v: Tensor, info: LinearSolveInfo) -> tuple[Tensor, LinearSolveInfo]:
+        """Go on from v for the samples that are left; the others cost no iterations."""
+        left = ~info.ok[:, None]
+        return self.iterative_when_large(vjp, torch.where(left, g, 0), guess=torch.where(left, v, 0))
+
+    def _in_parts(self, vjp: VJP, g: Tensor, v: Tensor, info: LinearSolveInfo) -> tuple[Tensor, LinearSolveInfo]:
+        """Solve the samples that are left by matrices, of as many samples at a time as there is room for."""
+        n = g.shape[1]
+        one = n * n * g.element_size()
+        if one > self.max_bytes:
+            return v, info._replace(remedy=self._remedy(n, one))
+        for rows in (~info.ok).nonzero()[:, 0].split(int(self.max_bytes // one)):
+            part = functools.partial(_product_of_rows, vjp, torch.zeros_like(g), rows)
+            v_part, new = self._dense(part, g[rows], Phi.assembled(part, g[rows]), (v[rows], info.at(rows)))
+            v, info = v.index_copy(0, rows, v_part), info.put(rows, new)
+        return v, info
+
+    def _remedy(self, n: int, nbytes: int) -> str:
+        return (
+            f"Phi of a state of N = {n} numbers takes {gigabytes(nbytes)}, too much for linear_solver='auto' to "
+            f"assemble, and {self.iterative.max_iter} products in GMRES and {self.iterative_when_large.max_iter} in "
+            "BiCGSTAB were not enough. Choose linear_solver=BiCGSTAB(max_iter=20000) or GMRES(max_iter=20000, "
+            "restart=300) from foldopt.linear_solve, with a preconditioner if there is one; give the update a closed "
+            "form (`inverse`); check that I - Phi is not singular; or choose on_failure='nan'|'zero'"
+        )
 
     def _inverted(self, vjp: VJP, g: Tensor, phi: Phi) -> tuple[Tensor, LinearSolveInfo] | None:
         v = phi.inverted(g)
         if v is None:
             return None
         product = getattr(vjp, "last", vjp)
-        residual = relative(g + product(v) - v, g).nan_to_num(nan=torch.inf)
+        left = g + product(v) - v
+        residual = relative(left, g) if phi.weights is None else relative(phi.weights * left, phi.weights * g)
+        residual = residual.nan_to_num(nan=torch.inf)
         products = torch.ones(len(g), dtype=torch.long, device=g.device)
         return v, LinearSolveInfo.of("closed form", products, residual, self.direct.tolerance(g.dtype))
 
@@ -70,6 +113,26 @@ class Auto:
             info.ok | take,
             info.fallback | take,
         )
+
+
+def _product_of_rows(vjp: VJP, zeros: Tensor, rows: Tensor, v: Tensor) -> Tensor:
+    """Return Phi^T v of some samples, (R, N)."""
+    return vjp(zeros.index_copy(0, rows, v))[rows]
+
+
+def _then(
+    found: tuple[Tensor, LinearSolveInfo] | None,
+    solver: Callable[..., tuple[Tensor, LinearSolveInfo]],
+    *args: Any,
+) -> tuple[Tensor, LinearSolveInfo]:
+    """Return what was found, improved by a further solver where samples are left."""
+    if found is None:
+        return solver(*args)
+    v, info = found
+    if info.ok.all():
+        return found
+    v_new, new = solver(*args)
+    return _improved(v, info, v_new, new, f"{info.method}+{new.method}")
 
 
 def _improved(

@@ -2,34 +2,65 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from foldopt.batched import matvec
+from foldopt.errors import InputError
 from foldopt.linear_solve.base import VJP, LinearSolveInfo, relative, require_relative
 from foldopt.linear_solve.phi import Phi
 
 
 @dataclass(frozen=True)
 class Dense:
-    """Shared setting: the largest relative residual that counts as solved; None: 1e-8 in float64, 1e-4 in float32."""
+    """Shared settings of the solvers that take Phi as a matrix.
+
+    tol: the largest relative residual that counts as solved; None: 1e-8 in float64, 1e-4 in float32. max_bytes: the
+    largest Phi, of all samples together, that is assembled (4 GiB; factoring takes about three times as much).
+    """
 
     tol: float | None = None
+    max_bytes: float = field(default=4 * 2**30, kw_only=True)
 
     def __post_init__(self) -> None:
         require_relative(self, "tol", self.tol)
+        require_room(self, self.max_bytes)
 
     def tolerance(self, dtype: torch.dtype) -> float:
         """Return the relative tolerance that holds for `dtype`."""
         return self.tol or (1e-8 if dtype == torch.float64 else 1e-4)
+
+    def require_small(self, method: str, phi: Phi, g: Tensor) -> None:
+        """Raise InputError, before anything is allocated, if Phi would have to be assembled and is too large."""
+        if phi.nbytes <= self.max_bytes:
+            return
+        batch, n = g.shape
+        raise InputError(
+            f"linear_solver={method!r} would assemble Phi from {n} products: {batch} x {n} x {n} numbers, "
+            f"{gigabytes(phi.nbytes)}, more than the {gigabytes(self.max_bytes)} it may take. For a state of N = {n} "
+            "numbers choose linear_solver='auto', or BiCGSTAB(max_iter=20000) or GMRES() from foldopt.linear_solve, "
+            "which need no matrix; give the update a closed form (`inverse`); or, where there is room for three of "
+            f"these, choose {type(self).__name__}(max_bytes=...)."
+        )
 
     def certified(self, method: str, g: Tensor, v: Tensor, phi: Phi) -> LinearSolveInfo:
         """Return the certificate of `v`."""
         residual = relative(g + matvec(phi.matrix().mT, v) - v, g).nan_to_num(nan=torch.inf)
         products = torch.full((len(g),), phi.products, device=g.device)
         return LinearSolveInfo.of(method, products, residual, self.tolerance(g.dtype))
+
+
+def require_room(owner: object, max_bytes: float) -> None:
+    """Refuse a limit that holds nothing."""
+    if not max_bytes > 0:
+        raise InputError(f"{type(owner).__name__}(max_bytes={max_bytes}): expected a number above 0.")
+
+
+def gigabytes(nbytes: float) -> str:
+    """Return a number of bytes in words."""
+    return f"{nbytes / 1e9:.1f} GB"
 
 
 @dataclass(frozen=True)
@@ -43,6 +74,7 @@ class Direct(Dense):
     def __call__(self, vjp: VJP, g: Tensor, phi: Phi | None = None) -> tuple[Tensor, LinearSolveInfo]:
         """Solve for v; see the docstring of `foldopt.linear_solve`."""
         phi = phi or Phi.assembled(vjp, g)
+        self.require_small("direct", phi, g)
         v = phi.solve(g)
         return v, self.certified("direct", g, v, phi)
 
@@ -72,6 +104,7 @@ class LeastSquares(Dense):
 
     def on_matrix(self, g: Tensor, phi: Phi) -> tuple[Tensor, LinearSolveInfo]:
         """Solve for v with nothing but the matrix."""
+        self.require_small("least_squares", phi, g)
         matrix = phi.matrix()
         finite = matrix.isfinite().all((1, 2)) & g.isfinite().all(1)
         equations = torch.eye(g.shape[1], dtype=g.dtype, device=g.device) - matrix.mT

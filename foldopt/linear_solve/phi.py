@@ -26,6 +26,8 @@ class Phi:
         inverse: Callable[[Tensor, bool], Tensor | None] | None = None,
     ) -> None:
         self.make, self.products, self.inverse = make, products, inverse
+        self.nbytes = 0  # of the matrix, where it has to be assembled
+        self.weights: Tensor | None = None  # (B, N), in which the residual of the closed form is measured; None: 1
         self._kept: dict[str, Any] = {}
         self._transposed = False
 
@@ -43,17 +45,26 @@ class Phi:
             eye = torch.eye(n, dtype=like.dtype, device=like.device)
             return torch.stack([vjp(e.expand_as(like)) for e in eye], dim=1)
 
-        return cls(make, n, inverse)
+        phi = cls(make, n, inverse)
+        phi.nbytes = len(like) * n * n * like.element_size()
+        return phi
 
     @property
     def closed_form(self) -> bool:
         """Whether the matrix costs no products."""
         return self.products == 0
 
+    @property
+    def made(self) -> bool:
+        """Whether the matrix is there already."""
+        return "matrix" in self._kept
+
     def transposed(self) -> Phi:
         """Return Phi transposed, sharing what has been made and factored."""
         other = Phi(self.make, self.products, self.inverse)
         other._kept, other._transposed = self._kept, not self._transposed
+        other.nbytes = self.nbytes
+        other.weights = None if self.weights is None else 1 / self.weights
         return other
 
     def matrix(self) -> Tensor:

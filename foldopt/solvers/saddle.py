@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from foldopt.batched import matvec
-from foldopt.solvers.interior_point import largest
 
 PIVOTS = 15  # where the rows are independent the active set usually settles in 5
-CONDITION = 1e10  # times the rounding of the dtype: the smallest pivot of Q, relative to the largest, that is trusted
-TOLERANCE = 1e-9
+CONDITION = 1e7  # times the rounding of the dtype: the smallest pivot of Q, relative to its diagonal, that is trusted
+EXACT = 1e-12  # residual of a row or column that counts as rounding, relative to its terms
+MARGIN = 1e-7  # slack, relative to its row, of a row that is clearly inactive
+CARRYING = 1e-5  # multiplier, relative to the cost, of a row that is clearly active
 
 
 class Saddle(NamedTuple):
@@ -35,9 +36,8 @@ class Saddle(NamedTuple):
             return None
         with torch.no_grad():
             L, info = torch.linalg.cholesky_ex(Q)
-            pivots = L.diagonal(dim1=1, dim2=2).square()
-            least = CONDITION * torch.finfo(Q.dtype).eps * pivots.amax(1)
-            if not ((info == 0) & (pivots.amin(1) > least)).all():
+            pivots = L.diagonal(dim1=1, dim2=2).square() / Q.diagonal(dim1=1, dim2=2)
+            if not ((info == 0) & (pivots.amin(1) > CONDITION * torch.finfo(Q.dtype).eps)).all():
                 return None
             Y = torch.linalg.solve_triangular(L, C.mT, upper=False)
             return cls(L, Y, Y.mT @ Y)
@@ -59,10 +59,11 @@ class Saddle(NamedTuple):
     def minimize(self, Q: Tensor, p: Tensor, C: Tensor, limits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
         """Minimize 1/2 x'Qx + p'x subject to Cx = limits in the first k rows and Cx <= limits in the others.
 
-        Returns x (B, n), the multipliers (B, r) and whether that is the solution, (B,) bool. By block pivoting, of
+        Returns x (B, n), the multipliers (B, r) and whether that is *clearly* the solution, (B,) bool: it satisfies
+        the KKT conditions to rounding, and no row is near the border between active and inactive. By block pivoting, of
         which every step solves for one guess of the active set (Kostreva, 1978; Judice and Pires, 1994). It may cycle.
         """
-        half = _triangular(self.L, p)
+        half = self.halved(p)
         r = limits + matvec(self.Y.mT, half)  # the slack is r + M y
         equality = torch.arange(r.shape[1], device=r.device) < k
         held = (r < 0) | equality
@@ -70,7 +71,7 @@ class Saddle(NamedTuple):
         todo = torch.arange(len(r), device=r.device)
         for _ in range(PIVOTS):
             M, now, part = (self.M, held, r) if len(todo) == len(r) else (self.M[todo], held[todo], r[todo])
-            new = _on_block(M, now, -part)
+            new = on_block(M, now, -part)
             slack = part + matvec(M, new)
             following = torch.where(now, (new > 0) | equality, slack < 0)
             changed = (following != now).any(1)
@@ -78,16 +79,43 @@ class Saddle(NamedTuple):
             todo = todo[changed]
             if not len(todo):
                 break
-        x = -_triangular(self.L, half + matvec(self.Y, y), transposed=True)
-        Qx = (matvec(Q, x) + matvec(Q.mT, x)) / 2
-        Cx, forces = matvec(C, x), matvec(C.mT, y)
+        x = -self.completed(half + matvec(self.Y, y))
+        return x, y, self._clear(Q, p, C, limits, half, equality | (y != 0), equality, x, y)
+
+    def _clear(
+        self,
+        Q: Tensor,
+        p: Tensor,
+        C: Tensor,
+        limits: Tensor,
+        half: Tensor,
+        held: Tensor,
+        equality: Tensor,
+        x: Tensor,
+        y: Tensor,
+    ) -> Tensor:
+        """Judge a point in units that Q sets: rows by their length in its metric, columns by its diagonal."""
+        Qx, Cx, forces = matvec(Q, x), matvec(C, x), matvec(C.mT, y)
+        unit = Q.diagonal(dim1=1, dim2=2).rsqrt()
+        left = (Qx + p + forces).abs()
+        terms = Qx.abs() + p.abs() + forces.abs()
+        stationary = (left <= EXACT * terms) | (unit * left <= EXACT * (unit * terms).amax(1, keepdim=True))
+        length = self.M.diagonal(dim1=1, dim2=2).sqrt()
+        size = torch.linalg.vector_norm(matvec(self.L.mT, x), dim=1, keepdim=True)
+        reach = length * size + limits.abs()
         slack = limits - Cx
-        dual = TOLERANCE * (largest(p) + largest(Qx))
-        primal = TOLERANCE * (largest(limits) + largest(Cx))[:, None]
-        feasible = torch.where(equality, slack.abs() <= primal, slack >= -primal).all(1)
-        complementary = torch.where(equality | (slack.abs() <= primal), True, y == 0).all(1)
-        optimal = (largest(Qx + p + forces) <= dual) & torch.where(equality, True, y >= 0).all(1)
-        return x, y, feasible & complementary & optimal
+        feasible = torch.where(held, slack.abs() <= EXACT * reach, slack > MARGIN * reach)
+        cost = torch.linalg.vector_norm(half, dim=1, keepdim=True)
+        carries = equality | ~held | (y * length > CARRYING * cost)
+        return stationary.all(1) & (feasible & carries & (length > 0)).all(1)
+
+    def halved(self, r: Tensor) -> Tensor:
+        """Return L^-1 r, (B, n)."""
+        return _triangular(self.L, r)
+
+    def completed(self, half: Tensor) -> Tensor:
+        """Return L'^-1 half, (B, n)."""
+        return _triangular(self.L, half, transposed=True)
 
     def complete(self, held: Tensor, given: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Return (r, M r), (B, r) each: r is `given` where not `held`, (M r) is `target` where held.
@@ -95,7 +123,7 @@ class Saddle(NamedTuple):
         NaN in the samples where the held rows are dependent.
         """
         rest = torch.where(held, 0, given)
-        r = rest + _on_block(self.M, held, target - matvec(self.M, rest))
+        r = rest + on_block(self.M, held, target - matvec(self.M, rest))
         return r, torch.where(held, target, matvec(self.M, r))
 
     def _solved(self, shifted: Tensor, r1: Tensor, r2: Tensor) -> tuple[Tensor, Tensor]:
@@ -131,11 +159,21 @@ def _triangular(L: Tensor, r: Tensor, transposed: bool = False) -> Tensor:
     return torch.linalg.solve_triangular(factor, r[:, :, None], upper=transposed)[:, :, 0]
 
 
-def _on_block(M: Tensor, held: Tensor, rhs: Tensor) -> Tensor:
-    """Return y, (B, r), with (M y) = rhs where held and y = 0 elsewhere; NaN where that block of M is singular."""
+def block_factor(M: Tensor, held: Tensor) -> Tensor:
+    """Return the Cholesky factor of M (B, r, r) on the rows that are held, the identity elsewhere; see `on_block`."""
     block = torch.where(held[:, :, None] & held[:, None, :], M, 0)
     block.diagonal(dim1=1, dim2=2).add_((~held).to(M))
-    return torch.cholesky_solve(torch.where(held, rhs, 0)[:, :, None], _cholesky(block))[:, :, 0]
+    return _cholesky(block)
+
+
+def on_block(M: Tensor, held: Tensor, rhs: Tensor) -> Tensor:
+    """Return y, (B, r), with (M y) = rhs where held and y = 0 elsewhere; NaN where that block of M is singular."""
+    return block_solve(block_factor(M, held), held, rhs)
+
+
+def block_solve(root: Tensor, held: Tensor, rhs: Tensor) -> Tensor:
+    """Return what `on_block` does, by the factor."""
+    return torch.cholesky_solve(torch.where(held, rhs, 0)[:, :, None], root)[:, :, 0]
 
 
 def _cholesky(M: Tensor) -> Tensor:
@@ -144,5 +182,6 @@ def _cholesky(M: Tensor) -> Tensor:
     pivots = root.diagonal(dim1=1, dim2=2).square()
     if not M.shape[1]:
         return root
-    lost = (info > 0) | (pivots.amin(1) <= 1e4 * torch.finfo(M.dtype).eps * M.diagonal(dim1=1, dim2=2).amax(1))
+    least = (pivots / M.diagonal(dim1=1, dim2=2)).amin(1)
+    lost = (info > 0) | ~(least > 1e4 * torch.finfo(M.dtype).eps)
     return torch.where(lost[:, None, None], torch.nan, root) if lost.any() else root

@@ -1,0 +1,396 @@
+"""What `QPLayer` answers on small random programs with integer data, beside what is true of them.
+
+Every program is asked for the gradient of g'x in four ways: with respect to p alone and with respect to the right-hand
+sides as well (to all arguments where the solution is the only one), one program at a time with errors raised, and in
+batches of equal shapes with policies, where failing programs share batches with good ones.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+import foldopt
+from experiments.benchmark.exact import Number, Vector, dot, times
+from experiments.benchmark.integer_programs import (
+    Bound,
+    Derivative,
+    Program,
+    Truth,
+    cotangents,
+    derivative_of,
+    draw,
+    draw_infeasible,
+    draw_nonconvex,
+    draw_unbounded,
+    judged,
+    pieces,
+    truth_of,
+)
+from foldopt.errors import FoldoptError
+
+Asked = Literal["p", "right-hand sides"]
+F64 = torch.float64
+TOLERANCE = 1e-6  # of solutions and gradients, relative to 1 or the largest entry
+LARGEST_BATCH = 64
+REFUSALS = {
+    "KinkError": "kink",
+    "NotUniqueError": "not unique",
+    "DependentRowsError": "dependent rows",
+    "InfeasibleError": "infeasible",
+    "UnboundedError": "unbounded",
+    "NonconvexError": "nonconvex",
+    "LimitError": "limit reached",
+}
+RIGHT, WRONG, WRONG_X = "right gradient", "wrong gradient", "wrong solution"
+OTHER, RAW = "another refusal", "raw exception"
+COLUMNS = (RIGHT, WRONG, WRONG_X, *REFUSALS.values(), OTHER, RAW)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A program, what is true of it, the vectors g, and what is true of the derivatives of g'x."""
+
+    seed: int
+    program: Program
+    truth: Truth
+    g: list[tuple[int, ...]]
+    derivatives: list[Derivative]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the layer said of one g'x; error: of the gradient, where it gave one."""
+
+    sample: Sample
+    which: int
+    asked: Asked
+    said: str
+    error: float = 0.0
+    detail: str = ""
+
+    @property
+    def true(self) -> str:
+        """Return the row of the confusion table that this belongs to."""
+        truth = self.sample.truth
+        if truth.status != "solved":
+            return truth.status
+        derivative = self.sample.derivatives[self.which]
+        verdict = derivative.verdict if self.asked == "p" else derivative.verdict_rows
+        if verdict == "not unique":
+            return verdict
+        if verdict == "dependent rows":
+            exists = derivative.multipliers is not None and not truth.dependent_equalities
+            return f"{verdict}, {'a gradient exists' if exists else 'no gradient'}"
+        return verdict if truth.unique else f"{verdict}, x not unique"
+
+    @property
+    def as_true(self) -> bool:
+        """Say whether the answer is the true one; "not unique" is one at kinks near which x is not unique."""
+        if self.true.startswith("differentiable"):
+            return self.said == RIGHT
+        if self.true.startswith("dependent rows"):
+            return self.said in (RIGHT, "dependent rows")
+        isolated = self.true.startswith("kink") and self.sample.derivatives[self.which].isolated
+        return self.true.startswith(self.said) or (isolated and self.said == "not unique")
+
+    def __str__(self) -> str:
+        sample = self.sample
+        return (
+            f"seed {sample.seed}, {sample.truth.status}, g = {sample.g[self.which]}, asked for {self.asked}: true is "
+            f"{self.true}, the layer says {self.said} {f'(error {self.error:.1e}) ' if self.error else ''}{self.detail}"
+        )
+
+
+ROWS = (
+    "differentiable",
+    "differentiable, x not unique",
+    "kink",
+    "kink, x not unique",
+    "not unique",
+    "dependent rows, a gradient exists",
+    "dependent rows, no gradient",
+    "infeasible",
+    "unbounded",
+    "nonconvex",
+)
+
+
+@dataclass
+class Sweep:
+    """All answers by way of asking, and what the policy "one_sided" returned at kinks."""
+
+    samples: list[Sample]
+    examined: int = 0
+    answers: dict[tuple[str, Asked], list[Answer]] = field(default_factory=dict)
+    one_sided: Counter[str] = field(default_factory=Counter)
+    judged: Counter[str] = field(default_factory=Counter)
+
+
+def sample(seed: int, kind: Callable[[int], Program] = draw) -> Sample:
+    """Draw one program and find out what is true of it."""
+    program = kind(seed)
+    truth = truth_of(program)
+    g = cotangents(program, seed)
+    return Sample(seed, program, truth, g, [derivative_of(truth, h) for h in g] if truth.status == "solved" else [])
+
+
+def samples(first: int, solvable: int, failing: int) -> list[Sample]:
+    """Draw programs that have a solution, and `failing` of each kind that has none, with seeds from `first` on."""
+    found = [sample(seed) for seed in range(first, first + solvable)]
+    for kind in (draw_infeasible, draw_unbounded, draw_nonconvex):
+        found += [sample(seed, kind) for seed in range(first, first + failing)]
+    return found
+
+
+def arguments(programs: Sequence[Program]) -> dict[str, Tensor]:
+    """Return programs of equal shapes as the layer's arguments, with a batch dimension; no bound is inf."""
+
+    def bounds(values: Iterable[Sequence[Bound] | None], none: float) -> Tensor:
+        rows = [[none if value is None else float(value) for value in row or ()] for row in values]
+        return torch.tensor(rows, dtype=F64)
+
+    n, m, k, lower, upper = programs[0].shape
+    given = {
+        "Q": torch.tensor([program.Q for program in programs], dtype=F64),
+        "p": torch.tensor([program.p for program in programs], dtype=F64),
+        "G": torch.tensor([program.G for program in programs], dtype=F64).reshape(len(programs), m, n),
+        "h": bounds((program.h for program in programs), torch.inf).reshape(len(programs), m),
+        "A": torch.tensor([program.A for program in programs], dtype=F64).reshape(len(programs), k, n),
+        "b": torch.tensor([program.b for program in programs], dtype=F64).reshape(len(programs), k),
+    }
+    if lower:
+        given["lower"] = bounds((program.lower for program in programs), -torch.inf)
+    if upper:
+        given["upper"] = bounds((program.upper for program in programs), torch.inf)
+    return given
+
+
+def differentiated(given: dict[str, Tensor], asked: Asked, unique: bool) -> dict[str, Tensor]:
+    """Return the arguments of which gradients are asked, and make them require one."""
+    names = ["p"]
+    if asked != "p":
+        names = list(given) if unique else [name for name in given if name not in ("Q", "G", "A")]
+    return {name: given[name].requires_grad_() for name in names}
+
+
+def expected(sample: Sample, which: int, names: Iterable[str]) -> dict[str, list[list[Number]]]:
+    """Return the true gradients of g'x with respect to the named arguments, vectors as matrices of one row.
+
+    That of Q is symmetric. Those of Q, G and A are only true where x and the multipliers are unique.
+    """
+    truth, derivative = sample.truth, sample.derivatives[which]
+    program, n = truth.program, truth.program.n
+    u, x, y = derivative.gradient, truth.point.x, truth.point.y
+    assert u is not None
+    given: dict[str, list[list[Number]]] = {"p": [u]}
+    w = derivative.multipliers
+    if w is not None:
+        given |= {"h": [[0] * len(program.h)], "b": [[0] * len(program.b)], "lower": [[0] * n], "upper": [[0] * n]}
+        given |= {"G": [[0] * n for _ in program.G], "A": [[0] * n for _ in program.A]}
+        given["Q"] = [[Fraction(u[i] * x[j] + u[j] * x[i], 2) for j in range(n)] for i in range(n)]
+        for row, weight, multiplier in zip(truth.rows, w, y, strict=True):
+            target = {"G": "h", "A": "b"}.get(row.kind, row.kind)
+            given[target][0][row.index] = -weight if row.kind == "lower" else weight
+            if row.kind in ("G", "A"):
+                given[row.kind][row.index] = [multiplier * a - weight * b for a, b in zip(u, x, strict=True)]
+    return {name: given[name] for name in names if name in given}
+
+
+def error_of(sample: Sample, which: int, gradients: dict[str, Tensor]) -> float:
+    """Return the largest error of the gradients, each relative to 1 or its largest entry; inf where none exists."""
+    truth, derivative = sample.truth, sample.derivatives[which]
+    if derivative.gradient is None:
+        return float("inf")
+    if len(gradients) > 1 and (derivative.multipliers is None or truth.dependent_equalities):
+        return float("inf")
+    worst = 0.0
+    for name, rows in expected(sample, which, gradients).items():
+        if name in ("Q", "G", "A") and not (truth.unique and truth.unique_multipliers):
+            continue
+        true = torch.tensor([[float(value) for value in row] for row in rows], dtype=F64)
+        answer = gradients[name].reshape(true.shape)
+        answer = (answer + answer.mT) / 2 if name == "Q" else answer
+        difference = answer - true
+        if name == "p" and truth.lines:
+            along = torch.linalg.qr(torch.tensor(truth.lines, dtype=F64).mT).Q
+            difference = difference - difference @ along @ along.mT
+        if difference.numel():
+            size = max(1.0, float(true.abs().max()))
+            found = float(difference.abs().max()) / size
+            worst = max(worst, found if found == found else float("inf"))
+    return worst
+
+
+def is_solution(truth: Truth, x: Tensor) -> bool:
+    """Say whether x is one of the solutions, up to rounding: they have Qx and p'x in common and satisfy the rows."""
+    program = truth.program
+    exact: list[float] = x.tolist()
+    if any(value != value for value in exact):
+        return False
+    size = max(1.0, *map(abs, exact))
+
+    def apart(row: Vector, value: Number) -> float:
+        scale = max(1.0, *(abs(float(entry)) for entry in row)) * size
+        return (sum((float(a) * b for a, b in zip(row, exact, strict=True)), 0.0) - float(value)) / scale
+
+    levels = zip((*program.Q, program.p), times((*program.Q, program.p), truth.point.x), strict=True)
+    if any(abs(apart(row, value)) > TOLERANCE for row, value in levels):
+        return False
+    return all(
+        apart(row.a, row.c) < TOLERANCE and (not row.equality or apart(row.a, row.c) > -TOLERANCE) for row in truth.rows
+    )
+
+
+def refusal(error: Exception) -> str:
+    """Return the verdict that an error stands for."""
+    if not isinstance(error, FoldoptError):
+        return RAW
+    names = [kind.__name__ for kind in type(error).__mro__]
+    return next((REFUSALS[name] for name in names if name in REFUSALS), OTHER)
+
+
+def alone(sample: Sample, asked: Asked) -> Iterator[Answer]:
+    """Ask for one program's derivatives, with errors raised."""
+    given = arguments([sample.program])
+    leaves = differentiated(given, asked, sample.truth.unique)
+    x: Tensor | None = None
+    for which, g in enumerate(sample.g):
+        try:
+            x = foldopt.QPLayer()(**given) if x is None else x
+            gradients = _gradients(x, torch.tensor([g], dtype=F64), leaves)
+        except Exception as error:
+            yield Answer(sample, which, asked, refusal(error), detail=f"{type(error).__name__}: {error}"[:200])
+            continue
+        yield _answered(sample, which, asked, x[0], gradients)
+
+
+def together(group: Sequence[Sample], asked: Asked) -> Iterator[Answer]:
+    """Ask for the derivatives of programs of equal shapes as one batch, with policies that raise nothing."""
+    given = arguments([sample.program for sample in group])
+    leaves = differentiated(given, asked, all(sample.truth.unique for sample in group))
+    layer = foldopt.QPLayer(degenerate="least_norm", on_failure="nan")
+    x: Tensor | None = None
+    for which in range(2):
+        try:
+            x = layer(**given) if x is None else x
+            gradients = _gradients(x, torch.tensor([sample.g[which] for sample in group], dtype=F64), leaves)
+        except Exception as error:
+            for sample in group:
+                yield Answer(sample, which, asked, refusal(error), detail=f"{type(error).__name__}: {error}"[:200])
+            continue
+        last: Any = layer.last
+        for i, sample in enumerate(group):
+            status, verdict = str(last.status[i]), str(last.verdict[i])
+            if status != "solved":
+                said = status if bool(x[i].isnan().all()) else WRONG_X
+                yield Answer(sample, which, asked, said)
+            elif verdict != "differentiable":
+                yield Answer(sample, which, asked, verdict)
+            else:
+                yield _answered(sample, which, asked, x[i], {name: value[i] for name, value in gradients.items()})
+
+
+def _gradients(x: Tensor, g: Tensor, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the gradients of g'x by name, zero for what was not used."""
+    found = torch.autograd.grad((x * g).sum(), list(leaves.values()), allow_unused=True, retain_graph=True)
+    return {
+        name: torch.zeros_like(leaf) if gradient is None else gradient
+        for (name, leaf), gradient in zip(leaves.items(), found, strict=True)
+    }
+
+
+def _answered(sample: Sample, which: int, asked: Asked, x: Tensor, gradients: dict[str, Tensor]) -> Answer:
+    """Compare a solution and gradients that the layer calls right with the true ones."""
+    if sample.truth.status != "solved" or not is_solution(sample.truth, x.detach()):
+        return Answer(sample, which, asked, WRONG_X)
+    error = error_of(sample, which, gradients)
+    return Answer(sample, which, asked, RIGHT if error <= TOLERANCE else WRONG, error)
+
+
+def one_sided(sample: Sample, which: int) -> str:
+    """Say whether the policy "one_sided" returns the gradient of one of the smooth pieces that meet at a kink."""
+    given = arguments([sample.program])
+    p = given["p"].requires_grad_()
+    g = torch.tensor(sample.g[which], dtype=F64)
+    try:
+        (gradient,) = torch.autograd.grad(foldopt.QPLayer(degenerate="one_sided")(**given) @ g, p)
+    except Exception as error:
+        return f"{type(error).__name__}"
+    for piece in pieces(sample.truth, sample.g[which]):
+        true = torch.tensor([float(value) for value in piece], dtype=F64)
+        if (gradient[0] - true).abs().max() <= TOLERANCE * max(1.0, float(true.abs().max())):
+            return "the gradient of a smooth piece"
+    return "another vector"
+
+
+def grouped(found: Iterable[Sample]) -> list[list[Sample]]:
+    """Return the samples in batches of equal shapes, each with at least one more than itself where there is one.
+
+    Samples with one solution and those without come in different batches: only the first have gradients of Q, G, A.
+    """
+    groups: dict[tuple[object, ...], list[Sample]] = defaultdict(list)
+    for sample in found:
+        groups[(*sample.program.shape, sample.truth.unique)].append(sample)
+    return [group[i : i + LARGEST_BATCH] for group in groups.values() for i in range(0, len(group), LARGEST_BATCH)]
+
+
+def checked(sample: Sample) -> Iterator[str]:
+    """Compare what is true of a sample with exact one-sided differences of nearby programs."""
+    truth = sample.truth
+    for which, derivative in enumerate(sample.derivatives):
+        verdict, table = judged(truth, sample.g[which], sample.seed)
+        agrees = verdict == derivative.verdict
+        if verdict == "differentiable" and derivative.gradient is not None:
+            agrees &= all(dot(derivative.gradient, row[:-1]) == row[-1] for row in table)
+        yield "agrees" if agrees else f"disagrees: seed {sample.seed}, g = {sample.g[which]}"
+        if derivative.gradient is not None:
+            verdict, table = judged(truth, sample.g[which], sample.seed, rows=True)
+            agrees = (verdict == "differentiable") == (derivative.multipliers is not None)
+            if verdict == "differentiable" and derivative.multipliers is not None:
+                full = [*derivative.gradient, *derivative.multipliers]
+                agrees &= all(dot(full, row[:-1]) == row[-1] for row in table)
+            yield "agrees" if agrees else f"disagrees: seed {sample.seed}, g = {sample.g[which]}, right-hand sides"
+
+
+def sweep(first: int, solvable: int, failing: int, differences: int) -> Sweep:
+    """Ask the layer about all programs; check the truth of the first `differences` by one-sided differences."""
+    result = Sweep(samples(first, solvable, failing), min(differences, solvable))
+    for one in result.samples[: result.examined]:
+        result.judged.update(checked(one))
+    groups = grouped(result.samples)
+    asked: Asked
+    for asked in ("p", "right-hand sides"):
+        result.answers["alone", asked] = [answer for one in result.samples for answer in alone(one, asked)]
+        result.answers["batches", asked] = [answer for group in groups for answer in together(group, asked)]
+    for one in result.samples:
+        for which, derivative in enumerate(one.derivatives):
+            if derivative.verdict == "kink" and one.truth.unique and not derivative.isolated:
+                result.one_sided[one_sided(one, which)] += 1
+    return result
+
+
+def confusion(answers: Iterable[Answer]) -> list[list[str]]:
+    """Return the header and the rows of the table of true verdicts against the layer's answers."""
+    counted: dict[str, Counter[str]] = {row: Counter() for row in ROWS}
+    for answer in answers:
+        counted[answer.true][answer.said] += 1
+    seen = [column for column in COLUMNS if any(counter[column] for counter in counted.values())]
+    table = [["true", "number", *seen]]
+    for row, counter in counted.items():
+        if counter:
+            table.append([row, str(counter.total()), *(str(counter[column] or "") for column in seen)])
+    return table
+
+
+def false_refusals(answers: Iterable[Answer]) -> list[Answer]:
+    """Return the answers that refuse a derivative that exists and is unique."""
+    return [
+        answer for answer in answers if answer.true.startswith("differentiable") and answer.said not in (RIGHT, WRONG)
+    ]

@@ -1,0 +1,233 @@
+"""What every library that differentiates quadratic programs answers to the hard cases, and how it is judged."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import importlib.util
+import io
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from experiments.benchmark.hard_cases import F64, Case, cases
+from foldopt import QPLayer
+from foldopt.errors import DegenerateError, FoldoptError, InfeasibleError, NonconvexError, UnboundedError
+
+CLOSE = 1e-4  # error of x, in the unit of the case, up to which it is right
+CLOSE_GRADIENT = 1e-3  # error of the gradient, relative to its largest entry, or to 1 where that is 0
+Solve = Callable[[Tensor, Case], Tensor]
+
+
+class RefusedError(Exception):
+    """A peer says that it has no answer, other than by an exception of its own."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A library at one setting.
+
+    package: of which the version is named. solve: (p, case) -> x, (n,). refuses: what its own errors start with; other
+    exceptions are raw.
+    """
+
+    title: str
+    package: str
+    solve: Solve
+    refuses: tuple[str, ...]
+
+    def installed(self) -> bool:
+        """Whether its package is there."""
+        try:
+            importlib.metadata.version(self.package)
+        except importlib.metadata.PackageNotFoundError:
+            return False
+        return True
+
+    def named(self) -> str:
+        """Return its title with the version."""
+        name, _, setting = self.title.partition(", ")
+        version = "" if self.package == "foldopt" else f" {importlib.metadata.version(self.package)}"
+        return f"{name}{version}" + (f", {setting}" if setting else "")
+
+
+def _rows(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return G, h, A, b without None, in float64."""
+    n = len(case.p)
+    none = torch.zeros(0, n, dtype=F64), torch.zeros(0, dtype=F64)
+    G, h = none if case.G is None or case.h is None or not case.G.numel() else (case.G, case.h)
+    A, b = none if case.A is None or case.b is None else (case.A, case.b)
+    return G, h, A, b
+
+
+def _foldopt(p: Tensor, case: Case) -> Tensor:
+    return QPLayer()(case.Q, p[None], case.G, case.h, case.A, case.b)[0]
+
+
+def _qpth(**options: Any) -> Solve:
+    def solve(p: Tensor, case: Case) -> Tensor:
+        from qpth.qp import QPFunction
+
+        empty = torch.Tensor()  # what its documentation says to give for no constraints
+        given = (empty if value is None else value for value in (case.G, case.h, case.A, case.b))
+        return QPFunction(verbose=-1, **options)(case.Q, p[None], *given)[0]
+
+    return solve
+
+
+def _proxsuite(**options: Any) -> Solve:
+    def solve(p: Tensor, case: Case) -> Tensor:
+        from proxsuite.torch.qplayer import QPFunction
+
+        G, h, A, b = (value[None] for value in _rows(case))
+        return QPFunction(**options)(case.Q[None], p[None], A, b, G, torch.full_like(h, -1e20), h)[0][0]
+
+    return solve
+
+
+def _dqp(**options: Any) -> Solve:
+    def solve(p: Tensor, case: Case) -> Tensor:
+        from dqp import dQP
+
+        G, h, A, b = _rows(case)
+        if not len(h):  # what its code says to give for no inequalities
+            G, h = torch.zeros(1, len(p), dtype=F64), torch.ones(1, dtype=F64)
+        layer = dQP.dQP_layer(settings=dQP.build_settings(**options))
+        return layer(case.Q, p, G, h, *((A, b) if len(b) else (None, None)))[0].reshape(-1)
+
+    return solve
+
+
+def _moreau(**options: Any) -> Solve:
+    def solve(p: Tensor, case: Case) -> Tensor:
+        import moreau
+        from moreau.torch import Solver
+
+        G, h, A, b = _rows(case)
+        rows, right, n = torch.cat([A, G]), torch.cat([b, h]), len(p)
+        settings = {"device": "cpu", "enable_grad": True, **options}
+        if "tolerance" in settings:
+            size = settings.pop("tolerance")
+            tight = moreau.IPMSettings(tol_gap_abs=size, tol_gap_rel=size, tol_feas=size, diff_method="exact")
+            settings = {**settings, "solver": "ipm", "ipm_settings": tight}
+        solver = Solver(
+            *(n, len(right)),
+            *(torch.arange(0, n * n + 1, n), torch.arange(n).repeat(n)),
+            *(torch.arange(0, len(right) * n + 1, n), torch.arange(n).repeat(len(right))),
+            cones=moreau.Cones(num_zero_cones=len(b), num_nonneg_cones=len(h)),
+            settings=moreau.Settings(**settings),
+        )
+        solution = solver.solve(case.Q.reshape(-1).to(F64), rows.reshape(-1), p, right)
+        if str(solver.info.status) != "Solved":
+            raise RefusedError(f"status {solver.info.status}")
+        return solution.x
+
+    return solve
+
+
+def _cvxpylayers(**options: Any) -> Solve:
+    def solve(p: Tensor, case: Case) -> Tensor:
+        import cvxpy as cp
+        from cvxpylayers.torch import CvxpyLayer
+
+        G, h, A, b = (value.numpy() for value in _rows(case))
+        x, linear = cp.Variable(len(p)), cp.Parameter(len(p))
+        cost = linear @ x
+        if case.Q.any():
+            cost += cp.quad_form(x, case.Q.numpy()) / 2
+        constraints = [*([G @ x <= h] if len(h) else []), *([A @ x == b] if len(b) else [])]
+        layer = CvxpyLayer(cp.Problem(cp.Minimize(cost), constraints), [linear], [x])
+        return layer(p, solver_args=options)[0]
+
+    return solve
+
+
+OF_CVXPY = ("SolverError", "DCPError", "ValueError: Problem must be DPP")
+OF_QPSOLVERS = ("Exception", "ProblemError", "SolverError", "ParamError", "SolverNotFound")
+CONTENDERS: Mapping[str, Contender] = {
+    "foldopt": Contender("foldopt", "foldopt", _foldopt, ()),
+    "moreau": Contender("moreau", "moreau", _moreau(), ("RefusedError",)),
+    "moreau_tight": Contender("moreau, 1e-11", "moreau", _moreau(tolerance=1e-11), ("RefusedError",)),
+    "dqp": Contender("libdqp", "libdqp", _dqp(), OF_QPSOLVERS),
+    "dqp_tight": Contender("libdqp, piqp 1e-11", "libdqp", _dqp(qp_solver="piqp", eps_abs=1e-11), OF_QPSOLVERS),
+    "proxsuite": Contender("proxsuite", "proxsuite", _proxsuite(), ()),
+    "proxsuite_tight": Contender(
+        "proxsuite, 1e-12",
+        "proxsuite",
+        _proxsuite(eps=1e-12, eps_backward=1e-10, rho_backward=1e-9, mu_backward=1e-9),
+        (),
+    ),
+    "qpth": Contender("qpth", "qpth", _qpth(), ("RuntimeError: Q is not SPD",)),
+    "qpth_tight": Contender("qpth, 100 steps", "qpth", _qpth(eps=1e-14, maxIter=100), ("RuntimeError: Q is not SPD",)),
+    "cvxpylayers": Contender("cvxpylayers", "cvxpylayers", _cvxpylayers(), OF_CVXPY),
+    "cvxpylayers_clarabel": Contender(
+        "cvxpylayers, Clarabel", "cvxpylayers", _cvxpylayers(solve_method="Clarabel"), OF_CVXPY
+    ),
+}
+
+
+@cache
+def _by_name() -> dict[str, Case]:
+    return {case.name: case for case in cases()}
+
+
+def answer(contender: str, name: str) -> str:
+    """Return what `contender` does with the case `name`, judged."""
+    return judged(CONTENDERS[contender], _by_name()[name])
+
+
+def judged(contender: Contender, case: Case) -> str:
+    """Return "right", "wrong: ...", "refused: ..." or "raw: ..." for what `contender` does with `case`.
+
+    Where the right answer is a refusal, foldopt has to name the cause, and any refusal of a peer counts.
+    """
+    p = case.p.clone().requires_grad_()
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            x = contender.solve(p, case)
+            (gradient,) = torch.autograd.grad(x.sum(), p)
+    except FoldoptError as error:
+        return _refused(case, _cause(error) == case.refusal, f"{type(error).__name__}: {error}")
+    except Exception as error:
+        said = f"{type(error).__name__}: {error}"
+        if said.startswith(contender.refuses or ("RefusedError",)):
+            return _refused(case, True, said)
+        return f"raw: {said}"
+    x, gradient = x.detach().reshape(-1), gradient.reshape(-1)
+    if not (x.isfinite().all() and gradient.isfinite().all()):
+        return _refused(case, True, "NaN")
+    if case.refusal:
+        return f"wrong: answers, though {case.refusal}"
+    off, gradient_off = errors(case, x, gradient)
+    if not off <= CLOSE:
+        return f"wrong: x by {off:.0e}"
+    return "right" if gradient_off <= CLOSE_GRADIENT else f"wrong: gradient by {gradient_off:.0e}"
+
+
+def errors(case: Case, x: Tensor, gradient: Tensor) -> tuple[float, float]:
+    """Return the errors of x, in the case's unit, and of the gradient, relative to its size."""
+    if case.x is None or case.gradient is None:
+        raise ValueError(f"{case.name}: has no right answer to compare with.")
+    unit = case.unit if case.unit is not None else case.x.abs().clamp(min=1)
+    largest = float(case.gradient.abs().max()) or 1.0
+    return float(((x - case.x) / unit).abs().max()), float((gradient - case.gradient).abs().max()) / largest
+
+
+def _refused(case: Case, cause: bool, said: str) -> str:
+    """Return "right" where a refusal is, with its cause, the right answer."""
+    return "right" if case.refusal and cause else f"refused: {said}"
+
+
+def _cause(error: FoldoptError) -> str:
+    kinds = {InfeasibleError: "infeasible", UnboundedError: "unbounded", NonconvexError: "nonconvex"}
+    for kind, cause in kinds.items():
+        if isinstance(error, kind):
+            return cause
+    names = {"KinkError": "kink", "NotUniqueError": "not unique", "DependentRowsError": "dependent rows"}
+    return names.get(type(error).__name__, "") if isinstance(error, DegenerateError) else ""

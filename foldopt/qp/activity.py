@@ -1,0 +1,124 @@
+"""Which rows of a solved program carry a multiplier, which are only touched: the ground of every verdict."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from foldopt.batched import matvec
+from foldopt.qp.interior_point import interior_point
+from foldopt.qp.kkt import Rows
+from foldopt.qp.program import Program, sizes
+
+TOUCHING = 1e-9  # slack relative to the terms of its row
+CARRYING = 1e-6  # multiplier times entry, relative to the terms of some column
+NOISE = 1e-12  # least error of x that is reckoned with
+
+
+class Activity(NamedTuple):
+    """Rows at a solution, (B, r) bool each.
+
+    strong: those that hold it, equalities and rows with a multiplier. weak: touched, without one. carrying: those with
+    a multiplier that matters.
+    """
+
+    strong: Tensor
+    weak: Tensor
+    carrying: Tensor
+
+
+def activity(program: Program, x: Tensor, y: Tensor, residual: Tensor) -> Activity:
+    """Return the strongly and the weakly active rows at a solution of an equilibrated program.
+
+    A slack counts as none up to the rounding of its row, or a hundred times the KKT `residual` (B,) of the solution. A
+    multiplier counts as some if it matters in at least one column of the stationarity condition: an absolute threshold
+    would see kinks under large penalties.
+    """
+    if not program.C.shape[1]:
+        none = torch.zeros_like(program.lower, dtype=torch.bool)
+        return Activity(none, none, none)
+    z = matvec(program.C, x)
+    size = sizes(program, x, y)
+    noise = torch.clamp(100 * residual, NOISE, 1e-7)[:, None]
+    above, below = program.upper - z, z - program.lower
+    slack = torch.minimum(above, below)
+    bound = torch.where(above < below, program.upper, program.lower)
+    reach = size.rows + torch.where(bound.isfinite(), bound.abs(), 0)
+    touched = slack <= torch.maximum(TOUCHING * reach, noise * size.x)
+    carrying = y.abs() * (program.C.abs() / size.columns[:, None, :]).amax(2) > CARRYING
+    side = torch.where(y > 0, above, below) <= slack + TOUCHING * reach
+    equality = program.equality
+    strong = equality | (touched & side & carrying)
+    return Activity(strong, touched & ~strong, carrying)
+
+
+def complemented(program: Program, x: Tensor, y: Tensor, residual: Tensor) -> Tensor:
+    """Return multipliers y (B, r) with as many nonzeros as the solution x allows: strictly complementary ones.
+
+    Where rows depend on each other multipliers are not unique, and a solver may return some with a zero that another
+    choice does not have; only a row that has none in every choice is weakly active. For each sample with weakly active
+    rows one linear program finds which of these can carry (the relative interior of the multipliers).
+    """
+    y = y.clone()
+    strong, weak, _ = activity(program, x, y, residual)
+    for i in weak.any(1).nonzero()[:, 0].tolist():
+        one = torch.tensor([i], device=y.device)
+        p, held, touched = program.at(one), strong[one], weak[one]
+        if _independent(p.C[0, held[0] | touched[0]]):
+            continue
+        y[one] = _shifted(p, x[one], y[one], held, touched)
+    return y
+
+
+def _independent(rows: Tensor) -> bool:
+    """Whether rows (k, n) are safely linearly independent."""
+    if len(rows) > rows.shape[1]:
+        return False
+    length = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    if not bool((length > 0).all()):
+        return False
+    rows = rows / length
+    root, info = torch.linalg.cholesky_ex(rows @ rows.T)
+    return int(info) == 0 and bool(root.diagonal().square().min() > 1e-8)
+
+
+def _shifted(p: Program, x: Tensor, y: Tensor, strong: Tensor, weak: Tensor) -> Tensor:
+    """Move y of one sample along multipliers of 0 that are positive on as many weak rows as there can be.
+
+    max sum t over a free on the strong rows and b >= t, 0 <= t <= 1 on the weak ones with C_S'a + C_W'(sign b) = 0.
+    """
+    held, touched = Rows.of(strong), Rows.of(weak)
+    z = matvec(p.C, x)
+    sign = touched.take(torch.where(p.upper - z <= z - p.lower, 1.0, -1.0).to(y))
+    S, W = held.take_rows(p.C), touched.take_rows(p.C) * sign[:, :, None]
+    s, w, n = S.shape[1], W.shape[1], p.C.shape[2]
+    total = s + 2 * w
+    eye, zero = torch.eye(w, dtype=y.dtype, device=y.device)[None], y.new_zeros
+    C = torch.cat(
+        [
+            torch.cat([S.mT, W.mT, zero(1, n, w)], 2),
+            torch.cat([zero(1, w, s), eye, -eye], 2),
+            torch.cat([zero(1, w, s), zero(1, w, w), eye], 2),
+            torch.cat([zero(1, w, s), eye, zero(1, w, w)], 2),
+        ],
+        1,
+    )
+    low = torch.cat([zero(1, n), zero(1, w), zero(1, w), zero(1, w)], 1)
+    high = torch.cat([zero(1, n), zero(1, w) + torch.inf, zero(1, w) + 1, zero(1, w) + 1e6], 1)
+    q = torch.cat([zero(1, s + w), zero(1, w) - 1], 1)
+    found = interior_point(Program(zero(1, total, total), q, C, low, high), tol=1e-9)
+    a, b, t = found.x.split([s, w, w], 1)
+    supported = t > 0.5
+    if not (found.residual < 1e-6).all() or not supported.any():
+        return y
+    b = torch.where(supported, b, 0)
+    present, inequality = held.take(y), held.there & ~held.take(p.equality.to(y)).bool()
+    shrinking = inequality & (present * a < 0)
+    ratio = torch.where(shrinking, present.abs() / a.abs().clamp(min=1e-300), torch.inf)
+    bigness = torch.cat([a, b], 1).abs().amax(1, keepdim=True)
+    natural = sizes(p, x, y).columns.amax(1, keepdim=True) / bigness
+    step = torch.minimum(0.5 * ratio.amin(1, keepdim=True), natural) if s else natural
+    r = y.shape[1]
+    return y + step * (held.put(a, r) + touched.put(sign * b, r))

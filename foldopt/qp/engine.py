@@ -1,0 +1,218 @@
+"""The engine: a batch of quadratic programs in, solutions to rounding out, or the cause why there is none."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from foldopt.batched import matvec
+from foldopt.qp.activity import complemented
+from foldopt.qp.interior_point import interior_point
+from foldopt.qp.polish import EXACT, patterns, polish, refine
+from foldopt.qp.program import INFINITE, TINY, Program, Units, equilibrate, residual
+
+SOLVED = 1e-9  # largest relative KKT residual of a solution
+CURVATURE = 1e-9  # negative curvature, relative to the equilibrated H, that counts as none
+VIOLATION = 1e-8  # least violation of the rows, relative to their bounds, that proves a program infeasible
+DESCENT = 1e-7  # slope along a ray that proves a program unbounded
+STATUS = ("solved", "infeasible", "unbounded", "nonconvex", "limit reached", "not finite")
+GOOD, INFEASIBLE, UNBOUNDED, NONCONVEX, LIMIT, NOT_FINITE = range(len(STATUS))
+
+
+class Solution(NamedTuple):
+    """What the engine found, per sample.
+
+    x: (B, n). y: (B, r), multipliers of l <= Cx <= u, positive at u and negative at l. Both NaN where not solved.
+    status: (B,) int, an index into `STATUS`. residual: (B,), worst relative violation of the KKT conditions (see
+    `foldopt.qp.program.residual`). units: those of the equilibrated program. violation: (B,), of an
+    infeasible program: the least t for which l - t <= Cx <= u + t has a solution, in its equilibrated rows' units.
+    certificate: (B, r), multipliers that prove it (C'y = 0 and the least of y'Cx over l <= Cx <= u is positive). ray:
+    (B, n), a direction along which an unbounded program falls for ever, else 0.
+    """
+
+    x: Tensor
+    y: Tensor
+    status: Tensor
+    residual: Tensor
+    units: Units
+    violation: Tensor
+    certificate: Tensor
+    ray: Tensor
+
+
+def solve(program: Program, curvature: float = CURVATURE) -> Solution:
+    """Solve programs: equilibrate, interior point, polish; name the cause where that does not end in a solution.
+
+    program: in the caller's units, float64; infinite bounds allowed. curvature: negative curvature of H that is put
+    down to rounding, relative to its largest entries in each row.
+
+    Multipliers that are not unique come back strictly complementary: a row that can carry one does.
+    """
+    finite = _finite(program)
+    program = _cleaned(program, finite)
+    units = equilibrate(program)
+    scaled = units.scaled(program)
+    B = len(program.q)
+    status = torch.full((B,), LIMIT, device=program.q.device)
+    status[~finite] = NOT_FINITE
+    convex = is_convex(scaled.H, curvature)
+    status[finite & ~convex] = NONCONVEX
+    x, y = torch.full_like(program.q, torch.nan), torch.full_like(program.lower, torch.nan)
+    worst = torch.full_like(program.q[:, 0], torch.inf)
+    certificate, ray, violation = torch.zeros_like(y), torch.zeros_like(x), torch.zeros_like(worst)
+    todo = (finite & convex).nonzero()[:, 0]
+    for group in patterns(scaled.equality[todo]):
+        index = todo[group]
+        p = scaled.at(index)
+        found = minimized(p)
+        good = found.residual <= SOLVED
+        status[index] = torch.where(good, GOOD, LIMIT)
+        worst[index] = found.residual
+        found_y = found.y.clone()
+        if good.any():
+            found_y[good] = complemented(p.at(good), found.x[good], found.y[good], found.residual[good])
+        x[index], y[index] = (torch.where(good[:, None], part, torch.nan) for part in (found.x, found_y))
+        if not good.all():
+            bad = index[~good]
+            cause, proof, least, direction = _cause(p.at(~good))
+            status[bad], violation[bad] = cause, least
+            certificate[bad], ray[bad] = proof, direction
+    back = units.e / units.c
+    return Solution(units.d * x, back * y, status, worst, units, violation, units.e * certificate, units.d * ray)
+
+
+class Found(NamedTuple):
+    """x, y and relative residual of equilibrated programs."""
+
+    x: Tensor
+    y: Tensor
+    residual: Tensor
+
+
+def minimized(program: Program) -> Found:
+    """Return the best points of equilibrated convex programs with the same equalities."""
+    if not program.C.shape[1] and not program.H.any():
+        stuck = (program.q != 0).any(1)
+        size = torch.zeros_like(program.q[:, 0]).masked_fill(stuck, torch.inf)
+        return Found(torch.zeros_like(program.q), torch.zeros_like(program.lower), size)
+    first = interior_point(program)
+    best = polish(program, first.x, first.y)
+    if (best.residual > 10 * EXACT).any() and (best.residual < 1e-2).any():
+        refine(best, program)
+    return Found(best.x, best.y, best.residual)
+
+
+def is_convex(H: Tensor, tolerance: float = CURVATURE) -> Tensor:
+    """Return which H (B, n, n) have no negative curvature, (B,) bool, up to `tolerance` times their diagonal's size."""
+    if not len(H):
+        return torch.zeros(0, dtype=torch.bool, device=H.device)
+    size = H.abs().amax(1)
+    root = torch.where(size > 0, size, 1).rsqrt()  # as in an equilibration of H by itself
+    shifted = root[:, :, None] * H * root[:, None, :]
+    shifted.diagonal(dim1=1, dim2=2).add_(tolerance)
+    return torch.linalg.cholesky_ex(shifted)[1] == 0
+
+
+def _finite(program: Program) -> Tensor:
+    parts = [part.flatten(1).isfinite().all(1) for part in (program.H, program.q, program.C)]
+    bounds = ~(program.lower.isnan() | program.upper.isnan()).any(1)
+    return torch.stack([*parts, bounds]).all(0)
+
+
+def _cleaned(program: Program, finite: Tensor) -> Program:
+    """Put zeros where a sample is not finite; drop bounds that are infinite, and rows that bound nothing."""
+    H, q, C, low, high = program
+    if not finite.all():
+        H, C = (torch.where(finite[:, None, None], part, 0) for part in (H, C))
+        q, low, high = (torch.where(finite[:, None], part, 0) for part in (q, low, high))
+    if not C.shape[1]:
+        return Program(H, q, C, low, high)
+    size = C.abs().amax(2)
+    far = INFINITE * torch.where(size > 0, size, 1)
+    low, high = torch.where(low <= -far, -torch.inf, low), torch.where(high >= far, torch.inf, high)
+    idle = (size == 0) & (low <= 0) & (high >= 0) & (low != high)
+    return Program(H, q, C, torch.where(idle, -torch.inf, low), torch.where(idle, torch.inf, high))
+
+
+def _cause(p: Program) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return for equilibrated programs that were not solved: status, certificate, least violation and ray."""
+    status = torch.full((len(p.q),), LIMIT, device=p.q.device)
+    ray = torch.zeros_like(p.q)
+    contradictory = (p.lower > p.upper) | (p.lower == torch.inf) | (p.upper == -torch.inf)
+    low, high = (
+        torch.where(contradictory, bound, part) for part, bound in ((p.lower, -torch.inf), (p.upper, torch.inf))
+    )
+    least, certificate = _least_violation(p._replace(lower=low, upper=high))
+    reach = torch.cat([torch.where(part.isfinite(), part.abs(), 0) for part in (low, high)], 1)
+    reach = (reach.amax(1) if reach.shape[1] else torch.zeros_like(least)).clamp(min=TINY)
+    infeasible = contradictory.any(1) | (least > VIOLATION * reach)
+    status[infeasible] = INFEASIBLE
+    gap = torch.where(
+        contradictory & ~(p.lower.isinf() & p.upper.isinf()), (p.lower - p.upper).nan_to_num(posinf=torch.inf), 0
+    )
+    least = torch.where(infeasible, torch.maximum(least, gap.amax(1) / 2) if gap.shape[1] else least, 0)
+    certificate = torch.where(infeasible[:, None], certificate, 0)
+    left = (~infeasible).nonzero()[:, 0]
+    if len(left):
+        rays = _rays(p.at(left))
+        for group in patterns(rays.equality):
+            found = minimized(rays.at(group))
+            slope = (rays.q[group] * found.x).sum(1)
+            falls = (found.residual <= 1e-7) & (slope < -DESCENT * rays.q[group].abs().amax(1))
+            rows = left[group][falls]
+            status[rows], ray[rows] = UNBOUNDED, found.x[falls]
+    return status, certificate, least, ray
+
+
+def _least_violation(p: Program) -> tuple[Tensor, Tensor]:
+    """Return the least t with l - t <= Cx <= u + t, (B,), and multipliers (B, r) that prove it is the least.
+
+    t is 0 where that could not be settled.
+    """
+    B, r, n = p.C.shape
+    if not r:
+        return torch.zeros_like(p.q[:, 0]), torch.zeros_like(p.lower)
+    t, none = torch.ones_like(p.lower)[:, :, None], torch.full_like(p.lower, torch.inf)
+    last = torch.zeros(B, 1, n + 1, dtype=p.q.dtype, device=p.q.device)
+    last[:, :, n] = 1
+    C = torch.cat([torch.cat([p.C, -t], 2), torch.cat([p.C, t], 2), last], 1)
+    zero, one = torch.zeros_like(p.q), torch.ones_like(p.q[:, :1])
+    phase_one = Program(
+        p.q.new_zeros(B, n + 1, n + 1),
+        torch.cat([zero, one], 1),
+        C,
+        torch.cat([-none, p.lower, 0 * one], 1),
+        torch.cat([p.upper, none, one + torch.inf], 1),
+    )
+    found = minimized(phase_one)
+    settled = (found.residual <= 1e-7) & (found.x[:, n] > 0)
+    return torch.where(settled, found.x[:, n], 0), found.y[:, :r] + found.y[:, r : 2 * r]
+
+
+def _rays(p: Program) -> Program:
+    """Return the linear program of the steepest ray: min q'd, Hd = 0, d in the recession cone, -1 <= d <= 1."""
+    B, n = p.q.shape
+    eye = torch.eye(n, dtype=p.q.dtype, device=p.q.device).expand(B, n, n)
+    zero, one = torch.zeros_like(p.q), torch.ones_like(p.q)
+    low = torch.where(p.lower.isfinite(), 0, p.lower)
+    high = torch.where(p.upper.isfinite(), 0, p.upper)
+    return Program(
+        torch.zeros_like(p.H),
+        p.q,
+        torch.cat([p.H, p.C, eye], 1),
+        torch.cat([zero, low, -one], 1),
+        torch.cat([zero, high, one], 1),
+    )
+
+
+def certified_residual(program: Program, units: Units, x: Tensor, y: Tensor) -> Tensor:
+    """Return the relative KKT residual, (B,), of a point in the caller's units."""
+    return residual(units.scaled(program), x / units.d, y * units.c / units.e)
+
+
+def slack(program: Program, x: Tensor) -> Tensor:
+    """Return the distance of each row to its nearer bound, (B, r)."""
+    z = matvec(program.C, x)
+    return torch.minimum(program.upper - z, z - program.lower)

@@ -1,0 +1,151 @@
+"""Linear systems with the KKT matrix [[H, S'], [S, 0]] of equilibrated programs, singular ones among them.
+
+Rows of S may depend on each other and H may vanish on their null space: the matrix is then singular though the program
+is sound. `Shifted` finds a solution where there is one, for the steps that polish; `Spectral` knows the null space, for
+the derivative and its verdict.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from foldopt.batched import lu_factor, matvec
+
+SHIFT = 1e-8  # that makes the matrix regular; equilibrated, its entries are at most about 1
+NULL = 1e-11  # eigenvalues below this times the largest count as zero
+SUSPECT = 1e9  # growth of a random right-hand side that says the matrix may be singular
+REFINEMENTS = 6
+
+
+class Rows(NamedTuple):
+    """Chosen rows of C, gathered: places (B, s) into the rows, there (B, s) bool; a sample with fewer has blanks."""
+
+    places: Tensor
+    there: Tensor
+
+    @classmethod
+    def of(cls, chosen: Tensor) -> Rows:
+        """Gather the rows chosen, (B, r) bool."""
+        most = int(chosen.sum(1).max()) if chosen.numel() else 0
+        if most == chosen.shape[1]:
+            return cls(torch.arange(most, device=chosen.device).expand(len(chosen), most), chosen)
+        index = (~chosen).to(torch.int8).argsort(dim=1, stable=True)[:, :most]
+        return cls(index, chosen.gather(1, index))
+
+    def take(self, values: Tensor) -> Tensor:
+        """Return the chosen entries of (B, r), zero in blanks."""
+        return torch.where(self.there, values.gather(1, self.places), 0)
+
+    def take_rows(self, C: Tensor) -> Tensor:
+        """Return the chosen rows of (B, r, n), zero in blanks."""
+        return C.gather(1, self.places[:, :, None].expand(-1, -1, C.shape[2])) * self.there[:, :, None]
+
+    def put(self, values: Tensor, r: int) -> Tensor:
+        """Return (B, r) with the values at the chosen places and zero elsewhere."""
+        out = values.new_zeros(len(values), r)
+        return out.scatter_add(1, self.places, torch.where(self.there, values, 0))
+
+
+def matrix(H: Tensor, S: Tensor, there: Tensor) -> Tensor:
+    """Return [[H, S'], [S, 0]], (B, n + s, n + s), with -1 on the diagonal of blank rows."""
+    n, s = H.shape[1], S.shape[1]
+    K = H.new_zeros(len(H), n + s, n + s)
+    K[:, :n, :n], K[:, n:, :n], K[:, :n, n:] = H, S, S.mT
+    K.diagonal(dim1=1, dim2=2)[:, n:] = -(~there).to(H)
+    return K
+
+
+class Shifted:
+    """K factored with +shift and -shift on the diagonal; solves are refined on K itself."""
+
+    def __init__(self, H: Tensor, S: Tensor, there: Tensor) -> None:
+        self.K = matrix(H, S, there)
+        shifted = self.K.clone()
+        diagonal = shifted.diagonal(dim1=1, dim2=2)
+        diagonal[:, : H.shape[1]] += SHIFT
+        diagonal[:, H.shape[1] :] -= SHIFT
+        self.lu, self.pivots, _ = lu_factor(shifted)
+
+    def solve(self, r: Tensor) -> Tensor:
+        """Return the small solution of K z = r, (B, N); where there is none, of the part of r that has one.
+
+        Each refinement takes the residual down by shift / eigenvalue; what it leaves lies in the null space.
+        """
+        z, left = self._refined(r)
+        stuck = torch.linalg.vector_norm(left, dim=1) > 1e-9 * torch.linalg.vector_norm(r, dim=1)
+        if stuck.any():
+            again, _ = self._refined(r - left)
+            z = torch.where(stuck[:, None], again, z)
+        return z
+
+    def _refined(self, r: Tensor) -> tuple[Tensor, Tensor]:
+        z, left = torch.zeros_like(r), r
+        size = torch.linalg.vector_norm(r, dim=1)
+        best = size
+        for _ in range(REFINEMENTS):
+            step = torch.linalg.lu_solve(self.lu, self.pivots, left[:, :, None])[:, :, 0]
+            following = r - matvec(self.K, z + step)
+            now = torch.linalg.vector_norm(following, dim=1)
+            better = (now < best)[:, None]
+            z, left = torch.where(better, z + step, z), torch.where(better, following, left)
+            slow = now > 0.5 * best
+            best = torch.minimum(best, now.nan_to_num(nan=torch.inf))
+            if (slow | (best <= 1e-15 * size)).all():
+                break
+        return z, left
+
+
+class Spectral:
+    """K as a regular matrix by its LU factorization, or by its eigenvalues in the samples where it is singular."""
+
+    def __init__(self, H: Tensor, S: Tensor, there: Tensor) -> None:
+        self.n = H.shape[1]
+        self.K = matrix(H, S, there)
+        self.lu, self.pivots, info = lu_factor(self.K)
+        probe = torch.randn(self.K.shape[1], generator=torch.Generator().manual_seed(0), dtype=self.K.dtype)
+        probe = probe.to(self.K.device).expand(len(self.K), -1)
+        grown = torch.linalg.vector_norm(self._regular(probe), dim=1) / torch.linalg.vector_norm(probe, dim=1)
+        finite = self.K.isfinite().flatten(1).all(1)
+        self.singular = finite & ((info > 0) | ~(grown < SUSPECT))
+        if self.singular.any():
+            self.values, self.vectors = torch.linalg.eigh(self.K[self.singular])
+            self.zero = self.values.abs() <= NULL * self.values.abs().amax(1, keepdim=True)
+
+    def _regular(self, r: Tensor) -> Tensor:
+        return torch.linalg.lu_solve(self.lu, self.pivots, r[:, :, None])[:, :, 0]
+
+    def solve(self, r: Tensor) -> Tensor:
+        """Return the solution of K z = r, (B, N), refined once; of least norm where K is singular."""
+        z = self._regular(r)
+        z = z + self._regular(r - matvec(self.K, z))
+        if self.singular.any():
+            inverse = torch.where(self.zero, 0, 1 / torch.where(self.zero, 1, self.values))
+            part = r[self.singular]
+            least = matvec(self.vectors, inverse * matvec(self.vectors.mT, part))
+            left = part - matvec(self.K[self.singular], least)
+            least = least + matvec(self.vectors, inverse * matvec(self.vectors.mT, left))
+            z = z.clone()
+            z[self.singular] = least
+        return z
+
+    def null_part(self, r: Tensor) -> Tensor:
+        """Return the component of r, (B, N), in the null space of K."""
+        out = torch.zeros_like(r)
+        if self.singular.any():
+            part = torch.where(self.zero, matvec(self.vectors.mT, r[self.singular]), 0)
+            out[self.singular] = matvec(self.vectors, part)
+        return out
+
+    def null_basis(self) -> Tensor:
+        """Return an orthonormal basis of the null space, (B, N, N): columns of zeros beside its own."""
+        out = torch.zeros_like(self.K)
+        if self.singular.any():
+            out[self.singular] = self.vectors * self.zero[:, None, :]
+        return out
+
+    def null_sizes(self) -> Tensor:
+        """Return for each unknown the length of its unit vector's component in the null space, (B, N)."""
+        return torch.linalg.vector_norm(self.null_basis(), dim=2)

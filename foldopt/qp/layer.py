@@ -1,0 +1,339 @@
+"""Quadratic programs as a layer: the engine in front, a Newton step on the KKT conditions folded behind."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from foldopt.checks import is_certified
+from foldopt.errors import InfeasibleError, InputError, LimitError, NonconvexError, SolverError, UnboundedError
+from foldopt.fixed_point import FoldInfo
+from foldopt.fold import FoldedLayer
+from foldopt.linear_solve import LinearSolver
+from foldopt.linear_solve import linear_solver as resolve
+from foldopt.qp.engine import (
+    CURVATURE,
+    GOOD,
+    INFEASIBLE,
+    LIMIT,
+    NONCONVEX,
+    NOT_FINITE,
+    STATUS,
+    UNBOUNDED,
+    Solution,
+    solve,
+)
+from foldopt.qp.program import Program
+from foldopt.qp.systems import Schur
+from foldopt.solvers.saddle import Saddle
+from foldopt.step import Tensors
+from foldopt.updates.newton import KKTNewton, NewtonState, Point, program_of
+
+NAMES = ("Q", "p", "G", "h", "A", "b", "lower", "upper")
+BOUNDS = ("h", "lower", "upper")  # which may be infinite
+
+
+class Duals(NamedTuple):
+    """Multipliers of a QP, of the Lagrangian 1/2 x'Qx + p'x + G'(Gx - h) + A'(Ax - b) + bounds'x.
+
+    A: (B, k). G: (B, m) >= 0. bounds: (B, n), positive at an upper and negative at a lower bound; 0 without bounds.
+    """
+
+    A: Tensor
+    G: Tensor
+    bounds: Tensor
+
+
+class QPLayer(nn.Module):
+    """A quadratic program as a layer: min 1/2 x'Qx + p'x subject to Gx <= h, Ax = b, lower <= x <= upper.
+
+    ``QPLayer()(Q, p, G, h, A, b, lower=lower, upper=upper) -> x``, with the arguments of qpth's QPFunction in its
+    order. Solved in float64 to rounding, whatever the units of rows, variables and objective; the derivative is that of
+    one Newton step on the KKT conditions (`KKTNewton`), exact to rounding and certified per sample and cotangent.
+
+    Args:
+        degenerate: what happens to samples that are solved but whose x has no derivative that the incoming gradient
+            asks for: "raise" (`KinkError`, `NotUniqueError`, `DependentRowsError`), "warn" (and go on as "one_sided"),
+            "one_sided" (the derivative of one of the smooth pieces that meet at a kink; of rows that depend on each
+            other, some independent ones carry), "least_norm" (rows that depend on each other share: exact for changes
+            that keep them consistent), "nan" or "zero" (the gradient of that sample). Where the solution is not unique,
+            "one_sided" and "least_norm" take the gradient's part along which it is.
+        on_failure: what happens to samples that are infeasible, unbounded, not convex or not solved: "raise" (each
+            cause its own error), "warn", or make their gradient "nan" or "zero"; x is NaN there.
+        return_duals: return ``(x, duals)``, a `Duals` of multipliers with their derivatives.
+        closest_feasible: "l1" or "l2": where no point satisfies the rows, shift h and b by the least violation in that
+            norm and solve for these, differentiably; the shifts are in ``layer.shifts``. None refuses such samples.
+            Bounds of the variables are kept.
+        linear_solver: as for `foldopt.fold`; there is nothing to solve, as Phi = 0.
+
+    Every argument may lack the batch dimension; the gradient of one that does is the sum over the batch. Either pair,
+    G, h or A, b, may be None or empty; lower and upper are numbers, (n,) or (B, n); where h, lower or upper is infinite
+    there is no bound. Integers are converted to float64. x comes back in the dtype of the first floating argument.
+
+    ``layer.last`` holds per sample: ``status`` ("solved", "infeasible", ...), ``residual`` (worst relative violation of
+    the KKT conditions), ``ok``, and after a backward pass ``verdict`` ("differentiable", "kink", "not unique",
+    "dependent rows"). ``layer.fold`` is the folded layer of the state (x, y).
+
+    Raises InputError for arguments that do not fit, and the errors of the two policies.
+    """
+
+    def __init__(
+        self,
+        rho: float | None = None,
+        *,
+        degenerate: str = "raise",
+        on_failure: str = "raise",
+        return_duals: bool = False,
+        closest_feasible: str | None = None,
+        linear_solver: str | LinearSolver = "auto",
+    ) -> None:
+        super().__init__()
+        if rho is not None:
+            warnings.warn(
+                "QPLayer has no penalty any more: rho changes nothing; leave it out.", DeprecationWarning, stacklevel=2
+            )
+        if closest_feasible not in (None, "l1", "l2"):
+            raise InputError(f"closest_feasible={closest_feasible!r} is unknown; choose None, 'l1' or 'l2'.")
+        self.update = KKTNewton(degenerate)
+        self.fold = _QPFold(self.update, resolve(linear_solver), degenerate, on_failure)
+        self.return_duals, self.closest_feasible = return_duals, closest_feasible
+        self.shifts: tuple[Tensor, Tensor] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "shifts": None}
+
+    @property
+    def last(self) -> FoldInfo | None:
+        """The certificates of the last call."""
+        return self.fold.last
+
+    def forward(
+        self,
+        Q: Tensor,
+        p: Tensor,
+        G: Tensor | None = None,
+        h: Tensor | None = None,
+        A: Tensor | None = None,
+        b: Tensor | None = None,
+        *,
+        lower: Tensor | None = None,
+        upper: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Duals]:
+        """Return the solutions x (B, n), or (x, duals); see the class."""
+        params, answer, self.fold.call.curvature = arguments(Q, p, G, h, A, b, lower, upper)
+        if self.closest_feasible is not None:
+            from foldopt.qp.closest import shifted
+
+            params, self.shifts = shifted(params, self.closest_feasible)
+        x, y = self.fold(*params)
+        if not self.return_duals:
+            return x.to(answer)
+        y = y.to(answer)
+        k, m = params[5].shape[-1], params[3].shape[-1]
+        bounds = y[:, k + m :] if y.shape[1] > k + m else torch.zeros_like(x, dtype=answer)
+        return x.to(answer), Duals(y[:, :k], y[:, k : k + m], bounds)
+
+
+class _QPFold(FoldedLayer):
+    """The folded layer of (x, y), which knows why a sample has no solution."""
+
+    def __init__(self, update: KKTNewton, linear_solver: LinearSolver, degenerate: str, on_failure: str) -> None:
+        super().__init__(self._solve, update, linear_solver=linear_solver, degenerate=degenerate, on_failure=on_failure)
+        self.newton = update
+        self.call = _Call()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "call": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({**state, "call": _Call()})
+
+    def require(self, params: Tensors) -> None:
+        """Do nothing: `arguments` has looked at them."""
+
+    def _solve(self, *params: Tensor) -> NewtonState:
+        program, k = program_of(*params), params[5].shape[-1]
+        x, y = torch.zeros_like(program.q), torch.zeros_like(program.lower)
+        status = torch.full((len(x),), GOOD, device=x.device)
+        residual = torch.zeros_like(x[:, 0])
+        bounded = bool(params[6].shape[-1] or params[7].shape[-1])
+        saddle = None if bounded or not program.upper.isfinite().all() else Saddle.of(program.H, program.C)
+        left = torch.arange(len(x), device=x.device)
+        if saddle is not None:
+            x, y, clear = saddle.minimize(program.H, program.q, program.C, program.upper, k)
+            left = (~clear).nonzero()[:, 0]
+        if len(left):
+            found = solve(program if len(left) == len(x) else program.at(left), self.call.curvature)
+            x[left], y[left], status[left], residual[left] = found.x, found.y, found.status, found.residual
+            bad = found.status != GOOD
+            if bad.any():
+                _explain(self.on_failure, status, found, program, left)
+            elif len(left) == len(x):
+                point = Point.of(program, x, y, self.degenerate, found.units, found.residual)
+                self.newton.prepare((x, y), params, point)
+        elif saddle is not None:
+            strong = (y != 0) | program.equality
+            self.newton.prepare((x, y), params, Point.clear(program, Schur.of(saddle, strong)))
+        self.call.found = status, residual
+        return x, y
+
+    def certify(self, state: Tensors, stepped: Tensors) -> FoldInfo:
+        """Return the certificates that the engine gave; `_solve` has applied the policy."""
+        status, residual = self.call.found
+        return FoldInfo(residual, status == GOOD, tuple(STATUS[s] for s in status.tolist()))
+
+
+class _Call(threading.local):
+    """What one call of a layer passes on: samples' status and residual, and the curvature that counts as none."""
+
+    found: tuple[Tensor, Tensor]
+    curvature = CURVATURE
+
+
+def _explain(policy: str, status: Tensor, found: Solution, program: Program, left: Tensor) -> None:
+    """Raise or warn about the samples that were not solved, by cause."""
+    if policy in ("nan", "zero"):
+        return
+    failed = (status != GOOD).nonzero()[:, 0].tolist()
+    place = {int(i): j for j, i in enumerate(left.tolist())}
+    said, first = [], None
+    for code, (error, describe) in _CAUSES.items():
+        indices = (status == code).nonzero()[:, 0].tolist()
+        if indices:
+            first = first or error
+            at = place[indices[0]]
+            said.append(
+                f"{STATUS[code]} at {len(indices)} of {len(status)} samples, first {indices[:10]}: "
+                f"{describe(found, at)} at sample {indices[0]}"
+            )
+    message = (
+        "QPLayer found no solution: " + "; ".join(said) + ". Mend these programs, or choose on_failure='nan'|'zero'."
+    )
+    if policy == "raise":
+        raise (first or LimitError)(message, failed)
+    warnings.warn(message, RuntimeWarning, stacklevel=2)
+
+
+def _largest_entries(values: Tensor, name: str) -> str:
+    size, index = values.abs().topk(min(3, len(values)))
+    return ", ".join(f"{name}[{i}]" for i, v in zip(index.tolist(), size.tolist(), strict=True) if v > 1e-6 * size[0])
+
+
+_CAUSES: dict[int, tuple[type[SolverError], Callable[[Solution, int], str]]] = {
+    INFEASIBLE: (
+        InfeasibleError,
+        lambda found, at: (
+            f"every x violates a row by at least {float(found.violation[at]):.1e} (in units of its largest entry, "
+            "equilibrated)"
+        ),
+    ),
+    UNBOUNDED: (
+        UnboundedError,
+        lambda found, at: f"the objective falls for ever along a ray in {_largest_entries(found.ray[at], 'x')}",
+    ),
+    NONCONVEX: (NonconvexError, lambda found, at: "Q has negative curvature"),
+    NOT_FINITE: (LimitError, lambda found, at: "NaN or inf in its data"),
+    LIMIT: (
+        LimitError,
+        lambda found, at: f"the relative KKT residual stayed at {float(found.residual[at]):.1e}",
+    ),
+}
+
+
+def arguments(*values: Any) -> tuple[Tensors, torch.dtype, float]:
+    """Return (Q, p, G, h, A, b, lower, upper) as float64 tensors, the caller's dtype, and the rounding in Q.
+
+    Absent pairs become (0, n) and (0,), absent bounds (0,). Raises InputError that names the argument, its shape or
+    value, and the remedy.
+    """
+    given = dict(zip(NAMES, values, strict=True))
+    like = next((v for v in values if isinstance(v, Tensor)), None)
+    found = {name: _tensor(name, value, like) for name, value in given.items()}
+    Q, p = found["Q"], found["p"]
+    if Q is None or p is None:
+        raise InputError(f"{'Q' if Q is None else 'p'} is None; a quadratic program needs Q and p (zeros are fine).")
+    dtypes = [t.dtype for t in found.values() if t is not None and t.is_floating_point()]
+    answer = dtypes[0] if dtypes else torch.get_default_dtype()
+    if not p.dim() or not p.shape[-1]:
+        raise InputError(f"p has shape {tuple(p.shape)}, expected (n,) or (B, n) with n of at least 1.")
+    n = p.shape[-1]
+    for rows, right in (("G", "h"), ("A", "b")):
+        M, v = (None if t is None or not t.numel() else t for t in (found[rows], found[right]))
+        if (M is None) != (v is None):
+            raise InputError(
+                f"{rows} is {_shape(found[rows])} but {right} is {_shape(found[right])}; give both, or neither."
+            )
+        found[rows] = p.new_zeros(0, n) if M is None else M
+        found[right] = p.new_zeros(0) if v is None else v
+    for name in ("lower", "upper"):
+        bound = found[name]
+        found[name] = p.new_zeros(0) if bound is None else bound.expand(n) if not bound.dim() else bound
+    tensors = {name: t for name, t in found.items() if t is not None}
+    _fit(tensors)
+    if not is_certified():
+        _require_numbers(tensors)
+    rounding = torch.finfo(Q.dtype).eps if Q.is_floating_point() else 0.0
+    return tuple(tensors[name].to(torch.float64) for name in NAMES), answer, max(CURVATURE, 8 * rounding)
+
+
+def _tensor(name: str, value: Any, like: Tensor | None) -> Tensor | None:
+    if value is None:
+        return None
+    if not isinstance(value, Tensor):
+        try:
+            value = torch.as_tensor(value, device=None if like is None else like.device)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InputError(
+                f"{name} is a {type(value).__name__}, expected a tensor or an array of numbers; a sparse matrix has to "
+                "be made dense first."
+            ) from error
+    if value.layout != torch.strided:
+        raise InputError(f"{name} is sparse ({value.layout}); QPLayer takes dense tensors, pass {name}.to_dense().")
+    if value.is_complex() or value.dtype == torch.bool:
+        raise InputError(f"{name} is of dtype {value.dtype}, expected real numbers.")
+    if like is not None and value.device != like.device:
+        raise InputError(f"{name} is on {value.device}, other arguments are on {like.device}; move them to one device.")
+    return value
+
+
+def _shape(value: Tensor | None) -> str:
+    return "None" if value is None else f"of shape {tuple(value.shape)}"
+
+
+def _fit(tensors: dict[str, Tensor]) -> None:
+    n, m, k = (tensors[name].shape[-1] if tensors[name].dim() else -1 for name in ("p", "h", "b"))
+    ends = {
+        "Q": (n, n),
+        "p": (n,),
+        "G": (m, n),
+        "h": (m,),
+        "A": (k, n),
+        "b": (k,),
+        "lower": (n,) if tensors["lower"].numel() else (0,),
+        "upper": (n,) if tensors["upper"].numel() else (0,),
+    }
+    B = max((len(t) for name, t in tensors.items() if t.dim() == len(ends[name]) + 1), default=1)
+    for name, end in ends.items():
+        if tuple(tensors[name].shape) not in (end, (B, *end)):
+            raise InputError(
+                f"{name} has shape {tuple(tensors[name].shape)}, expected {end} or {(B, *end)} to go with p of shape "
+                f"{tuple(tensors['p'].shape)}, h of shape {tuple(tensors['h'].shape)} and b of shape "
+                f"{tuple(tensors['b'].shape)}."
+            )
+
+
+def _require_numbers(tensors: dict[str, Tensor]) -> None:
+    for name, value in tensors.items():
+        if value.is_floating_point() and not value.detach().sum().isfinite():
+            bad = value.isnan() if name in BOUNDS else ~value.isfinite()
+            if bad.any():
+                where = bad.nonzero()[:10].tolist()
+                raise InputError(
+                    f"{name} of shape {tuple(value.shape)} holds NaN{'' if name in BOUNDS else ' or inf'}, first at "
+                    f"{where}; check the network or the data that made it."
+                )

@@ -1,0 +1,158 @@
+"""From a solver's answer to the solution itself: Newton steps on the KKT conditions of a guessed active set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from foldopt.batched import matvec
+from foldopt.qp.interior_point import interior_point
+from foldopt.qp.kkt import Rows, Shifted
+from foldopt.qp.program import Program, residual
+
+EXACT = 1e-13  # relative KKT residual at which nothing is left to do
+STEPS = 5  # of Newton for a first guess of the active set
+ROUNDS = 3  # of a correction by the interior point
+
+
+class Point:
+    """The best point so far of every sample: x (B, n), y (B, r), relative KKT residual (B,)."""
+
+    def __init__(self, program: Program, x: Tensor, y: Tensor) -> None:
+        self.x, self.y, self.residual = x.clone(), y.clone(), residual(program, x, y)
+
+    def offer(self, index: Tensor, program: Program, x: Tensor, y: Tensor) -> Tensor:
+        """Take the points of some samples where they are better; return their residuals."""
+        now = residual(program, x, y)
+        better = now < self.residual[index]
+        rows = index[better]
+        self.x[rows], self.y[rows], self.residual[rows] = x[better], y[better], now[better]
+        return now
+
+
+def polish(program: Program, x: Tensor, y: Tensor, good: float = EXACT) -> Point:
+    """Return the best points that Newton steps from (x, y) reach, never worse ones.
+
+    program: equilibrated. With w = Cx + y, the rows with w outside of [l, u] are active and the others have no
+    multiplier (semismooth Newton); where that first guess of the active set does not lead to a relative KKT residual
+    of `good`, guesses by the slack and by the multipliers follow. Each correction is the smallest one, which keeps the
+    signs of multipliers that are not unique.
+    """
+    best = Point(program, x, y)
+    for guess in _guesses(program, x, y):
+        left = (best.residual > good).nonzero()[:, 0]
+        if not len(left):
+            break
+        _newton(best, left, program.at(left), x[left], y[left], guess(left), good)
+    return best
+
+
+Guess = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+def _guesses(program: Program, x: Tensor, y: Tensor) -> Iterator[Guess]:
+    """Return the guesses (active at u, active at l) of samples, in the order in which they are tried."""
+    z = matvec(program.C, x)
+    size = matvec(program.C.abs(), x.abs()) + 1e-3 * x.abs().amax(1, keepdim=True)
+
+    def by_sign(i: Tensor) -> tuple[Tensor, Tensor]:
+        w = z[i] + y[i]
+        return w > program.upper[i], w < program.lower[i]
+
+    def by_slack(share: float) -> Guess:
+        def guess(i: Tensor) -> tuple[Tensor, Tensor]:
+            upper = (program.upper[i] - z[i] < share * size[i]) & (y[i] >= -share)
+            return upper, (z[i] - program.lower[i] < share * size[i]) & (y[i] <= share)
+
+        return guess
+
+    def by_multiplier(share: float) -> Guess:
+        def guess(i: Tensor) -> tuple[Tensor, Tensor]:
+            return (y[i] > share) & program.upper[i].isfinite(), (y[i] < -share) & program.lower[i].isfinite()
+
+        return guess
+
+    yield by_sign
+    yield from (by_slack(1e-7), by_slack(1e-5), by_multiplier(1e-6), by_multiplier(1e-4))
+
+
+def _newton(
+    best: Point, index: Tensor, p: Program, x: Tensor, y: Tensor, guess: tuple[Tensor, Tensor], good: float
+) -> None:
+    upper, lower = guess
+    n, before = x.shape[1], None
+    last = x.new_full((len(x),), torch.inf)
+    for step in range(STEPS):
+        equality = p.equality
+        upper, lower = upper & ~equality, lower & ~equality & ~upper
+        active = upper | lower | equality
+        if before is None or not torch.equal(active, before):
+            rows = Rows.of(active)
+            S = rows.take_rows(p.C)
+            kkt = Shifted(p.H, S, rows.there)
+        before = active
+        y = torch.where(active, y, 0)
+        bound = torch.where(lower, p.lower, p.upper)
+        stationarity = matvec(p.H, x) + p.q + matvec(p.C.mT, y)
+        gap = rows.take(torch.where(active, matvec(p.C, x) - bound, 0))
+        change = kkt.solve(-torch.cat([stationarity, gap], 1))
+        x, y = x + change[:, :n], y + rows.put(change[:, n:], y.shape[1])
+        now = best.offer(index, p, x, y)
+        going = (now > good) & x.isfinite().all(1)
+        if step:
+            going &= (now <= 10 * best.residual[index]) | (now <= 0.1 * last)
+        if not going.any():
+            return
+        last = now
+        if not going.all():
+            index, p, x, y, last = index[going], p.at(going), x[going], y[going], last[going]
+            before = None
+        w = matvec(p.C, x) + y
+        upper, lower = w > p.upper, w < p.lower
+
+
+def refine(best: Point, program: Program, good: float = EXACT) -> None:
+    """Improve points that `polish` left, by quadratic programs in a scaled correction (in place).
+
+    Rows that clearly carry become equalities, rows clearly slack are dropped, the others stay: the interior point
+    resolves these to its relative accuracy of a small correction (Gleixner, Steffy and Wolter, 2016).
+    """
+    share = torch.full_like(best.residual, 1e-4)
+    for _ in range(ROUNDS):
+        left = (best.residual > good).nonzero()[:, 0]
+        if not len(left):
+            return
+        p, x, y, tau = program.at(left), best.x[left], best.y[left], share[left][:, None]
+        z = matvec(p.C, x)
+        above, below = p.upper - z, z - p.lower
+        carries = p.equality | ((y.abs() > tau) & (torch.where(y > 0, above, below) < tau))
+        open_ = ~carries & (torch.minimum(above, below) < tau)
+        bound = torch.where(y > 0, p.upper, p.lower)
+        kept = torch.where(carries, y, 0)
+        gradient = matvec(p.H, x) + p.q + matvec(p.C.mT, kept)
+        missing = torch.where(carries, bound - z, 0)
+        crossed = torch.where(open_, (-torch.minimum(above, below)).clamp(min=0), 0)
+        size = torch.cat([gradient, missing, crossed], 1).abs().amax(1, keepdim=True).clamp(min=1e-14)
+        zero = torch.zeros_like(z)
+        low = torch.where(carries, missing / size, torch.where(open_, -below / size, zero - torch.inf))
+        high = torch.where(carries, missing / size, torch.where(open_, above / size, zero + torch.inf))
+        low, high = torch.where(low < -1e6, -torch.inf, low), torch.where(high > 1e6, torch.inf, high)
+        C = torch.where((carries | open_)[:, :, None], p.C, 0)
+        before = best.residual[left].clone()
+        for group in patterns(low == high):
+            found = interior_point(Program(p.H, gradient / size, C, low, high).at(group), tol=1e-12)
+            moved_x = x[group] + size[group] * found.x
+            moved_y = kept[group] + size[group] * found.y
+            after = polish(p.at(group), moved_x, moved_y, good)
+            best.offer(left[group], p.at(group), after.x, after.y)
+        share[left] = torch.where(best.residual[left] < before, share[left], 0.1 * share[left])
+
+
+def patterns(mask: Tensor) -> list[Tensor]:
+    """Return the samples (indices) of each distinct row of a mask (B, r)."""
+    if not len(mask) or torch.equal(mask, mask[:1].expand_as(mask)):
+        return [torch.arange(len(mask), device=mask.device)]
+    _, group = torch.unique(mask, dim=0, return_inverse=True)
+    return [(group == g).nonzero()[:, 0] for g in range(int(group.max()) + 1)]

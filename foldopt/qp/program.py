@@ -1,0 +1,151 @@
+"""A batch of quadratic programs min 1/2 x'Hx + q'x subject to l <= Cx <= u, its equilibration and its KKT residual."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from foldopt.batched import matvec
+
+ROUNDS = 10  # of equilibration
+INFINITE = 1e19  # a bound this far away, in units of its row, bounds nothing
+TINY = 1e-300
+
+
+class Program(NamedTuple):
+    """H (B, n, n) symmetric, q (B, n), C (B, r, n), lower l and upper u (B, r), float64; l = u is an equality.
+
+    Bounds of the variables are rows with one entry. Infinite l or u: no bound on that side.
+    """
+
+    H: Tensor
+    q: Tensor
+    C: Tensor
+    lower: Tensor
+    upper: Tensor
+
+    @property
+    def equality(self) -> Tensor:
+        """Which rows are equalities, (B, r) bool."""
+        return self.lower == self.upper
+
+    def at(self, index: Tensor) -> Program:
+        """Return the programs of some samples."""
+        return Program(*(part[index] for part in self))
+
+
+class Units(NamedTuple):
+    """The units of an equilibrated program: x = d x', y = e y' / c, for d (B, n), e (B, r), c (B, 1), powers of 2."""
+
+    d: Tensor
+    e: Tensor
+    c: Tensor
+
+    def at(self, index: Tensor) -> Units:
+        """Return the units of some samples."""
+        return Units(*(part[index] for part in self))
+
+    def scaled(self, program: Program) -> Program:
+        """Return the program in these units."""
+        d, e, c = self
+        return Program(
+            c[:, :, None] * d[:, :, None] * program.H * d[:, None, :],
+            c * d * program.q,
+            e[:, :, None] * program.C * d[:, None, :],
+            e * program.lower,
+            e * program.upper,
+        )
+
+
+def equilibrate(program: Program) -> Units:
+    """Return the units in which the columns of [H; C] and the rows of C have a largest entry of about 1.
+
+    The cost is scaled by the columns of H alone (by q in a linear program), so that neither a penalty in q nor a unit
+    of the objective pushes H below what the linear solves can tell from zero. Ruiz, A scaling algorithm to equilibrate
+    both rows and columns norms in matrices (2001), as in OSQP (Stellato et al., 2020, section 5.1).
+    """
+    H, q, C = program.H.abs(), program.q.abs(), program.C.abs()
+    d, e, c = torch.ones_like(q), torch.ones_like(program.lower), torch.ones_like(q[:, :1])
+
+    def inverse_root(size: Tensor) -> Tensor:
+        return torch.where(size > TINY, size, 1.0).rsqrt()
+
+    for _ in range(ROUNDS):
+        columns = c * d * (H * d[:, :, None]).amax(1)
+        rows = e[:, :, None] * C * d[:, None, :]
+        if C.shape[1]:
+            d = d * inverse_root(torch.maximum(columns, rows.amax(1)))
+            e = e * inverse_root(rows.amax(2))
+        else:
+            d = d * inverse_root(columns)
+        curved = columns > 0
+        size = torch.where(
+            curved.any(1),
+            columns.sum(1) / curved.sum(1).clamp(min=1),
+            c[:, 0] * (d * q).amax(1),
+        )[:, None]
+        c = c / torch.where(size > TINY, size, 1.0)
+    return Units(*(torch.exp2(torch.log2(part).round()) for part in (d, e, c)))
+
+
+class Sizes(NamedTuple):
+    """What residuals are relative to at a point (x, y): see `sizes`. rows (B, r), columns (B, n), x (B, 1)."""
+
+    rows: Tensor
+    columns: Tensor
+    x: Tensor
+
+
+def sizes(program: Program, x: Tensor, y: Tensor) -> Sizes:
+    """Return the sizes of the terms in each row of Cx and each column of Hx + q + C'y, and that of x.
+
+    They scale with the units of their row or column, so that what is relative to them does not depend on units. A
+    column is measured by the sums of absolute values in its three terms, but by no more than the largest of all terms:
+    huge multipliers that cancel would excuse everything. To be called with an equilibrated program: a row or column of
+    zeros is measured by the size of the others.
+    """
+    absolute = x.abs()
+    largest = absolute.amax(1, keepdim=True)
+    curvature = program.H.abs().flatten(1).amax(1, keepdim=True)
+    natural = torch.where(curvature > TINY, program.q.abs().amax(1, keepdim=True) / curvature.clamp(min=TINY), 1.0)
+    natural = torch.where(natural > 0, natural, 1.0)
+    x_size = torch.where(largest > 1e-10 * natural, largest, natural)
+    reach = matvec(program.C.abs(), absolute)
+    rows = torch.maximum(reach, 1e-3 * x_size * program.C.abs().amax(2)) if program.C.shape[1] else reach
+    terms = matvec(program.H, x), program.q, matvec(program.C.mT, y)
+    net = torch.stack([term.abs() for term in terms]).amax(0)
+    sums = matvec(program.H.abs(), absolute) + program.q.abs() + matvec(program.C.abs().mT, y.abs())
+    columns = torch.maximum(net, torch.minimum(sums, net.amax(1, keepdim=True))).clamp(min=TINY)
+    return Sizes(rows.clamp(min=TINY), torch.maximum(columns, 1e-8 * columns.amax(1, keepdim=True)), x_size)
+
+
+def residual(program: Program, x: Tensor, y: Tensor) -> Tensor:
+    """Return the worst relative violation of the KKT conditions, (B,), of an equilibrated program at x and y (B, r).
+
+    y > 0 pushes against u, y < 0 against l. Feasibility is judged row by row, stationarity column by column (see
+    `sizes`); complementarity relative to the terms of x'(Hx + q + C'y).
+    """
+    z = matvec(program.C, x)
+    y = torch.where(program.upper.isfinite(), y, y.clamp(max=0))
+    y = torch.where(program.lower.isfinite(), y, y.clamp(min=0))
+    size = sizes(program, x, y)
+    bound = torch.where(y > 0, program.upper, program.lower)
+    bound = torch.where(bound.isfinite(), bound, z)
+    outside = torch.maximum(z - program.upper, program.lower - z).clamp(min=0)
+    crossed = torch.where(z > program.upper, program.upper, torch.where(z < program.lower, program.lower, 0.0))
+    stationarity = matvec(program.H, x) + program.q + matvec(program.C.mT, y)
+    total = (size.columns * torch.maximum(x.abs(), 1e-8 * size.x)).sum(1).clamp(min=TINY)
+    worst = torch.stack(
+        [
+            _largest(outside / (size.rows + crossed.abs())),
+            _largest(stationarity.abs() / size.columns),
+            (y * (z - bound)).abs().sum(1) / total,
+        ]
+    ).amax(0)
+    return worst.nan_to_num(nan=torch.inf)
+
+
+def _largest(a: Tensor) -> Tensor:
+    return a.amax(1) if a.shape[1] else a.new_zeros(len(a))

@@ -1,0 +1,127 @@
+"""The KKT systems of solved programs on their strongly active rows: what derivatives are solved with."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from foldopt.batched import matvec
+from foldopt.qp.kkt import Rows, Spectral
+from foldopt.qp.program import Program, Units
+from foldopt.solvers.saddle import Saddle, block_factor, block_solve
+
+
+class System(Protocol):
+    """Solves [[H, S'], [S, 0]] (a, c) = (r1, r2) for S the strong rows; c (B, r) is zero in the others."""
+
+    def solve(self, r1: Tensor, r2: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (a, c) for r1 (B, n) and r2 (B, r), whose entries off the strong rows are not looked at."""
+        ...
+
+
+class Schur(NamedTuple):
+    """By the Schur complement of a positive definite H in the strong rows, which are independent."""
+
+    saddle: Saddle
+    strong: Tensor
+    root: Tensor
+
+    @classmethod
+    def of(cls, saddle: Saddle, strong: Tensor) -> Schur:
+        """Factor the block of the strong rows."""
+        return cls(saddle, strong, block_factor(saddle.M, strong))
+
+    def units(self) -> Units:
+        """Return units in which H and its Schur complement have a diagonal of ones."""
+        L, M = self.saddle.L, self.saddle.M
+        d = 1 / torch.linalg.vector_norm(L, dim=2)
+        return Units(d, M.diagonal(dim1=1, dim2=2).rsqrt(), torch.ones_like(d[:, :1]))
+
+    def solve(self, r1: Tensor, r2: Tensor) -> tuple[Tensor, Tensor]:
+        """See `System`."""
+        saddle = self.saddle
+        half = saddle.halved(r1)
+        c = block_solve(self.root, self.strong, matvec(saddle.Y.mT, half) - r2)
+        return saddle.completed(half - matvec(saddle.Y, c)), c
+
+
+class Equilibrated:
+    """By the KKT matrix in equilibrated units, by its eigenvalues where it is singular."""
+
+    def __init__(self, scaled: Program, units: Units, strong: Tensor) -> None:
+        self.units, self.strong = units, strong
+        self.rows = Rows.of(strong)
+        self.kkt = Spectral(scaled.H, self.rows.take_rows(scaled.C), self.rows.there)
+
+    def gathered(self, r1: Tensor, r2: Tensor) -> Tensor:
+        """Return a right-hand side in the matrix's units, (B, N)."""
+        d, e, c = self.units
+        return torch.cat([c * d * r1, self.rows.take(e * r2)], 1)
+
+    def spread(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Return a solution in the caller's units."""
+        d, e, c = self.units
+        n = d.shape[1]
+        return d * z[:, :n], e * self.rows.put(z[:, n:], e.shape[1]) / c
+
+    def solve(self, r1: Tensor, r2: Tensor) -> tuple[Tensor, Tensor]:
+        """See `System`; the solution of least norm, in equilibrated units, where there are many."""
+        return self.spread(self.kkt.solve(self.gathered(r1, r2)))
+
+
+def solved(system: System, H: Tensor, C: Tensor, r1: Tensor, r2: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (a, c) of `System` as a function of everything, differentiable to any order.
+
+    H, C: of the program that the system is of. The gradient of H is that of its symmetric part.
+    """
+    found: tuple[Tensor, Tensor] = _Solve.apply(system, H, C, r1, r2)
+    return found
+
+
+class _Solve(torch.autograd.Function):
+    @staticmethod
+    def forward(system: System, H: Tensor, C: Tensor, r1: Tensor, r2: Tensor) -> tuple[Tensor, Tensor]:
+        return system.solve(r1, r2)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.system, H, C, _, _ = inputs
+        ctx.save_for_backward(H, C, *output)
+
+    @staticmethod
+    def backward(ctx: Any, ga: Tensor, gc: Tensor) -> tuple[Tensor | None, ...]:
+        H, C, a, c = ctx.saved_tensors
+        b1, b2 = _Solve.apply(ctx.system, H, C, ga, gc)
+        _, of_H, of_C, *_ = ctx.needs_input_grad
+        pair = torch.stack([b1, a], 2)
+        gH = -0.5 * pair @ pair.flip(2).mT if of_H else None
+        gC = -torch.stack([c, b2], 2) @ pair.mT if of_C else None
+        return None, gH, gC, b1, b2
+
+
+def products(H: Tensor, C: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return Hx, Cx and C'y for symmetric H (B, n, n) and C (B, r, n); the gradient of H is symmetric."""
+    found: tuple[Tensor, Tensor, Tensor] = _Products.apply(H, C, x, y)
+    return found
+
+
+class _Products(torch.autograd.Function):
+    @staticmethod
+    def forward(H: Tensor, C: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return matvec(H, x), matvec(C, x), matvec(C.mT, y)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, gH_x: Tensor, gC_x: Tensor, gC_y: Tensor) -> tuple[Tensor | None, ...]:
+        H, C, x, y = ctx.saved_tensors
+        of_H, of_C, of_x, of_y = ctx.needs_input_grad
+        pair = torch.stack([gH_x, x], 2)
+        gH = 0.5 * pair @ pair.flip(2).mT if of_H else None
+        gC = torch.stack([gC_x, y], 2) @ torch.stack([x, gC_y], 2).mT if of_C else None
+        gx = matvec(H, gH_x) + matvec(C.mT, gC_x) if of_x else None
+        return gH, gC, gx, matvec(C, gC_y) if of_y else None

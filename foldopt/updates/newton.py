@@ -1,0 +1,329 @@
+"""A Newton step on the KKT conditions of a quadratic program: the update that `QPLayer` folds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from foldopt.batched import matvec
+from foldopt.qp.activity import Activity, activity
+from foldopt.qp.program import Program, Units, equilibrate, residual
+from foldopt.qp.systems import Equilibrated, Schur, System, products, solved
+from foldopt.verdicts import DEPENDENT, DIFFERENTIABLE, KINK, NOT_UNIQUE, Verdict
+
+NewtonState = tuple[Tensor, Tensor]
+Judge = Callable[[Tensor, Sequence[bool], bool], tuple[Tensor, Verdict]]
+UNIQUE = 1e-8  # share of a cotangent along directions in which x is free that counts as none
+MOVED = 1e-6  # movement of a weakly active row, relative to that of x, that counts as one
+RANK = 1e-13  # eigenvalue of CC' relative to the largest at which rows depend on each other
+PART = 1e-6  # of a unit vector in the null space: the row, or variable, takes part
+
+
+class KKTNewton(nn.Module):
+    """One semismooth Newton step on Hx + q + C'y = 0, l <= Cx <= u, on the rows that carry: ``(x, y) -> (x, y)``.
+
+    At a solution Phi = 0, so that the folded derivative is one solve with the KKT matrix of the strongly active rows,
+    and no number needs tuning. State: x (B, n); y (B, r), multipliers of the rows of A, of G, then of the bounds,
+    positive at an upper and negative at a lower limit. Where the multipliers are not unique Phi is the projection on
+    what they can move by, and a cotangent that x is unique along is orthogonal to that.
+
+    Args:
+        degenerate: how derivatives that do not exist are replaced (see `QPLayer`); it decides here whether rows that
+            depend on each other are reduced to independent ones ("one_sided", "warn") or share ("least_norm").
+
+    Parameters of the step: Q, p, G, h, A, b, lower, upper as for `QPLayer`; lower and upper (0,) for none.
+    Fischer, A special Newton-type optimization method (1992); Nocedal and Wright, Numerical Optimization (2006), 16.
+    """
+
+    def __init__(self, degenerate: str = "raise") -> None:
+        super().__init__()
+        self.degenerate = degenerate
+        self._prepared: _Prepared | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_prepared": None}
+
+    def forward(self, state: NewtonState, *params: Tensor) -> NewtonState:
+        """Return the state after one step."""
+        x, y = state
+        program = program_of(*params)
+        at = self.at(state, params, program)
+        strong, sound = at.strong, at.sound[:, None]
+        y = torch.where(strong, y, 0)
+        Hx, Cx, pulled = products(program.H, program.C, x, y)
+        bound = torch.where(y.detach() < 0, program.lower, program.upper)
+        r1 = torch.where(sound, -(Hx + program.q + pulled), 0)
+        r2 = torch.where(strong & sound, bound - Cx, 0)
+        dx, dy = solved(at.system, program.H, program.C, r1, r2)
+        return x + dx, y + torch.where(strong, dy, 0)
+
+    def inverse(self, g: Tensor, transposed: bool, stepped: NewtonState, state: NewtonState, *params: Tensor) -> Tensor:
+        """Return v = Phi^T v + g, which is g."""
+        return g
+
+    def weights(self, state: NewtonState, *params: Tensor) -> Tensor:
+        """Return the units of the state, (B, n + r), in which its size and that of an error are to be measured."""
+        d, e, c = self.at(state, params).units
+        return torch.cat([d, e / c], 1)
+
+    def judge(self, state: NewtonState, *params: Tensor) -> Judge | None:
+        """Return what judges cotangents and tangents at this state; None where every sample has every derivative."""
+        at = self.at(state, params)
+        if not at.degenerate.any():
+            return None
+        m, k = params[3].shape[-1], params[5].shape[-1]
+
+        def judged(g: Tensor, needed: Sequence[bool], forward: bool) -> tuple[Tensor, Verdict]:
+            g, verdict = at.judged(g, needed, k, m, forward)
+            return g, replace(verdict, row_names=lambda row: row_name(row, k, m))
+
+        return judged
+
+    def prepare(self, state: NewtonState, params: Sequence[Tensor], at: Point) -> None:
+        """Keep what a solver knows of its solution for the step there, until the next call."""
+        self._prepared = _Prepared.of(at, *state, *params)
+
+    def at(self, state: NewtonState, params: Sequence[Tensor], program: Program | None = None) -> Point:
+        """Return what the step needs to know of a state, kept for as long as it is asked for the same one."""
+        kept = self._prepared
+        if kept is not None and kept.suits(*state, *params):
+            return kept.point
+        with torch.no_grad():
+            data = program_of(*params) if program is None else Program(*(part.detach() for part in program))
+            point = Point.of(data, state[0].detach(), state[1].detach(), self.degenerate)
+        self.prepare(state, params, point)
+        return point
+
+
+class Point:
+    """A state seen through its active rows, in equilibrated units.
+
+    strong, weak, carrying: as of `Activity`. sound: (B,) bool, samples that are finite. degenerate: (B,) bool, those
+    that may lack a derivative. dependent: (B, r) bool, strong rows that depend on each other. seen: (B, r) bool, other
+    rows that may come to hold x where it is not unique. base: the system of the strong rows; system: that of the
+    strong rows and those seen, which derivatives are solved with.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        units: Units,
+        active: Activity,
+        system: System,
+        sound: Tensor,
+        degenerate: Tensor,
+        dependent: Tensor,
+        base: Equilibrated | None = None,
+        seen: Tensor | None = None,
+    ) -> None:
+        self.program, self.units, self.system, self.sound = program, units, system, sound
+        self.strong, self.weak, self.carrying = active
+        self.degenerate, self.dependent, self.base, self.seen = degenerate, dependent, base, seen
+
+    @classmethod
+    def clear(cls, program: Program, system: Schur) -> Point:
+        """Return the point of solutions that are known to be regular, with their system."""
+        none = torch.zeros_like(system.strong)
+        every = torch.ones(len(program.q), dtype=torch.bool, device=program.q.device)
+        active = Activity(system.strong, none, system.strong)
+        return cls(program, system.units(), active, system, every, ~every, none)
+
+    @classmethod
+    def of(
+        cls,
+        program: Program,
+        x: Tensor,
+        y: Tensor,
+        degenerate: str,
+        units: Units | None = None,
+        error: Tensor | None = None,
+    ) -> Point:
+        """Examine a state. units: of the equilibrated program, error: its relative KKT residual (B,), if known."""
+        sound = torch.cat([x, y], 1).isfinite().all(1)
+        sound &= torch.stack([part.flatten(1).isfinite().all(1) for part in (program.H, program.q, program.C)]).all(0)
+        if not sound.all():
+            program, x, y = _without(program, x, y, sound)
+        if units is None or not sound.all():
+            units = equilibrate(program)
+        scaled = units.scaled(program)
+        x_s, y_s = x / units.d, y * units.c / units.e
+        if error is None or not sound.all():
+            error = residual(scaled, x_s, y_s)
+        active = activity(scaled, x_s, y_s, error)
+        base = system = Equilibrated(scaled, units, active.strong)
+        singular = base.kkt.singular
+        seen = dependent = torch.zeros_like(active.strong)
+        strong = active.strong
+        if singular.any():
+            n, r = x.shape[1], y.shape[1]
+            basis = base.kkt.null_basis()
+            dependent = base.rows.put(torch.linalg.vector_norm(basis[:, n:], dim=2), r) > PART
+            bounded = scaled.lower.isfinite() | scaled.upper.isfinite()
+            sight = torch.linalg.vector_norm(scaled.C @ basis[:, :n], dim=2)
+            seen = ~strong & bounded & (sight > PART * scaled.C.abs().sum(2))
+            if degenerate in ("one_sided", "warn") and dependent.any():
+                strong = _independent(scaled, y_s, strong, dependent)
+            if seen.any() or strong is not active.strong:
+                system = Equilibrated(scaled, units, strong | seen)
+        active = Activity(strong, active.weak, active.carrying)
+        return cls(scaled, units, active, system, sound, singular | active.weak.any(1), dependent, base, seen)
+
+    def judged(self, g: Tensor, needed: Sequence[bool], k: int, m: int, forward: bool) -> tuple[Tensor, Verdict]:
+        """Return a cotangent (B, N), its part along which the solution is not unique taken away, and the verdict.
+
+        needed: which of Q, p, G, h, A, b, lower and upper a derivative is asked for. k, m: rows of A and G. forward:
+        whether g is a tangent, of which only the point tells whether it has a derivative in every direction.
+        """
+        d, e, c = self.units
+        n, r = d.shape[1], e.shape[1]
+        code = torch.full(g.shape[:1], DIFFERENTIABLE, device=g.device)
+        rows = torch.zeros(len(g), r, dtype=torch.bool, device=g.device)
+        variables = torch.zeros(len(g), n, dtype=torch.bool, device=g.device)
+        asked = self.degenerate & (g != 0).any(1)
+        system, base, seen = self.system, self.base, self.seen
+        if base is None or seen is None or not isinstance(system, Equilibrated) or not asked.any():
+            return g, Verdict(code, rows, variables)
+        weights = torch.cat([d, e / c], 1)
+        u = g * torch.cat([d, torch.where(self.strong, e / c, 0)], 1)
+        if forward:
+            probe = torch.randn(n, generator=torch.Generator().manual_seed(1), dtype=g.dtype).to(g.device)
+            u = torch.cat([probe.expand(len(g), n), torch.zeros_like(u[:, n:])], 1)
+        size = torch.linalg.vector_norm(u, dim=1, keepdim=True).clamp(min=torch.finfo(g.dtype).tiny)
+        null = base.kkt.null_part(torch.cat([u[:, :n], base.rows.take(u[:, n:])], 1))
+        loose = torch.cat([null[:, :n], base.rows.put(null[:, n:], r)], 1)
+        free = torch.linalg.vector_norm(null, dim=1) > UNIQUE * size[:, 0]
+        u = torch.where(free[:, None], u - loose, u)
+        rhs = torch.cat([u[:, :n], system.rows.take(u[:, n:])], 1)
+        w = system.kkt.solve(rhs)
+        open_ = torch.linalg.vector_norm(system.kkt.null_part(rhs), dim=1) > UNIQUE * size[:, 0]
+        held = system.rows.put(w[:, n:], r)
+        w = w[:, :n]
+        length = self.program.C.abs().sum(2)
+        reach = torch.maximum(w.abs().amax(1, keepdim=True), 1e-6 * size) * length
+        hit = self.weak & ~seen & (matvec(self.program.C, w).abs() > MOVED * reach)
+        hit |= seen & ((held.abs() > MOVED * size) | open_[:, None])
+        if not forward:
+            hit |= self.weak & (g[:, n:] != 0)
+        at = torch.arange(r, device=g.device)
+        group = torch.where(at < k, 0, torch.where(at < k + m, 1, 2))
+        wanted = torch.tensor([any(needed[i : i + 2]) for i in (4, 2, 6)], device=g.device)[group]
+        torn = self.program.equality & ~self.carrying & (group == 2) & ((held.abs() > MOVED * size) | forward)
+        lies = (self.dependent | torn) & wanted
+        spread = torch.linalg.vector_norm(base.kkt.null_basis()[:, :n], dim=2) > PART
+        wandering = spread & any(needed[i] for i in (0, 2, 4))
+        unsettled = free | wandering.any(1)
+        for kind, mask in ((DEPENDENT, lies.any(1)), (KINK, hit.any(1)), (NOT_UNIQUE, unsettled)):
+            code = torch.where(asked & mask, kind, code)
+        rows = torch.where((code == KINK)[:, None], hit, lies & (code == DEPENDENT)[:, None])
+        variables = (code == NOT_UNIQUE)[:, None] & (wandering | (null[:, :n].abs() > PART * size))
+        if not forward:
+            g = torch.where((asked & free)[:, None], g - loose / weights, g)
+        return g, Verdict(code, rows, variables)
+
+
+def row_name(row: int, k: int, m: int) -> str:
+    """Return how users call a row of the program: A[i], G[i], or a bound of x[i]."""
+    if row < k:
+        return f"A[{row}]"
+    return f"G[{row - k}]" if row < k + m else f"bounds of x[{row - k - m}]"
+
+
+def _without(program: Program, x: Tensor, y: Tensor, sound: Tensor) -> tuple[Program, Tensor, Tensor]:
+    """Put min 1/2 |x|^2 without rows, solved at 0, in the place of samples that are not finite."""
+    H, q, C, lower, upper = program
+    eye = torch.eye(H.shape[1], dtype=H.dtype, device=H.device)
+    one, two = sound[:, None], sound[:, None, None]
+    clean = Program(
+        torch.where(two, H, eye),
+        torch.where(one, q, 0),
+        torch.where(two, C, 0),
+        torch.where(one, lower, -torch.inf),
+        torch.where(one, upper, torch.inf),
+    )
+    return clean, torch.where(one, x, 0), torch.where(one, y, 0)
+
+
+def _independent(program: Program, y: Tensor, strong: Tensor, dependent: Tensor) -> Tensor:
+    """Return strong rows without those that the others imply: a basis of them with multipliers of the right signs.
+
+    While rows depend on each other, multipliers move along that dependence until one of an inequality is zero, and
+    that row is dropped (Caratheodory): the others determine the derivative on one side.
+    """
+    strong = strong.clone()
+    for i in dependent.any(1).nonzero()[:, 0].tolist():
+        rows = strong[i].nonzero()[:, 0]
+        part, equality = y[i, rows].clone(), program.equality[i, rows]
+        while len(rows):
+            C = program.C[i, rows]
+            values, vectors = torch.linalg.eigh(C @ C.T)
+            if float(values[0]) > RANK * float(values[-1]):
+                break
+            along = vectors[:, 0]
+            loose = (along.abs() > PART) & ~equality
+            if loose.any():
+                ratio = torch.where(loose, part / torch.where(loose, along, 1), torch.inf)
+                drop = int(ratio.abs().argmin())
+                part = part - ratio[drop] * along
+            else:
+                drop = int(along.abs().argmax())
+            keep = torch.arange(len(rows), device=rows.device) != drop
+            strong[i, rows[drop]] = False
+            rows, part, equality = rows[keep], part[keep], equality[keep]
+    return strong
+
+
+class _Prepared(NamedTuple):
+    """What is known of a state, and the tensors that it belongs to as they were."""
+
+    point: Point
+    tensors: tuple[Tensor, ...]
+    versions: tuple[int, ...]
+
+    @classmethod
+    def of(cls, point: Point, *tensors: Tensor) -> _Prepared | None:
+        if any(t.is_inference() for t in tensors):  # which keep no version
+            return None
+        return cls(point, tuple(t.detach() for t in tensors), tuple(t._version for t in tensors))
+
+    def suits(self, *tensors: Tensor) -> bool:
+        """Whether these are the same memory, not written to since."""
+        return len(tensors) == len(self.tensors) and all(
+            not t.is_inference()
+            and (t.data_ptr(), t._version, t.dtype, t.shape, t.stride())
+            == (own.data_ptr(), version, own.dtype, own.shape, own.stride())
+            for t, own, version in zip(tensors, self.tensors, self.versions, strict=True)
+        )
+
+
+def program_of(
+    Q: Tensor, p: Tensor, G: Tensor, h: Tensor, A: Tensor, b: Tensor, lower: Tensor, upper: Tensor
+) -> Program:
+    """Return a QP as a program l <= Cx <= u: rows of A, of G, then the bounds of the variables if there are any."""
+    dims = ((Q, 3), (p, 2), (G, 3), (h, 2), (A, 3), (b, 2), (lower, 2), (upper, 2))
+    B = max((len(t) for t, dim in dims if t.dim() == dim), default=1)
+    n, m, k = p.shape[-1], h.shape[-1], b.shape[-1]
+    H = symmetrized(Q)
+    rows, low, high = [], [], []
+    if k:
+        rows, low, high = [A.expand(B, k, n)], [b.expand(B, k)], [b.expand(B, k)]
+    if m:
+        rows, high = [*rows, G.expand(B, m, n)], [*high, h.expand(B, m)]
+        low.append(torch.full((B, m), -torch.inf, dtype=p.dtype, device=p.device))
+    if lower.shape[-1] or upper.shape[-1]:
+        none = torch.full((B, n), torch.inf, dtype=p.dtype, device=p.device)
+        rows.append(torch.eye(n, dtype=p.dtype, device=p.device).expand(B, n, n))
+        low.append(lower.expand(B, n) if lower.shape[-1] else -none)
+        high.append(upper.expand(B, n) if upper.shape[-1] else none)
+    empty = p.new_zeros(B, 0)
+    C = torch.cat(rows, 1) if len(rows) > 1 else rows[0] if rows else p.new_zeros(B, 0, n)
+    least, most = (torch.cat(part, 1) if part else empty for part in (low, high))
+    return Program(H.expand(B, n, n), p.expand(B, n), C, least, most)
+
+
+def symmetrized(Q: Tensor) -> Tensor:
+    """Return the symmetric part of Q, which is all that x'Qx knows of it."""
+    return Q if torch.equal(Q, Q.mT) else (Q + Q.mT) / 2

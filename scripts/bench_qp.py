@@ -1,0 +1,60 @@
+"""Put QPLayer to the Maros-Meszaros programs and every library to the hard cases.
+
+Writes results/bench/qp.md and results/bench/qp.csv.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import pandas as pd
+from rich.console import Console
+
+from experiments.artifacts import Artifacts, output_root
+from experiments.benchmark import collection, qp_report
+from experiments.benchmark.hard_cases import cases
+from experiments.benchmark.qp_peers import CONTENDERS
+from experiments.benchmark.report import machine
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse the command line and measure; return the exit code."""
+    parser = argparse.ArgumentParser(prog="scripts/bench_qp.py", description=__doc__)
+    parser.add_argument("--data", type=Path, help="folder of the .mat files and optima.json; default: hard cases only")
+    parser.add_argument("--largest", type=int, default=500, help="variables of the largest problem (default: 500)")
+    parser.add_argument("--only", action="append", help="a problem, a hard case or a library; prints, writes nothing")
+    options = parser.parse_args(arguments)
+    console = Console(soft_wrap=True, highlight=False, markup=False)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that are started
+    problems = collection.names(options.data, options.largest) if options.data else []
+    hard, contenders = [case.name for case in cases()], list(CONTENDERS)
+    if options.only:
+        unknown = set(options.only) - {*problems, *hard, *contenders}
+        if unknown:
+            parser.error(f"--only: {', '.join(sorted(unknown))} is no problem in --data, no hard case and no library.")
+        problems = [name for name in problems if name in options.only]
+        chosen = [name for name in hard if name in options.only]
+        libraries = [name for name in contenders if name in options.only]
+        hard, contenders = chosen or (hard if libraries else []), libraries or (contenders if chosen else [])
+    findings = qp_report.examined(options.data, problems, console.print) if problems else pd.DataFrame()
+    cells = qp_report.compared(hard, contenders, console.print) if hard else {}
+    where = machine()
+    command = " ".join(["make bench-qp", *([f"DATA={options.data}"] if options.data else [])])
+    note = f"{where['cpu']}, {where['cores']} cores, one thread; float64. Made by: `{command}`"
+    page = qp_report.report(findings, cells, note)
+    console.print(page)
+    if not options.only:
+        artifacts = Artifacts(output_root("default"))
+        artifacts.write("bench/qp.md", page.encode())
+        if len(findings):
+            artifacts.csv("bench/qp", findings)
+        for line in artifacts.lines():
+            console.print(line)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
