@@ -23,9 +23,11 @@ from experiments.benchmark.report import machine
 def main(arguments: list[str] | None = None) -> int:
     """Parse the command line and measure; return the exit code."""
     parser = argparse.ArgumentParser(prog="scripts/bench_qp.py", description=__doc__)
-    parser.add_argument("--data", type=Path, help="folder of the .mat files and optima.json; default: hard cases only")
+    parser.add_argument(
+        "--data", type=Path, help="folder of the .mat files and optima.json; without it nothing is written"
+    )
     parser.add_argument("--largest", type=int, default=500, help="variables of the largest problem (default: 500)")
-    parser.add_argument("--only", action="append", help="a problem, a hard case or a library; prints, writes nothing")
+    parser.add_argument("--only", action="append", help="a problem, a hard case or a library; nothing is written")
     options = parser.parse_args(arguments)
     console = Console(soft_wrap=True, highlight=False, markup=False)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that are started
@@ -42,15 +44,14 @@ def main(arguments: list[str] | None = None) -> int:
     findings = qp_report.examined(options.data, problems, console.print) if problems else pd.DataFrame()
     cells = qp_report.compared(hard, contenders, console.print) if hard else {}
     where = machine()
-    command = " ".join(["make bench-qp", *([f"DATA={options.data}"] if options.data else [])])
+    command = f"make bench-qp DATA={options.data}" + (f" LARGEST={options.largest}" if options.largest != 500 else "")
     note = f"{where['cpu']}, {where['cores']} cores, one thread; float64. Made by: `{command}`"
     page = qp_report.report(findings, cells, note)
     console.print(page)
-    if not options.only:
+    if options.data and not options.only:
         artifacts = Artifacts(output_root("default"))
         artifacts.write("bench/qp.md", page.encode())
-        if len(findings):
-            artifacts.csv("bench/qp", findings)
+        artifacts.csv("bench/qp", findings)
         for line in artifacts.lines():
             console.print(line)
     return 0

@@ -20,8 +20,8 @@ import scipy.sparse.linalg as spl
 from experiments.benchmark.collection import Arguments, Vector, typical
 
 TOLERANCES = (1e-12, 1e-10, 1e-8)
-STEPS: Vector = np.array([10.0 ** float(power) for power in np.arange(-1.5, -8.6, -0.5)])
-NOISE: Vector = 1e-12 * np.arange(1, 6)  # how far the values there are from a straight line is the solver's error
+STEPS: Vector = np.array([10.0 ** float(power) for power in np.arange(-1.5, -8.6, -0.5)], dtype=np.float64)
+NOISE: Vector = np.array([1e-12, 2e-12, 3e-12, 4e-12, 5e-12])  # their distance from a line is the solver's error
 RATIOS = (1.0, 1e2, 1e-2, 1e4, 1e-4, 1e6, 1e-6)  # of what a row carries to its slack, above which it is tried as active
 WINDOW = 3  # steps in a row on which a difference has to be the same
 CONTINUOUS = 1e-5  # what is less than this of the scale is no jump

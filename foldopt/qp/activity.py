@@ -10,10 +10,11 @@ from torch import Tensor
 from foldopt.batched import matvec
 from foldopt.qp.interior_point import interior_point
 from foldopt.qp.kkt import Rows
-from foldopt.qp.program import Program, sizes
+from foldopt.qp.program import Program, sizes, weight
 
 TOUCHING = 1e-9  # slack relative to the terms of its row
 CARRYING = 1e-6  # multiplier times entry, relative to the terms of some column
+PROGRAMS = 500  # to find which rows are active at some solution, for each sample
 NOISE = 1e-12  # least error of x that is reckoned with
 
 
@@ -47,7 +48,7 @@ def activity(program: Program, x: Tensor, y: Tensor, residual: Tensor) -> Activi
     bound = torch.where(above < below, program.upper, program.lower)
     reach = size.rows + torch.where(bound.isfinite(), bound.abs(), 0)
     touched = slack <= torch.maximum(TOUCHING * reach, noise * size.x)
-    carrying = y.abs() * (program.C.abs() / size.columns[:, None, :]).amax(2) > CARRYING
+    carrying = weight(program.C, y, size.columns) > CARRYING
     side = torch.where(y > 0, above, below) <= slack + TOUCHING * reach
     equality = program.equality
     strong = equality | (touched & side & carrying)
@@ -70,6 +71,48 @@ def complemented(program: Program, x: Tensor, y: Tensor, residual: Tensor) -> Te
             continue
         y[one] = _shifted(p, x[one], y[one], held, touched)
     return y
+
+
+def touched_somewhere(program: Program, x: Tensor, strong: Tensor, rows: Tensor) -> Tensor:
+    """Return those of some rows (B, r) bool that are active at one or the other of a program's solutions.
+
+    The solutions are the feasible points with x's value in the strong rows and in Hx. For each row one linear program
+    finds its least slack among them; more than `PROGRAMS` of them in a sample are not solved and all rows count.
+    """
+    out = rows.clone()
+    z, curvature = matvec(program.C, x), matvec(program.H, x)
+    for i in rows.any(1).nonzero()[:, 0].tolist():
+        which = rows[i].nonzero()[:, 0]
+        ends = [
+            (int(r), side)
+            for r in which
+            for side, bound in ((1.0, program.upper), (-1.0, program.lower))
+            if bound[i, r].isfinite()
+        ]
+        if len(ends) > PROGRAMS:
+            continue
+        count, held = len(ends), strong[i]
+        C = torch.cat([program.H[i], program.C[i]])
+        low = torch.cat([curvature[i], torch.where(held, z[i], program.lower[i])])
+        high = torch.cat([curvature[i], torch.where(held, z[i], program.upper[i])])
+        row = torch.tensor([r for r, _ in ends], device=x.device)
+        sign = torch.tensor([side for _, side in ends], dtype=x.dtype, device=x.device)
+        cost = -sign[:, None] * program.C[i, row]
+        found = interior_point(
+            Program(
+                torch.zeros_like(program.H[i]).expand(count, -1, -1),
+                cost,
+                C.expand(count, -1, -1),
+                low.expand(count, -1),
+                high.expand(count, -1),
+            )
+        )
+        bound = torch.where(sign > 0, program.upper[i, row], program.lower[i, row])
+        slack = sign * bound + (cost * found.x).sum(1)
+        near = ~((slack > 1e-6 * (bound.abs() + x[i].abs().amax().clamp(min=1e-300))) & (found.residual < 1e-7))
+        out[i] = False
+        out[i, row[near]] = True
+    return out
 
 
 def _independent(rows: Tensor) -> bool:

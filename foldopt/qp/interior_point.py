@@ -79,6 +79,7 @@ class _Run:
         self.A, self.b = p.C[:, self.e], p.upper[:, self.e]
         self.G = p.C[:, self.i]
         self.quadratic = (p.H != 0).flatten(1).any(1)
+        self.forced = self.quadratic | (p.q != 0).any(1)
 
     def _limits(self) -> None:
         upper, lower = self.program.upper[:, self.i], self.program.lower[:, self.i]
@@ -125,7 +126,8 @@ class _Run:
         """Return the largest of the relative residuals and the relative gap, (B,)."""
         self._residuals()
         p = self.program
-        dual = torch.stack([_most(self.Hx), _most(p.q), _most(self.pulled)]).amax(0).clamp(min=TINY)
+        dual = torch.stack([_most(self.Hx), _most(p.q), _most(self.pulled)]).amax(0)
+        dual = torch.where(self.forced, dual, 1.0)
         size = _most(self.x)
         primal = torch.stack([size, _most(self.Gx), _most(self.b)]).amax(0).clamp(min=TINY)
         objective = 0.5 * (self.x * self.Hx).sum(1) + (p.q * self.x).sum(1)

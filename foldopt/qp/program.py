@@ -116,6 +116,9 @@ def sizes(program: Program, x: Tensor, y: Tensor) -> Sizes:
     rows = torch.maximum(reach, 1e-3 * x_size * program.C.abs().amax(2)) if program.C.shape[1] else reach
     terms = matvec(program.H, x), program.q, matvec(program.C.mT, y)
     net = torch.stack([term.abs() for term in terms]).amax(0)
+    force = program.q.abs().amax(1, keepdim=True)
+    force = torch.where(force > 0, force, 1.0)
+    net = torch.maximum(net, torch.where(net.amax(1, keepdim=True) > 1e-10 * force, 0, force))
     sums = matvec(program.H.abs(), absolute) + program.q.abs() + matvec(program.C.abs().mT, y.abs())
     columns = torch.maximum(net, torch.minimum(sums, net.amax(1, keepdim=True))).clamp(min=TINY)
     return Sizes(rows.clamp(min=TINY), torch.maximum(columns, 1e-8 * columns.amax(1, keepdim=True)), x_size)
@@ -125,7 +128,8 @@ def residual(program: Program, x: Tensor, y: Tensor) -> Tensor:
     """Return the worst relative violation of the KKT conditions, (B,), of an equilibrated program at x and y (B, r).
 
     y > 0 pushes against u, y < 0 against l. Feasibility is judged row by row, stationarity column by column (see
-    `sizes`); complementarity relative to the terms of x'(Hx + q + C'y).
+    `sizes`), complementarity by the lesser of a row's slack and of its multiplier: their product would be small where
+    neither is.
     """
     z = matvec(program.C, x)
     y = torch.where(program.upper.isfinite(), y, y.clamp(max=0))
@@ -136,15 +140,20 @@ def residual(program: Program, x: Tensor, y: Tensor) -> Tensor:
     outside = torch.maximum(z - program.upper, program.lower - z).clamp(min=0)
     crossed = torch.where(z > program.upper, program.upper, torch.where(z < program.lower, program.lower, 0.0))
     stationarity = matvec(program.H, x) + program.q + matvec(program.C.mT, y)
-    total = (size.columns * torch.maximum(x.abs(), 1e-8 * size.x)).sum(1).clamp(min=TINY)
+    both = torch.minimum((z - bound).abs() / size.rows, weight(program.C, y, size.columns))
     worst = torch.stack(
         [
             _largest(outside / (size.rows + crossed.abs())),
             _largest(stationarity.abs() / size.columns),
-            (y * (z - bound)).abs().sum(1) / total,
+            _largest(both),
         ]
     ).amax(0)
     return worst.nan_to_num(nan=torch.inf)
+
+
+def weight(C: Tensor, y: Tensor, columns: Tensor) -> Tensor:
+    """Return how much each row's multiplier matters, (B, r): in the column where it does most, relative to that."""
+    return y.abs() * (C.abs() / columns[:, None, :]).amax(2) if C.shape[1] else y.abs()
 
 
 def _largest(a: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from foldopt.batched import matvec
-from foldopt.qp.activity import Activity, activity
+from foldopt.qp.activity import Activity, activity, touched_somewhere
 from foldopt.qp.program import Program, Units, equilibrate, residual
 from foldopt.qp.systems import Equilibrated, Schur, System, products, solved
 from foldopt.verdicts import DEPENDENT, DIFFERENTIABLE, KINK, NOT_UNIQUE, Verdict
@@ -165,12 +165,15 @@ class Point:
             bounded = scaled.lower.isfinite() | scaled.upper.isfinite()
             sight = torch.linalg.vector_norm(scaled.C @ basis[:, :n], dim=2)
             seen = ~strong & bounded & (sight > PART * scaled.C.abs().sum(2))
+            seen = touched_somewhere(scaled, x_s, strong, seen)
             if degenerate in ("one_sided", "warn") and dependent.any():
                 strong = _independent(scaled, y_s, strong, dependent)
             if seen.any() or strong is not active.strong:
                 system = Equilibrated(scaled, units, strong | seen)
+        torn = scaled.equality & ~active.carrying
+        degenerate_at = singular | (active.weak | torn).any(1)
         active = Activity(strong, active.weak, active.carrying)
-        return cls(scaled, units, active, system, sound, singular | active.weak.any(1), dependent, base, seen)
+        return cls(scaled, units, active, system, sound, degenerate_at, dependent, base, seen)
 
     def judged(self, g: Tensor, needed: Sequence[bool], k: int, m: int, forward: bool) -> tuple[Tensor, Verdict]:
         """Return a cotangent (B, N), its part along which the solution is not unique taken away, and the verdict.
@@ -197,15 +200,12 @@ class Point:
         loose = torch.cat([null[:, :n], base.rows.put(null[:, n:], r)], 1)
         free = torch.linalg.vector_norm(null, dim=1) > UNIQUE * size[:, 0]
         u = torch.where(free[:, None], u - loose, u)
-        rhs = torch.cat([u[:, :n], system.rows.take(u[:, n:])], 1)
-        w = system.kkt.solve(rhs)
-        open_ = torch.linalg.vector_norm(system.kkt.null_part(rhs), dim=1) > UNIQUE * size[:, 0]
-        held = system.rows.put(w[:, n:], r)
-        w = w[:, :n]
-        length = self.program.C.abs().sum(2)
-        reach = torch.maximum(w.abs().amax(1, keepdim=True), 1e-6 * size) * length
-        hit = self.weak & ~seen & (matvec(self.program.C, w).abs() > MOVED * reach)
-        hit |= seen & ((held.abs() > MOVED * size) | open_[:, None])
+        w = base.kkt.solve(torch.cat([u[:, :n], base.rows.take(u[:, n:])], 1))
+        held, w = base.rows.put(w[:, n:], r), w[:, :n]
+        touched, basis = self.weak | seen, base.kkt.null_basis()[:, :n]
+        w = _kept_off(torch.where(touched[:, :, None], self.program.C, 0), w, basis)
+        reach = torch.maximum(w.abs().amax(1, keepdim=True), 1e-6 * size) * self.program.C.abs().sum(2)
+        hit = touched & (matvec(self.program.C, w).abs() > MOVED * reach)
         if not forward:
             hit |= self.weak & (g[:, n:] != 0)
         at = torch.arange(r, device=g.device)
@@ -213,7 +213,7 @@ class Point:
         wanted = torch.tensor([any(needed[i : i + 2]) for i in (4, 2, 6)], device=g.device)[group]
         torn = self.program.equality & ~self.carrying & (group == 2) & ((held.abs() > MOVED * size) | forward)
         lies = (self.dependent | torn) & wanted
-        spread = torch.linalg.vector_norm(base.kkt.null_basis()[:, :n], dim=2) > PART
+        spread = torch.linalg.vector_norm(basis, dim=2) > PART
         wandering = spread & any(needed[i] for i in (0, 2, 4))
         unsettled = free | wandering.any(1)
         for kind, mask in ((DEPENDENT, lies.any(1)), (KINK, hit.any(1)), (NOT_UNIQUE, unsettled)):
@@ -223,6 +223,16 @@ class Point:
         if not forward:
             g = torch.where((asked & free)[:, None], g - loose / weights, g)
         return g, Verdict(code, rows, variables)
+
+
+def _kept_off(rows: Tensor, w: Tensor, basis: Tensor) -> Tensor:
+    """Move w (B, n) along a basis (B, n, N) so that it moves some rows (B, r, n) as little as possible."""
+    seen = rows @ basis
+    seen = torch.where(seen.abs() > PART * rows.abs().sum(2, keepdim=True), seen, 0)
+    if not seen.any():
+        return w
+    inverse = torch.linalg.pinv(seen.mT @ seen, rtol=1e-12, hermitian=True)
+    return w - matvec(basis, matvec(inverse, matvec(seen.mT, matvec(rows, w))))
 
 
 def row_name(row: int, k: int, m: int) -> str:

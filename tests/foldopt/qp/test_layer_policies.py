@@ -110,7 +110,7 @@ def test_a_failure_is_what_its_policy_says_and_the_others_never_know(policy, cau
 def test_zero_leaves_the_sum_over_the_good_samples_in_what_the_batch_shares_and_nan_spoils_it(dtype):
     """h is each sample's own; the third asks x_1 + x_2 + x_3 <= -1 of x >= 0."""
     shared = {"Q": torch.eye(3), "G": torch.ones(1, 3), "lower": torch.zeros(3), "upper": torch.full((3,), 2.0)}
-    own = {"p": -torch.arange(15.0).view(5, 3) / 10, "h": torch.tensor([[1.0], [1.1], [-1.0], [1.2], [1.3]])}
+    own = {"p": -(1 + torch.arange(15.0).view(5, 3)) / 10, "h": torch.tensor([[1.0], [1.1], [-1.0], [1.2], [1.3]])}
     args = {name: part.to(dtype) for name, part in {**shared, **own}.items()}
     good = [0, 1, 3, 4]
     _, _, expected = asked({**args, **{name: args[name][good] for name in own}})
@@ -261,7 +261,7 @@ def anything(seed):
     return args
 
 
-@settings(properties, max_examples=150)
+@settings(properties, max_examples=80)
 @given(
     seed=seeds,
     on_failure=st.sampled_from(["raise", "nan", "zero"]),
@@ -431,7 +431,7 @@ def test_threads(shared):
     def run(place):
         try:
             layer = one if shared else foldopt.QPLayer(on_failure="zero", degenerate="one_sided")
-            for _ in range(10):
+            for _ in range(4):
                 found[place].append(work(jobs[place], layer))
         except Exception as error:
             raised.append(error)
@@ -443,7 +443,7 @@ def test_threads(shared):
         thread.join()
     assert not raised
     for place in range(2):
-        assert len(found[place]) == 10
+        assert len(found[place]) == 4
         for answer in found[place]:
             for a, b in zip(answer, expected[place], strict=True):
                 atol = 1e-13 * (1 + float(b.abs().nan_to_num().max()))
