@@ -336,8 +336,8 @@ class _Linear(FixedPoint):
                 f"linear solver {info.method!r} did not solve the {self.equation} (relative residual "
                 f"{{worst:.1e}} after {products} products)",
                 info.remedy
-                or "Phi may have a spectral radius of 1 or more (lfpi) or I - Phi be singular; use linear_solver='auto', "
-                "check the step at that sample, or choose on_failure='nan'|'zero'",
+                or "Phi may have a spectral radius of 1 or more (lfpi) or I - Phi be singular; use linear_solver="
+                "'auto', check the step at that sample, or choose on_failure='nan'|'zero'",
             )
         if self.policy != "warn" and not (every and solved):
             keep = keep & info.ok

@@ -14,7 +14,8 @@ from foldopt.qp.program import Program, sizes, weight
 
 TOUCHING = 1e-9  # slack relative to the terms of its row
 CARRYING = 1e-6  # multiplier times entry, relative to the terms of some column
-PROGRAMS = 500  # to find which rows are active at some solution, for each sample
+PROGRAMS = 200  # to find which rows are active at some solution, for each sample
+NUMBERS = 4_000_000  # in all these programs together
 NOISE = 1e-12  # least error of x that is reckoned with
 
 
@@ -77,7 +78,7 @@ def touched_somewhere(program: Program, x: Tensor, strong: Tensor, rows: Tensor)
     """Return those of some rows (B, r) bool that are active at one or the other of a program's solutions.
 
     The solutions are the feasible points with x's value in the strong rows and in Hx. For each row one linear program
-    finds its least slack among them; more than `PROGRAMS` of them in a sample are not solved and all rows count.
+    finds its least slack among them; where that would be too many or too large programs, all rows count.
     """
     out = rows.clone()
     z, curvature = matvec(program.C, x), matvec(program.H, x)
@@ -89,7 +90,8 @@ def touched_somewhere(program: Program, x: Tensor, strong: Tensor, rows: Tensor)
             for side, bound in ((1.0, program.upper), (-1.0, program.lower))
             if bound[i, r].isfinite()
         ]
-        if len(ends) > PROGRAMS:
+        rows_and_curvature = x.shape[1] * (x.shape[1] + z.shape[1])
+        if len(ends) > PROGRAMS or len(ends) * rows_and_curvature > NUMBERS:
             continue
         count, held = len(ends), strong[i]
         C = torch.cat([program.H[i], program.C[i]])

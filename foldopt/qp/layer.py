@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -163,24 +163,43 @@ class _QPFold(FoldedLayer):
         residual = torch.zeros_like(x[:, 0])
         bounded = bool(params[6].shape[-1] or params[7].shape[-1])
         saddle = None if bounded or not program.upper.isfinite().all() else Saddle.of(program.H, program.C)
-        left = torch.arange(len(x), device=x.device)
+        left, found = torch.arange(len(x), device=x.device), None
         if saddle is not None:
             x, y, clear = saddle.minimize(program.H, program.q, program.C, program.upper, k)
             left = (~clear).nonzero()[:, 0]
         if len(left):
             found = solve(program if len(left) == len(x) else program.at(left), self.call.curvature)
             x[left], y[left], status[left], residual[left] = found.x, found.y, found.status, found.residual
-            bad = found.status != GOOD
-            if bad.any():
+            if (found.status != GOOD).any():
                 _explain(self.on_failure, status, found, program, left)
-            elif len(left) == len(x):
-                point = Point.of(program, x, y, self.degenerate, found.units, found.residual)
-                self.newton.prepare((x, y), params, point)
-        elif saddle is not None:
-            strong = (y != 0) | program.equality
-            self.newton.prepare((x, y), params, Point.clear(program, Schur.of(saddle, strong)))
+        x = program.landed(x, y)
+        self._prepare(program, params, x, y, saddle, left, found)
         self.call.found = status, residual
         return x, y
+
+    def _prepare(
+        self,
+        program: Program,
+        params: Sequence[Tensor],
+        x: Tensor,
+        y: Tensor,
+        saddle: Saddle | None,
+        left: Tensor,
+        found: Solution | None,
+    ) -> None:
+        """Hand the step what is known of the solutions; where some sample has none it looks at them by itself."""
+        point = None
+        if found is not None:
+            if (found.status != GOOD).any():
+                return
+            part = program if len(left) == len(x) else program.at(left)
+            point = Point.of(part, x[left], y[left], self.degenerate, found.units, found.residual)
+        if saddle is not None and len(left) < len(x):
+            strong = (y != 0) | program.equality
+            strong[left] = False
+            point = Point.clear(program, Schur.of(saddle, strong), None if point is None else (left, point))
+        if point is not None:
+            self.newton.prepare((x, y), params, point)
 
     def certify(self, state: Tensors, stepped: Tensors) -> FoldInfo:
         """Return the certificates that the engine gave; `_solve` has applied the policy."""

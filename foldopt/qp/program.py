@@ -12,6 +12,7 @@ from foldopt.batched import matvec
 ROUNDS = 10  # of equilibration
 INFINITE = 1e19  # a bound this far away, in units of its row, bounds nothing
 TINY = 1e-300
+LANDING = 1e-12  # distance from a bound, relative to x, that is rounding
 
 
 class Program(NamedTuple):
@@ -34,6 +35,24 @@ class Program(NamedTuple):
     def at(self, index: Tensor) -> Program:
         """Return the programs of some samples."""
         return Program(*(part[index] for part in self))
+
+    def landed(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return x (B, n) put exactly on the bounds of single variables that multipliers y say it is at."""
+        if not self.C.shape[1]:
+            return x
+        C = self.C[:1] if self.C.stride(0) == 0 else self.C
+        single = (C != 0).sum(2) == 1
+        if not single.any():
+            return x
+        at = C.abs().argmax(2).expand_as(y)
+        entry = torch.where(single, C.gather(2, at[: len(C), :, None])[:, :, 0], 1.0)
+        bound = torch.where(y > 0, self.upper, self.lower) / entry
+        here = x.gather(1, at)
+        reach = here.abs() + bound.abs() + x.abs().amax(1, keepdim=True)
+        sample, row = (single & (y != 0) & ((here - bound).abs() <= LANDING * reach)).nonzero(as_tuple=True)
+        x = x.clone()
+        x[sample, at[sample, row]] = bound[sample, row]
+        return x
 
 
 class Units(NamedTuple):

@@ -71,6 +71,20 @@ class Equilibrated:
         return self.spread(self.kkt.solve(self.gathered(r1, r2)))
 
 
+class Mended(NamedTuple):
+    """One system for a batch but for some samples, which have their own."""
+
+    most: System
+    others: Tensor
+    own: System
+
+    def solve(self, r1: Tensor, r2: Tensor) -> tuple[Tensor, Tensor]:
+        """See `System`."""
+        a, c = self.most.solve(r1, r2)
+        a[self.others], c[self.others] = self.own.solve(r1[self.others], r2[self.others])
+        return a, c
+
+
 def solved(system: System, H: Tensor, C: Tensor, r1: Tensor, r2: Tensor) -> tuple[Tensor, Tensor]:
     """Return (a, c) of `System` as a function of everything, differentiable to any order.
 

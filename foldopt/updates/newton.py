@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from foldopt.batched import matvec
 from foldopt.qp.activity import Activity, activity, touched_somewhere
 from foldopt.qp.program import Program, Units, equilibrate, residual
-from foldopt.qp.systems import Equilibrated, Schur, System, products, solved
+from foldopt.qp.systems import Equilibrated, Mended, Schur, System, products, solved
 from foldopt.verdicts import DEPENDENT, DIFFERENTIABLE, KINK, NOT_UNIQUE, Verdict
 
 NewtonState = tuple[Tensor, Tensor]
@@ -119,18 +119,30 @@ class Point:
         dependent: Tensor,
         base: Equilibrated | None = None,
         seen: Tensor | None = None,
+        others: tuple[Tensor, Point] | None = None,
     ) -> None:
         self.program, self.units, self.system, self.sound = program, units, system, sound
         self.strong, self.weak, self.carrying = active
         self.degenerate, self.dependent, self.base, self.seen = degenerate, dependent, base, seen
+        self.others = others
 
     @classmethod
-    def clear(cls, program: Program, system: Schur) -> Point:
-        """Return the point of solutions that are known to be regular, with their system."""
-        none = torch.zeros_like(system.strong)
-        every = torch.ones(len(program.q), dtype=torch.bool, device=program.q.device)
-        active = Activity(system.strong, none, system.strong)
-        return cls(program, system.units(), active, system, every, ~every, none)
+    def clear(cls, program: Program, system: Schur, others: tuple[Tensor, Point] | None = None) -> Point:
+        """Return the point of solutions that are known to be regular, but for `others`: (samples, their point)."""
+        strong, units = system.strong, system.units()
+        none = torch.zeros_like(strong)
+        degenerate = torch.zeros(len(strong), dtype=torch.bool, device=strong.device)
+        sound = ~degenerate
+        if others is None:
+            return cls(program, units, Activity(strong, none, strong), system, sound, degenerate, none)
+        index, point = others
+        strong = strong.index_put((index,), point.strong)
+        for whole, part in zip(units, point.units, strict=True):
+            whole[index] = part
+        degenerate[index], sound[index] = point.degenerate, point.sound
+        active = Activity(strong, none, strong)
+        mended = Mended(system, index, point.system)
+        return cls(program, units, active, mended, sound, degenerate, none, others=others)
 
     @classmethod
     def of(
@@ -187,6 +199,11 @@ class Point:
         rows = torch.zeros(len(g), r, dtype=torch.bool, device=g.device)
         variables = torch.zeros(len(g), n, dtype=torch.bool, device=g.device)
         asked = self.degenerate & (g != 0).any(1)
+        if self.others is not None:
+            index, point = self.others
+            part, verdict = point.judged(g[index], needed, k, m, forward)
+            code[index], rows[index], variables[index] = verdict.code, verdict.rows, verdict.variables
+            return g.index_put((index,), part), Verdict(code, rows, variables)
         system, base, seen = self.system, self.base, self.seen
         if base is None or seen is None or not isinstance(system, Equilibrated) or not asked.any():
             return g, Verdict(code, rows, variables)

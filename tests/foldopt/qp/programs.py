@@ -91,32 +91,38 @@ class Truth:
         if np.abs(right[flat]).max(initial=0) > tol * np.abs(g).max():
             return NOT_UNIQUE, None
         v = N @ (V[:, ~flat] @ (right[~flat] / w[~flat]))
-        if flat.any() and self._blocks(N @ V[:, flat], v, tol):
-            return NOT_UNIQUE, None
-        if np.abs(self.weak @ v).max(initial=0) > tol * max(np.abs(v).max(initial=0), 1e-300):
+        size = max(np.abs(v).max(), 1e-12 * np.abs(g).max())
+        if flat.any():
+            # x is not unique: a small change of p makes one end of the set of solutions the solution, and the row that
+            # is active there has a multiplier as small. g'x does not follow it if some v leaves all such rows in place
+            free = N @ V[:, flat]
+            ends = self._ends(free, tol)
+            v = v - free @ np.linalg.lstsq(ends @ free, ends @ v, rcond=1e-9)[0]
+            if np.abs(ends @ v).max(initial=0) > tol * size:
+                return NOT_UNIQUE, None
+        if np.abs(self.weak @ v).max(initial=0) > tol * max(size, np.abs(v).max()):
             return KINK, None
         return DIFFERENTIABLE, -v
 
-    def _blocks(self, flat, v, tol):
-        """Whether a row that ends the set of solutions moves along v.
+    def _ends(self, free, tol):
+        """Return the rows that are active at some solution and not at others; those differ by a combination of `free`.
 
-        Where x is not unique a small change of p makes one end of the set the solution, and the row that is active
-        there has a multiplier as small: g'x follows it unless v does not move the row.
+        A linear program per row finds how far the solutions reach towards it.
         """
         linprog = pytest.importorskip("scipy.optimize").linprog
         C, low, high = self.program.rows()
-        size = max(np.abs(v).max(), 1e-300)
-        found = (np.abs(C @ flat).max(1, initial=0) > tol) & (np.abs(C @ v) > tol * size) & (low != high)
+        found = (np.abs(C @ free).max(1, initial=0) > tol) & (low != high)
         fixed = np.concatenate([self.strong, self.program.Q])
         some = np.isfinite(high), np.isfinite(low)
         rows, right = np.concatenate([C[some[0]], -C[some[1]]]), np.concatenate([high[some[0]], -low[some[1]]])
+        ends = [np.zeros((0, len(self.x)))]
         for c, least, most in zip(C[found], low[found], high[found], strict=True):
             for sign, end in ((1, most), (-1, -least)):
                 if np.isfinite(end):
                     far = linprog(-sign * c, rows, right, fixed, fixed @ self.x, (None, None))
                     if far.status != 0 or -far.fun > end - 1e-7 * (1 + abs(end)):
-                        return True
-        return False
+                        ends.append(c[None])
+        return np.concatenate(ends)
 
     def gradient(self, g):
         verdict, gradient = self.verdict(np.asarray(g, float))

@@ -37,6 +37,10 @@ def asked(args, weight=WEIGHT, wrt=ARGUMENTS, **options):
     return layer, x.detach(), dict(zip(wrt, gradients, strict=True))
 
 
+def arguments(program):
+    return {name: part[0] for name, part in stacked([program]).items()}
+
+
 def regular(seed, upper=2.0):
     """Three variables, a row, an equality and bounds; strictly complementary."""
     draws = np.random.default_rng(seed)
@@ -122,6 +126,20 @@ def test_zero_leaves_the_sum_over_the_good_samples_in_what_the_batch_shares_and_
     for name in own:
         same(zero[name][good], expected[name])
         assert (zero[name][2] == 0).all()
+
+
+def test_zero_is_zero_where_no_sample_is_solved_and_the_numbers_are_large():
+    """Nonconvex; one right-hand side is far from the others."""
+    Q = [[0.5, 1.5, 0.5, 1.25, 0], [1.5, 0.5, 0.75, 0.75, 0], [0.5, 0.75, 0, -0.25, 1.5]]
+    Q = [*Q, [1.25, 0.75, -0.25, 0.5, 0.5], [0, 0, 1.5, 0.5, 2]]
+    A = [[-1, 0, -1, 0.5, 0.5], [-1, 0.5, -1, 1, 0.5], [-1, -1, -1, 0.5, -1]]
+    for b in ([-1, 0, 0], [-1e8, 0, 0], [-1e8, 0, 1e-300]):
+        args = arguments(Program(Q, [0.5, 1, 1, -1, 1], A=A, b=b))
+        for degenerate in ("raise", "one_sided"):
+            layer, x, gradients = asked(args, np.ones(5), on_failure="zero", degenerate=degenerate)
+            assert layer.last.status == ("nonconvex",)
+            assert x.isnan().all()
+            assert all((gradient == 0).all() for gradient in gradients.values())
 
 
 # Of one shape, so that they fit in a batch: where x is, and what its derivative is in all arguments, or in p alone.
