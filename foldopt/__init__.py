@@ -1,11 +1,12 @@
 """foldopt: differentiate any black-box solver through one update step at its fixed point.
 
 ``fold(solve, update)`` makes a differentiable layer of a solver and one step of any iteration that its solution is a
-fixed point of. `QPLayer` (quadratic programs), `NLPLayer` (any smooth program, convex or not), `f_sqp`, `f_pgd_a`,
-`f_pgd_b` and `f_fdpg` come with their step; `updates`, `projections` and `prox` are the parts to make others of, and
-`linear_solve` solves for the cotangent. ``check(layer, *params)`` reports whether a layer is right. `unroll` and
-`unfold` are the baselines. See "Backpropagation of Unrolled Solvers with Folded Optimization" (Kotary, Dinh and
-Fioretto, 2023); equation numbers in the docstrings are the paper's.
+fixed point of. `QPLayer` (convex quadratic programs), `NLPLayer` (any smooth program, convex or not), `f_sqp`,
+`f_pgd_a`, `f_pgd_b` and `f_fdpg` come with their step; `updates`, `projections` and `prox` are the parts to make others
+of, and `linear_solve` solves for the cotangent. `verdicts` says of each sample whether its derivative exists, and why
+not; ``check(layer, *params)`` reports whether a layer is right. `unroll` and `unfold` are the baselines. See
+"Backpropagation of Unrolled Solvers with Folded Optimization" (Kotary, Dinh and Fioretto, 2023); equation numbers in
+the docstrings are the paper's.
 """
 
 from foldopt import diagnostics, errors, linear_solve, projections, prox, updates, verdicts

@@ -233,8 +233,8 @@ class _Fold(torch.autograd.Function):
         with outer_tangents(ctx.saved_tensors) as saved:
             x, keep, c = _split(saved, n)
             r = pushed_forward(_Flat(point.step, n), (*[None] * n, *tangents), (*x, *c))
-            moved = [t is not None for t in tangents]
-            return (*_solved(_Tangent(point, n, moved), (*r, *x, keep, *c)), None, None)
+            moved = torch.stack([(p[:0] if t is None else t).ne(0).any() for t, p in zip(tangents, c, strict=True)])
+            return (*_solved(_Tangent(point, n), (*r, *x, keep, *c, moved)), None, None)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], point: FixedPoint, *params: Tensor) -> tuple[Tensors, Any]:
@@ -277,9 +277,9 @@ class _Linear(FixedPoint):
     equation: ClassVar[str]
     forward_mode: ClassVar[bool]
 
-    def __init__(self, of: FixedPoint, n: int, moved: Sequence[bool], leaves: Sequence[Tensor] = ()) -> None:
+    def __init__(self, of: FixedPoint, n: int, asked: Sequence[bool] = (), leaves: Sequence[Tensor] = ()) -> None:
         super().__init__(of.solver, of.policy, of.degenerate)
-        self.of, self.n, self.moved, self.leaves = of, n, moved, leaves
+        self.of, self.n, self.asked, self.leaves = of, n, asked, leaves
         self.derivative: Verdict | None = None
         self.kept: list[Tensor | None] | None = None  # what the leaves get of the answer, where that is known
 
@@ -358,7 +358,7 @@ class _Linear(FixedPoint):
             self.derivative = Verdict(code, none, none) if self.of.can_judge else None
             return r, None
         g = flatten(r) if keep is None else torch.where(keep[:, None], flatten(r), 0)
-        g, verdict = judge(g, self.moved, self.forward_mode)
+        g, verdict = judge(g, self.asked, self.forward_mode)
         self.derivative = verdict
         verdict.enforce(self.degenerate)
         return unflatten(g, recorded.state), verdict
@@ -378,8 +378,17 @@ class _Adjoint(_Linear):
 
 
 class _Tangent(_Linear):
+    """Its last param says which of c move, (number of c,) bool."""
+
     equation = "tangent equation t = Phi t + Psi dc"
     forward_mode = True
+
+    def split(self, params: Tensors) -> tuple[Tensors, Tensors, Tensor, Tensors]:
+        return super().split(params[:-1])
+
+    def __call__(self, *params: Tensor) -> Tensors:
+        self.asked = params[-1].tolist()
+        return super().__call__(*params)
 
     def product(self, function: Callable[..., Tensors], state: tuple[int, ...]) -> Callable[..., Tensors]:
         return Pushforward(function, state)

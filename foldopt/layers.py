@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from foldopt.checks import require_whole
 from foldopt.errors import InputError
+from foldopt.fixed_point import FoldInfo
 from foldopt.fold import FoldedLayer, fold
 from foldopt.solvers import scipy_nlp
 from foldopt.solvers.multipliers import recover_multipliers
@@ -116,6 +117,8 @@ def f_sqp(
     *,
     stepsize: float = 1.0,
     dtype: torch.dtype | None = torch.float64,
+    degenerate: str = "raise",
+    on_failure: str = "raise",
     **options: Any,
 ) -> FoldedLayer:
     """f-SQP: any smooth program, solved by any black box, folded through one SQP step (paper section 6, eqs. 31-32).
@@ -125,15 +128,21 @@ def f_sqp(
         solve: ``solve(*params) -> (x, nu, lam)``, the primal solution (B, n) and the multipliers (B, p) and (B, m) of
             the Lagrangian f + nu.h + lam.g, lam >= 0.
         stepsize: alpha of eq. 32. dtype: float64 by default whatever the network's dtype; None keeps the caller's.
-        options: as for `foldopt.fold`.
+        degenerate: what happens to samples whose solution has no derivative that the incoming gradient asks for, as for
+            `foldopt.QPLayer`: "raise" (`KinkError` at constraints without slack and without a multiplier,
+            `NotUniqueError`, `DependentRowsError`), "warn" (and go on as "one_sided"), "one_sided" (the derivative of
+            one of the smooth pieces that meet; of active constraints that depend on each other some independent ones
+            carry), "least_norm" (they share), "nan" or "zero" (the gradient of that sample).
+        on_failure, options: as for `foldopt.fold`.
 
     Returns:
         ``layer(*params) -> (x, nu, lam)``, differentiable. At a vertex (as many active constraints as variables) the
-        derivative is exactly zero; at a weakly active constraint it is a one-sided one; where the multipliers are not
-        unique it is that of least norm, and ``layer.update.last.singular`` marks the sample. Where the solution itself
-        is not unique there is no derivative and the sample falls under `on_failure`.
+        derivative is exactly zero. Active constraints that depend on each other matter only to the gradient of
+        parameters that the constraints use, and where their curvatures differ. ``layer.last.verdict`` says after a
+        backward pass what became of each sample.
     """
-    return fold(solve, SQP(program, stepsize), dtype=dtype, **options)
+    step = SQP(program, stepsize, degenerate, nan="nan" in (degenerate, on_failure))
+    return fold(solve, step, dtype=dtype, degenerate=degenerate, on_failure=on_failure, **options)
 
 
 class ADMMLayer(nn.Module):
@@ -179,10 +188,11 @@ class NLPLayer(nn.Module):
         polish: SQP steps taken on the solver's answer, which square its error. A sample that they move by more than
             1e-3 (relative) was no KKT point; it is left as it was and falls under `on_failure`.
         dtype: float64 by default whatever the network's; x comes back in that of the first parameter.
-        options: as for `foldopt.fold`.
+        options: as for `f_sqp`: degenerate, on_failure and so on.
 
-    A program of several local minima has the derivative of the one that the solver found. ``layer.fold.last`` holds
-    the certificates; `layer.multipliers` the (nu, lam) of the last call.
+    A program of several local minima has the derivative of the one that the solver found. ``layer.last`` holds the
+    certificates: ``status``, ``residual``, ``ok`` and after a backward pass ``verdict``; `layer.multipliers` the
+    (nu, lam) of the last call.
     """
 
     def __init__(
@@ -214,6 +224,11 @@ class NLPLayer(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "multipliers": None}
+
+    @property
+    def last(self) -> FoldInfo | None:
+        """The certificates of the last call."""
+        return self.fold.last
 
     def forward(self, *params: Tensor) -> Tensor:
         """Return the solutions, (B, n)."""

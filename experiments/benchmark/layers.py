@@ -315,9 +315,9 @@ LAYERS: Mapping[str, Layer] = {
         100,
         64,
         {
-            "fold": Contender("folded ADMM"),
-            "direct": Contender("folded ADMM, direct"),
-            "gmres": Contender("folded ADMM, GMRES"),
+            "fold": Contender("folded Newton step"),
+            "direct": Contender("folded Newton step, direct"),
+            "gmres": Contender("folded Newton step, GMRES"),
             "qpth": QPTH,
             "cvxpylayers": Contender("cvxpylayers (Clarabel)", peer=True, needs=("cvxpylayers",), most=8, gpu=False),
             "proxsuite": Contender("proxsuite's QPLayer", peer=True, needs=("proxsuite",), gpu=False),

@@ -92,14 +92,7 @@ def report(findings: pd.DataFrame, cells: Cells, note: str) -> str:
     """Return the page: both summaries, both tables."""
     parts = ["# Quadratic programs: is the derivative right, or refused by its cause?", ""]
     if len(findings):
-        parts += [
-            "## Maros-Meszaros through `QPLayer`",
-            "",
-            *_table(("", "Number"), summary(findings)),
-            "",
-            *COLLECTION,
-            "",
-        ]
+        parts += ["## Maros-Meszaros through `QPLayer`", "", *_table(("", "Number"), summary(findings)), "", COLLECTION]
         parts += [*_table(_columns(), _problem_rows(findings)), ""]
     if cells:
         parts += ["## Hard cases: all libraries", "", *_table(("", *KINDS), _tally(cells)), "", HARD]

@@ -38,15 +38,17 @@ def interior_point(program: Program, *, tol: float = 1e-10, max_iter: int = 200)
     run = _Run(program)
     left = torch.arange(B, device=program.q.device)
     idle = torch.zeros(B, dtype=torch.long, device=program.q.device)
+    done = torch.zeros(B, dtype=torch.bool, device=program.q.device)  # though still in `run`, for its company
     for _ in range(max_iter + 1):
         now = run.measure()
-        better = now < out.residual[left]
+        better = (now < out.residual[left]) & ~done[left]
         progress = now < 0.8 * out.residual[left]
         rows = left[better]
         out.x[rows], out.y[rows] = run.x[better], run.multipliers()[better]
         out.residual[rows] = now[better]
         idle[left] = torch.where(progress, 0, idle[left] + 1)
-        going = (out.residual[left] > tol) & (idle[left] < PATIENCE) & now.isfinite()
+        going = (out.residual[left] > tol) & (idle[left] < PATIENCE) & now.isfinite() & ~done[left]
+        done[left] = ~going
         if not going.any():
             break
         if 2 * int(going.sum()) <= len(left):

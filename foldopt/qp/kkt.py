@@ -49,6 +49,15 @@ class Rows(NamedTuple):
         return out.scatter_add(1, self.places, torch.where(self.there, values, 0))
 
 
+def probe(size: int, like: Tensor) -> Tensor:
+    """Return a vector (size,) that is in no special position, the same each time.
+
+    Weyl's sequence, as vmap does not let random numbers be drawn, not even for tensors that it does not map.
+    """
+    k = torch.arange(1, size + 1, dtype=like.dtype, device=like.device)
+    return torch.sin(0.7 * k * k)
+
+
 def matrix(H: Tensor, S: Tensor, there: Tensor) -> Tensor:
     """Return [[H, S'], [S, 0]], (B, n + s, n + s), with -1 on the diagonal of blank rows."""
     n, s = H.shape[1], S.shape[1]
@@ -105,9 +114,8 @@ class Spectral:
         self.n = H.shape[1]
         self.K = matrix(H, S, there)
         self.lu, self.pivots, info = lu_factor(self.K)
-        probe = torch.randn(self.K.shape[1], generator=torch.Generator().manual_seed(0), dtype=self.K.dtype)
-        probe = probe.to(self.K.device).expand(len(self.K), -1)
-        grown = torch.linalg.vector_norm(self._regular(probe), dim=1) / torch.linalg.vector_norm(probe, dim=1)
+        r = probe(self.K.shape[1], self.K).expand(len(self.K), -1)
+        grown = torch.linalg.vector_norm(self._regular(r), dim=1) / torch.linalg.vector_norm(r, dim=1)
         finite = self.K.isfinite().flatten(1).all(1)
         self.singular = finite & ((info > 0) | ~(grown < SUSPECT))
         if self.singular.any():

@@ -99,7 +99,7 @@ class QPLayer(nn.Module):
             )
         if closest_feasible not in (None, "l1", "l2"):
             raise InputError(f"closest_feasible={closest_feasible!r} is unknown; choose None, 'l1' or 'l2'.")
-        self.update = KKTNewton(degenerate)
+        self.update = KKTNewton(degenerate, "nan" in (degenerate, on_failure))
         self.fold = _QPFold(self.update, resolve(linear_solver), degenerate, on_failure)
         self.return_duals, self.closest_feasible = return_duals, closest_feasible
         self.shifts: tuple[Tensor, Tensor] | None = None
@@ -197,9 +197,9 @@ class _QPFold(FoldedLayer):
         if saddle is not None and len(left) < len(x):
             strong = (y != 0) | program.equality
             strong[left] = False
-            point = Point.clear(program, Schur.of(saddle, strong), None if point is None else (left, point))
+            point = Point.clear(program, Schur.of(saddle, program.H, strong), None if point is None else (left, point))
         if point is not None:
-            self.newton.prepare((x, y), params, point)
+            self.newton.prepare((x, y), params, point, program.H.data_ptr() == params[0].data_ptr())
 
     def certify(self, state: Tensors, stepped: Tensors) -> FoldInfo:
         """Return the certificates that the engine gave; `_solve` has applied the policy."""

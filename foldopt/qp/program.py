@@ -49,7 +49,9 @@ class Program(NamedTuple):
         bound = torch.where(y > 0, self.upper, self.lower) / entry
         here = x.gather(1, at)
         reach = here.abs() + bound.abs() + x.abs().amax(1, keepdim=True)
-        sample, row = (single & (y != 0) & ((here - bound).abs() <= LANDING * reach)).nonzero(as_tuple=True)
+        sample, row = (single & (y != 0) & bound.isfinite() & ((here - bound).abs() <= LANDING * reach)).nonzero(
+            as_tuple=True
+        )
         x = x.clone()
         x[sample, at[sample, row]] = bound[sample, row]
         return x
@@ -79,34 +81,65 @@ class Units(NamedTuple):
 
 
 def equilibrate(program: Program) -> Units:
-    """Return the units in which the columns of [H; C] and the rows of C have a largest entry of about 1.
+    """Return the units in which the columns of [H; C] and the rows of C have a largest entry of about 1, and x too.
 
-    The cost is scaled by the columns of H alone (by q in a linear program), so that neither a penalty in q nor a unit
-    of the objective pushes H below what the linear solves can tell from zero. Ruiz, A scaling algorithm to equilibrate
-    both rows and columns norms in matrices (2001), as in OSQP (Stellato et al., 2020, section 5.1).
+    A bound of a single variable says nothing of that variable's unit and follows it. The cost is scaled by the columns
+    of H alone (by q in a linear program), so that neither a penalty in q nor a unit of the objective pushes H below
+    what the linear solves can tell from zero. The one number that is left free is set by what x must be: by equalities,
+    else by q, else by bounds. Ruiz, A scaling
+    algorithm to equilibrate both rows and columns norms in matrices (2001), as in OSQP (Stellato et al., 2020, 5.1).
     """
     H, q, C = program.H.abs(), program.q.abs(), program.C.abs()
+    single = (C > 0).sum(2) <= 1
+    rows = torch.where(single[:, :, None], 0, C)
     d, e, c = torch.ones_like(q), torch.ones_like(program.lower), torch.ones_like(q[:, :1])
 
-    def inverse_root(size: Tensor) -> Tensor:
-        return torch.where(size > TINY, size, 1.0).rsqrt()
+    def cost() -> Tensor:
+        columns = c * d * (H * d[:, :, None]).amax(1)
+        curved = columns > 0
+        mean = columns.sum(1) / curved.sum(1).clamp(min=1)
+        size = torch.where(curved.any(1), mean, (c * d * q).amax(1))[:, None]
+        return torch.where(size > TINY, size, 1.0)
 
     for _ in range(ROUNDS):
-        columns = c * d * (H * d[:, :, None]).amax(1)
-        rows = e[:, :, None] * C * d[:, None, :]
+        largest = c * d * (H * d[:, :, None]).amax(1)
         if C.shape[1]:
-            d = d * inverse_root(torch.maximum(columns, rows.amax(1)))
-            e = e * inverse_root(rows.amax(2))
-        else:
-            d = d * inverse_root(columns)
-        curved = columns > 0
-        size = torch.where(
-            curved.any(1),
-            columns.sum(1) / curved.sum(1).clamp(min=1),
-            c[:, 0] * (d * q).amax(1),
-        )[:, None]
-        c = c / torch.where(size > TINY, size, 1.0)
+            scaled = e[:, :, None] * rows * d[:, None, :]
+            largest = torch.maximum(largest, scaled.amax(1))
+            e = e * _inverse_root(scaled.amax(2))
+        d = d * _inverse_root(largest)
+        c = c / cost()
+    if C.shape[1]:
+        own = (C * d[:, None, :]).amax(2)
+        e = torch.where(single & (own > TINY), 1 / own.clamp(min=TINY), e)
+    ends = e * program.lower.abs(), e * program.upper.abs()
+    steep = (c * d * q).amax(1, keepdim=True)  # the size of x without rows, where H has entries of 1
+    typical = _first(
+        _median(torch.where(program.equality, ends[1], 0)),
+        torch.where(H.flatten(1).any(1, keepdim=True), steep, 0),
+        _median(torch.cat(ends, 1)),
+    )
+    d, e = d * typical, e / typical
+    c = c / cost()
     return Units(*(torch.exp2(torch.log2(part).round()) for part in (d, e, c)))
+
+
+def _inverse_root(size: Tensor) -> Tensor:
+    return torch.where(size > TINY, size, 1.0).rsqrt()
+
+
+def _median(sizes: Tensor) -> Tensor:
+    """Return the median of those sizes (B, k) that are finite and not zero, (B, 1); 0 if there are none."""
+    some = torch.where(sizes.isfinite() & (sizes > TINY), sizes, torch.nan)
+    return some.nanmedian(1, keepdim=True).values.nan_to_num() if sizes.shape[1] else sizes.new_zeros(len(sizes), 1)
+
+
+def _first(*sizes: Tensor) -> Tensor:
+    """Return the first that is not zero in each row, or 1."""
+    out = torch.ones_like(sizes[0])
+    for size in reversed(sizes):
+        out = torch.where(size > TINY, size, out)
+    return out
 
 
 class Sizes(NamedTuple):

@@ -12,6 +12,8 @@ from foldopt.qp.kkt import Rows, Spectral
 from foldopt.qp.program import Program, Units
 from foldopt.solvers.saddle import Saddle, block_factor, block_solve
 
+TINY_MOVE = 1e-6  # of a row along a unit vector, relative to its entries, that counts as none
+
 
 class System(Protocol):
     """Solves [[H, S'], [S, 0]] (a, c) = (r1, r2) for S the strong rows; c (B, r) is zero in the others."""
@@ -27,17 +29,13 @@ class Schur(NamedTuple):
     saddle: Saddle
     strong: Tensor
     root: Tensor
+    units: Units
 
     @classmethod
-    def of(cls, saddle: Saddle, strong: Tensor) -> Schur:
-        """Factor the block of the strong rows."""
-        return cls(saddle, strong, block_factor(saddle.M, strong))
-
-    def units(self) -> Units:
-        """Return units in which H and its Schur complement have a diagonal of ones."""
-        L, M = self.saddle.L, self.saddle.M
-        d = 1 / torch.linalg.vector_norm(L, dim=2)
-        return Units(d, M.diagonal(dim1=1, dim2=2).rsqrt(), torch.ones_like(d[:, :1]))
+    def of(cls, saddle: Saddle, H: Tensor, strong: Tensor) -> Schur:
+        """Factor the block of the strong rows; in units in which H and the Schur complement have a diagonal of ones."""
+        d, e = (part.diagonal(dim1=1, dim2=2).rsqrt() for part in (H, saddle.M))
+        return cls(saddle, strong, block_factor(saddle.M, strong), Units(d, e, torch.ones_like(d[:, :1])))
 
     def solve(self, r1: Tensor, r2: Tensor) -> tuple[Tensor, Tensor]:
         """See `System`."""
@@ -69,6 +67,35 @@ class Equilibrated:
     def solve(self, r1: Tensor, r2: Tensor) -> tuple[Tensor, Tensor]:
         """See `System`; the solution of least norm, in equilibrated units, where there are many."""
         return self.spread(self.kkt.solve(self.gathered(r1, r2)))
+
+
+class Restrained(NamedTuple):
+    """A system whose x is not unique: of all solutions a, the one that moves some other rows least.
+
+    base: the system. projection: (B, n, n), takes a solution to that one, in the base's units.
+    """
+
+    base: Equilibrated
+    projection: Tensor
+
+    @classmethod
+    def of(cls, base: Equilibrated, rows: Tensor, basis: Tensor) -> Restrained:
+        """rows: (B, r, n), zero but for those that are to move least. basis: (B, n, N), of what x may move by."""
+        seen = rows @ basis
+        seen = torch.where(seen.abs() > TINY_MOVE * rows.abs().sum(2, keepdim=True), seen, 0)
+        inverse = torch.linalg.pinv(seen.mT @ seen, rtol=1e-12, hermitian=True)
+        eye = torch.eye(rows.shape[2], dtype=rows.dtype, device=rows.device)
+        return cls(base, eye - basis @ (inverse @ (seen.mT @ rows)))
+
+    def solve(self, r1: Tensor, r2: Tensor) -> tuple[Tensor, Tensor]:
+        """See `System`; what it solves with in backward mode is its transpose in forward mode."""
+        return self.base.spread(self.found(self.base.gathered(r1, r2)))
+
+    def found(self, r: Tensor) -> Tensor:
+        """Return the solution z (B, N) of a gathered right-hand side."""
+        z = self.base.kkt.solve(r)
+        n = self.projection.shape[1]
+        return torch.cat([matvec(self.projection, z[:, :n]), z[:, n:]], 1)
 
 
 class Mended(NamedTuple):

@@ -13,7 +13,7 @@ PIVOTS = 15  # where the rows are independent the active set usually settles in 
 CONDITION = 1e7  # times the rounding of the dtype: the smallest pivot of Q, relative to its diagonal, that is trusted
 EXACT = 1e-12  # residual of a row or column that counts as rounding, relative to its terms
 MARGIN = 1e-7  # slack, relative to its row, of a row that is clearly inactive
-CARRYING = 1e-5  # multiplier, relative to the cost, of a row that is clearly active
+CARRYING = 1e-6  # multiplier, relative to the cost, of a row that is clearly active
 
 
 class Saddle(NamedTuple):

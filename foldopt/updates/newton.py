@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from foldopt.batched import matvec
 from foldopt.qp.activity import Activity, activity, touched_somewhere
+from foldopt.qp.kkt import probe
 from foldopt.qp.program import Program, Units, equilibrate, residual
-from foldopt.qp.systems import Equilibrated, Mended, Schur, System, products, solved
+from foldopt.qp.systems import Equilibrated, Mended, Restrained, Schur, System, products, solved
 from foldopt.verdicts import DEPENDENT, DIFFERENTIABLE, KINK, NOT_UNIQUE, Verdict
 
 NewtonState = tuple[Tensor, Tensor]
@@ -34,14 +35,15 @@ class KKTNewton(nn.Module):
     Args:
         degenerate: how derivatives that do not exist are replaced (see `QPLayer`); it decides here whether rows that
             depend on each other are reduced to independent ones ("one_sided", "warn") or share ("least_norm").
+        nan: let a cotangent of NaN reach the right-hand sides of all rows.
 
     Parameters of the step: Q, p, G, h, A, b, lower, upper as for `QPLayer`; lower and upper (0,) for none.
     Fischer, A special Newton-type optimization method (1992); Nocedal and Wright, Numerical Optimization (2006), 16.
     """
 
-    def __init__(self, degenerate: str = "raise") -> None:
+    def __init__(self, degenerate: str = "raise", nan: bool = False) -> None:
         super().__init__()
-        self.degenerate = degenerate
+        self.degenerate, self.nan = degenerate, nan
         self._prepared: _Prepared | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -50,16 +52,21 @@ class KKTNewton(nn.Module):
     def forward(self, state: NewtonState, *params: Tensor) -> NewtonState:
         """Return the state after one step."""
         x, y = state
-        program = program_of(*params)
+        kept = self._prepared
+        known = kept is not None and kept.suits(*state, *params)
+        program = program_of(*params, symmetric=known and kept is not None and kept.symmetric)
         at = self.at(state, params, program)
         strong, sound = at.strong, at.sound[:, None]
-        y = torch.where(strong, y, 0)
-        Hx, Cx, pulled = products(program.H, program.C, x, y)
+        Hx, Cx, pulled = products(program.H, program.C, x, torch.where(strong, y, 0))
         bound = torch.where(y.detach() < 0, program.lower, program.upper)
         r1 = torch.where(sound, -(Hx + program.q + pulled), 0)
         r2 = torch.where(strong & sound, bound - Cx, 0)
         dx, dy = solved(at.system, program.H, program.C, r1, r2)
-        return x + dx, y + torch.where(strong, dy, 0)
+        x = x + dx
+        if self.nan:  # reaches the bounds of all rows, of which a derivative only sees the strong ones
+            ends = torch.cat([program.lower, program.upper], 1)
+            x = x + 0 * torch.where(ends.isfinite(), ends, 0).sum(1, keepdim=True)
+        return x, torch.where(strong, y + dy, 0)
 
     def inverse(self, g: Tensor, transposed: bool, stepped: NewtonState, state: NewtonState, *params: Tensor) -> Tensor:
         """Return v = Phi^T v + g, which is g."""
@@ -83,9 +90,12 @@ class KKTNewton(nn.Module):
 
         return judged
 
-    def prepare(self, state: NewtonState, params: Sequence[Tensor], at: Point) -> None:
-        """Keep what a solver knows of its solution for the step there, until the next call."""
-        self._prepared = _Prepared.of(at, *state, *params)
+    def prepare(self, state: NewtonState, params: Sequence[Tensor], at: Point, symmetric: bool = False) -> None:
+        """Keep what a solver knows of its solution for the step there, until the next call.
+
+        symmetric: whether Q is known to be.
+        """
+        self._prepared = _Prepared.of(at, symmetric, *state, *params)
 
     def at(self, state: NewtonState, params: Sequence[Tensor], program: Program | None = None) -> Point:
         """Return what the step needs to know of a state, kept for as long as it is asked for the same one."""
@@ -105,7 +115,8 @@ class Point:
     strong, weak, carrying: as of `Activity`. sound: (B,) bool, samples that are finite. degenerate: (B,) bool, those
     that may lack a derivative. dependent: (B, r) bool, strong rows that depend on each other. seen: (B, r) bool, other
     rows that may come to hold x where it is not unique. base: the system of the strong rows; system: that of the
-    strong rows and those seen, which derivatives are solved with.
+    strong rows, or of independent ones among them, which derivatives are solved with; restrained: that of all strong
+    rows where some are seen.
     """
 
     def __init__(
@@ -119,17 +130,18 @@ class Point:
         dependent: Tensor,
         base: Equilibrated | None = None,
         seen: Tensor | None = None,
+        restrained: Restrained | None = None,
         others: tuple[Tensor, Point] | None = None,
     ) -> None:
         self.program, self.units, self.system, self.sound = program, units, system, sound
         self.strong, self.weak, self.carrying = active
         self.degenerate, self.dependent, self.base, self.seen = degenerate, dependent, base, seen
-        self.others = others
+        self.restrained, self.others = restrained, others
 
     @classmethod
     def clear(cls, program: Program, system: Schur, others: tuple[Tensor, Point] | None = None) -> Point:
         """Return the point of solutions that are known to be regular, but for `others`: (samples, their point)."""
-        strong, units = system.strong, system.units()
+        strong, units = system.strong, Units(*(part.clone() for part in system.units))
         none = torch.zeros_like(strong)
         degenerate = torch.zeros(len(strong), dtype=torch.bool, device=strong.device)
         sound = ~degenerate
@@ -163,13 +175,13 @@ class Point:
             units = equilibrate(program)
         scaled = units.scaled(program)
         x_s, y_s = x / units.d, y * units.c / units.e
-        if error is None or not sound.all():
-            error = residual(scaled, x_s, y_s)
+        error = residual(scaled, x_s, y_s) if error is None else torch.where(sound, error, 0)
         active = activity(scaled, x_s, y_s, error)
-        base = system = Equilibrated(scaled, units, active.strong)
-        singular = base.kkt.singular
-        seen = dependent = torch.zeros_like(active.strong)
         strong = active.strong
+        base = independent = Equilibrated(scaled, units, strong)
+        system: System = base
+        restrained, singular = None, base.kkt.singular
+        seen = dependent = torch.zeros_like(strong)
         if singular.any():
             n, r = x.shape[1], y.shape[1]
             basis = base.kkt.null_basis()
@@ -180,12 +192,15 @@ class Point:
             seen = touched_somewhere(scaled, x_s, strong, seen)
             if degenerate in ("one_sided", "warn") and dependent.any():
                 strong = _independent(scaled, y_s, strong, dependent)
-            if seen.any() or strong is not active.strong:
-                system = Equilibrated(scaled, units, strong | seen)
+                system = independent = Equilibrated(scaled, units, strong)
+            if seen.any():
+                others = torch.where((active.weak | seen)[:, :, None], scaled.C, 0)
+                restrained = Restrained.of(base, others, basis[:, :n])
+                system = Restrained(independent, restrained.projection)
         torn = scaled.equality & ~active.carrying
-        degenerate_at = singular | (active.weak | torn).any(1)
+        lacking = singular | (active.weak | torn).any(1)
         active = Activity(strong, active.weak, active.carrying)
-        return cls(scaled, units, active, system, sound, degenerate_at, dependent, base, seen)
+        return cls(scaled, units, active, system, sound, lacking, dependent, base, seen, restrained)
 
     def judged(self, g: Tensor, needed: Sequence[bool], k: int, m: int, forward: bool) -> tuple[Tensor, Verdict]:
         """Return a cotangent (B, N), its part along which the solution is not unique taken away, and the verdict.
@@ -204,23 +219,22 @@ class Point:
             part, verdict = point.judged(g[index], needed, k, m, forward)
             code[index], rows[index], variables[index] = verdict.code, verdict.rows, verdict.variables
             return g.index_put((index,), part), Verdict(code, rows, variables)
-        system, base, seen = self.system, self.base, self.seen
-        if base is None or seen is None or not isinstance(system, Equilibrated) or not asked.any():
+        base, seen = self.base, self.seen
+        if base is None or seen is None or not asked.any():
             return g, Verdict(code, rows, variables)
         weights = torch.cat([d, e / c], 1)
         u = g * torch.cat([d, torch.where(self.strong, e / c, 0)], 1)
         if forward:
-            probe = torch.randn(n, generator=torch.Generator().manual_seed(1), dtype=g.dtype).to(g.device)
-            u = torch.cat([probe.expand(len(g), n), torch.zeros_like(u[:, n:])], 1)
+            u = torch.cat([probe(n, g).expand(len(g), n), torch.zeros_like(u[:, n:])], 1)
         size = torch.linalg.vector_norm(u, dim=1, keepdim=True).clamp(min=torch.finfo(g.dtype).tiny)
         null = base.kkt.null_part(torch.cat([u[:, :n], base.rows.take(u[:, n:])], 1))
         loose = torch.cat([null[:, :n], base.rows.put(null[:, n:], r)], 1)
         free = torch.linalg.vector_norm(null, dim=1) > UNIQUE * size[:, 0]
         u = torch.where(free[:, None], u - loose, u)
-        w = base.kkt.solve(torch.cat([u[:, :n], base.rows.take(u[:, n:])], 1))
+        rhs = torch.cat([u[:, :n], base.rows.take(u[:, n:])], 1)
+        w = self.restrained.found(rhs) if self.restrained else base.kkt.solve(rhs)
         held, w = base.rows.put(w[:, n:], r), w[:, :n]
         touched, basis = self.weak | seen, base.kkt.null_basis()[:, :n]
-        w = _kept_off(torch.where(touched[:, :, None], self.program.C, 0), w, basis)
         reach = torch.maximum(w.abs().amax(1, keepdim=True), 1e-6 * size) * self.program.C.abs().sum(2)
         hit = touched & (matvec(self.program.C, w).abs() > MOVED * reach)
         if not forward:
@@ -240,16 +254,6 @@ class Point:
         if not forward:
             g = torch.where((asked & free)[:, None], g - loose / weights, g)
         return g, Verdict(code, rows, variables)
-
-
-def _kept_off(rows: Tensor, w: Tensor, basis: Tensor) -> Tensor:
-    """Move w (B, n) along a basis (B, n, N) so that it moves some rows (B, r, n) as little as possible."""
-    seen = rows @ basis
-    seen = torch.where(seen.abs() > PART * rows.abs().sum(2, keepdim=True), seen, 0)
-    if not seen.any():
-        return w
-    inverse = torch.linalg.pinv(seen.mT @ seen, rtol=1e-12, hermitian=True)
-    return w - matvec(basis, matvec(inverse, matvec(seen.mT, matvec(rows, w))))
 
 
 def row_name(row: int, k: int, m: int) -> str:
@@ -307,14 +311,15 @@ class _Prepared(NamedTuple):
     """What is known of a state, and the tensors that it belongs to as they were."""
 
     point: Point
+    symmetric: bool
     tensors: tuple[Tensor, ...]
     versions: tuple[int, ...]
 
     @classmethod
-    def of(cls, point: Point, *tensors: Tensor) -> _Prepared | None:
+    def of(cls, point: Point, symmetric: bool, *tensors: Tensor) -> _Prepared | None:
         if any(t.is_inference() for t in tensors):  # which keep no version
             return None
-        return cls(point, tuple(t.detach() for t in tensors), tuple(t._version for t in tensors))
+        return cls(point, symmetric, tuple(t.detach() for t in tensors), tuple(t._version for t in tensors))
 
     def suits(self, *tensors: Tensor) -> bool:
         """Whether these are the same memory, not written to since."""
@@ -327,13 +332,25 @@ class _Prepared(NamedTuple):
 
 
 def program_of(
-    Q: Tensor, p: Tensor, G: Tensor, h: Tensor, A: Tensor, b: Tensor, lower: Tensor, upper: Tensor
+    Q: Tensor,
+    p: Tensor,
+    G: Tensor,
+    h: Tensor,
+    A: Tensor,
+    b: Tensor,
+    lower: Tensor,
+    upper: Tensor,
+    *,
+    symmetric: bool = False,
 ) -> Program:
-    """Return a QP as a program l <= Cx <= u: rows of A, of G, then the bounds of the variables if there are any."""
+    """Return a QP as a program l <= Cx <= u: rows of A, of G, then the bounds of the variables if there are any.
+
+    symmetric: whether Q is known to be.
+    """
     dims = ((Q, 3), (p, 2), (G, 3), (h, 2), (A, 3), (b, 2), (lower, 2), (upper, 2))
     B = max((len(t) for t, dim in dims if t.dim() == dim), default=1)
     n, m, k = p.shape[-1], h.shape[-1], b.shape[-1]
-    H = symmetrized(Q)
+    H = Q if symmetric else symmetrized(Q)
     rows, low, high = [], [], []
     if k:
         rows, low, high = [A.expand(B, k, n)], [b.expand(B, k)], [b.expand(B, k)]

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
+from foldopt.batched import matvec
 from foldopt.errors import InputError
+from foldopt.qp.activity import activity, complemented
+from foldopt.qp.kkt import probe
+from foldopt.qp.program import Program, equilibrate, residual, sizes
+from foldopt.qp.systems import System, solved
+from foldopt.solvers.interior_point import largest
 from foldopt.solvers.qp import QPSolution, solve_qp
+from foldopt.transforms import plain
+from foldopt.updates.newton import Judge, Point, _Prepared
+from foldopt.verdicts import DEPENDENT, DIFFERENTIABLE, Verdict, require_policy
 
 SQPState = tuple[Tensor, Tensor, Tensor]
+NEAR = 1e-3  # a step of more than this, relative to x, does not start at a solution
+CURVED = 1e-8  # change of curvature along w, relative to that of the model, that counts as one
 
 
 class SQPData(NamedTuple):
@@ -116,15 +128,25 @@ class SQP(nn.Module):
     system on the active set. At a KKT point with linearly independent active constraints and alpha = 1, Phi = 0: SQP
     is Newton's method there, so folding it is one KKT solve. Nocedal and Wright, Numerical Optimization, ch. 18.
 
+    At a KKT point where x may lack a derivative (constraints without slack and without a multiplier, active ones that
+    depend on each other, x not unique) the step is that of Newton on the strongly active constraints, and `judge` tells
+    which cotangents have a derivative.
+
     Args:
         program: any object with ``sqp_data`` (`SQPProgram`), such as a `SmoothProgram`.
         stepsize: alpha in (0, 1].
+        degenerate: as for `foldopt.fold`; it decides here whether active constraints that depend on each other are
+            reduced to independent ones ("one_sided", "warn") or share ("least_norm", as the others).
+        nan: let a cotangent of NaN reach what enters inactive constraints only.
 
     State: x (B, n), nu (B, p) for the equalities, lam (B, m) for the inequalities. The model's Hessian has to be
-    positive semidefinite. ``last`` holds the inner QP's solution with its per-sample ``ok`` and ``singular``.
+    positive semidefinite on the active constraints. ``last`` holds the inner QP's solution with its per-sample ``ok``
+    and ``singular``.
     """
 
-    def __init__(self, program: SQPProgram, stepsize: float = 1.0) -> None:
+    def __init__(
+        self, program: SQPProgram, stepsize: float = 1.0, degenerate: str = "raise", nan: bool = False
+    ) -> None:
         super().__init__()
         if not callable(getattr(program, "sqp_data", None)):
             raise InputError(
@@ -132,22 +154,208 @@ class SQP(nn.Module):
             )
         if not 0 < stepsize <= 1:
             raise InputError(f"stepsize={stepsize}: SQP takes a step in (0, 1].")
-        self.program, self.stepsize = program, stepsize
+        require_policy(degenerate)
+        self.program, self.stepsize, self.degenerate, self.nan = program, stepsize, degenerate, nan
         self.last: QPSolution | None = None
+        self._kept = WeakIdKeyDictionary()  # by the x of a state: what is known of it
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "last": None}
+        return {**self.__dict__, "last": None, "_kept": WeakIdKeyDictionary()}
 
     def forward(self, state: SQPState, *params: Tensor) -> SQPState:
         """Return the state after one step."""
         x, nu, lam = state
         data = SQPData(*self.program.sqp_data(x, nu, lam, *params))
-        guess = (lam > -data.g).detach()
-        qp = solve_qp(data.hessian, data.gradient, data.jacobian_h, -data.h, data.jacobian_g, -data.g, guess)
+        qp = _model_solution(data, lam)
         self.last = QPSolution(*(t.detach() for t in qp))
         a = self.stepsize
-        return x + a * qp.x, nu + a * (qp.nu - nu), lam + a * (qp.lam - lam)
+        moved = x + a * qp.x, nu + a * (qp.nu - nu), lam + a * (qp.lam - lam)
+        if self.nan:
+            moved = moved[0] + 0 * sum(part.flatten(1).sum(1, keepdim=True) for part in data), *moved[1:]
+        if not torch.is_grad_enabled() or not plain(*moved):  # nothing to differentiate, or a transform does
+            return moved
+        at, y = self.at(state, params, data, self.last)
+        if not at.degenerate.any():
+            return moved
+        chosen = at.degenerate[:, None]
+        pieces = self._on_strong_rows(at, y, state, params, data)
+        x, nu, lam = (torch.where(chosen, piece, new) for piece, new in zip(pieces, moved, strict=True))
+        return x, nu, lam
 
     def inverse(self, g: Tensor, transposed: bool, stepped: SQPState, state: SQPState, *params: Tensor) -> Tensor:
-        """Return v = Phi^T v + g, (B, N), for Phi = (1 - alpha) I, which it is at a regular KKT point."""
+        """Return v = Phi^T v + g, (B, N), for Phi = (1 - alpha) I, which it is wherever a derivative exists."""
         return g / self.stepsize
+
+    def judge(self, state: SQPState, *params: Tensor) -> Judge | None:
+        """Return what judges cotangents and tangents at this state; None where every sample has every derivative.
+
+        The derivative of a program at its KKT point is that of its quadratic model there, which is a QP. Active
+        constraints that depend on each other are a verdict if the parameters of a needed gradient enter the functions
+        they belong to, or if their curvature makes the derivative depend on the choice of multipliers.
+        """
+        at, y = self.at(state, params)
+        if not at.degenerate.any():
+            return None
+        p, m = state[1].shape[1], state[2].shape[1]
+
+        def judged(g: Tensor, needed: Sequence[bool], forward: bool) -> tuple[Tensor, Verdict]:
+            kept, verdict = at.judged(g.to(y), self._moving(state, params, needed), p, m, forward)
+            curved = (verdict.code == DIFFERENTIABLE) & self._curved(at, y, state, params, kept, forward)
+            return kept.to(g), Verdict(
+                torch.where(curved, DEPENDENT, verdict.code),
+                torch.where(curved[:, None], at.dependent, verdict.rows),
+                verdict.variables,
+                lambda row: f"equalities[{row}]" if row < p else f"inequalities[{row - p}]",
+            )
+
+        return judged
+
+    def at(
+        self, state: SQPState, params: Sequence[Tensor], data: SQPData | None = None, qp: QPSolution | None = None
+    ) -> tuple[Point, Tensor]:
+        """Return what is known of a state as a KKT point, with its multipliers (B, p + m); kept with its x.
+
+        data, qp: the quadratic model and its solution, if they are known.
+        """
+        known: tuple[_Prepared, Tensor] | None = self._kept.get(state[0])
+        if known is not None and known[0].suits(*state, *params):
+            return known[0].point, known[1]
+        with torch.no_grad():
+            if data is None or qp is None:
+                data = SQPData(*self.program.sqp_data(*state, *params))
+                qp = _model_solution(data, state[2])
+            point, y = _examined(state[0], data, qp, self.degenerate)
+        prepared = _Prepared.of(point, False, *state, *params)
+        if prepared is not None:
+            self._kept[state[0]] = prepared, y
+        return point, y
+
+    def _on_strong_rows(
+        self, at: Point, y: Tensor, state: SQPState, params: Sequence[Tensor], data: SQPData
+    ) -> SQPState:
+        """Return the state after a Newton step on the KKT conditions of the strongly active rows.
+
+        Rows that depend on each other leave a choice of multipliers: the derivative is that at y, on the rows that
+        are to carry, and the value that at the state's own.
+        """
+        x, nu, lam = state
+        n, p, a = x.shape[1], nu.shape[1], self.stepsize
+        given = torch.cat([nu, lam], 1)
+        with torch.no_grad():
+            every: System = at.system if at.base is None else at.base
+            held = at.strong if at.base is None else at.base.strong
+            dx, target = _newton(every, held, at.degenerate, data, x, given)
+            value = torch.cat([x + a * dx, given + a * (target - given)], 1)
+            _, chosen = _newton(at.system, at.strong, at.degenerate, data, x, y)
+        shifted = given + (chosen - given).detach()
+        data = SQPData(*self.program.sqp_data(x, shifted[:, :p], shifted[:, p:], *params))
+        dx, target = _newton(at.system, at.strong, at.degenerate, data, x, shifted)
+        new = torch.cat([x + a * dx, shifted + a * (target - shifted)], 1)
+        new = new + (value - new).detach()
+        return new[:, :n], new[:, n : n + p], new[:, n + p :]
+
+    def _moving(self, state: SQPState, params: Sequence[Tensor], needed: Sequence[bool]) -> list[bool]:
+        """Return which of Q, p, G, h, A, b, lower and upper of the model move with the parameters that are needed."""
+        explicit, weights = needed[: len(params)], any(needed[len(params) :])
+        with torch.enable_grad():
+            leaves = [
+                c.detach().requires_grad_(need and c.is_floating_point())
+                for c, need in zip(params, explicit, strict=True)
+            ]
+            data = SQPData(*self.program.sqp_data(*(part.detach() for part in state), *leaves))
+            wanted = [leaf for leaf in leaves if leaf.requires_grad]
+
+            def reached(part: Tensor) -> list[Tensor]:
+                if not wanted or not part.requires_grad or not part.numel():
+                    return []
+                some = probe(part.numel(), part).view_as(part)
+                found = torch.autograd.grad(part, wanted, some, retain_graph=True, allow_unused=True)
+                return [one for one in found if one is not None]
+
+            of_h, of_g = (bool(reached(part)) for part in (data.h, data.g))
+            parts = data.hessian, data.jacobian_h, data.jacobian_g
+            hessian, jacobian_h, jacobian_g = (any(bool(one.any()) for one in reached(part)) for part in parts)
+            if weights:  # of modules, out of sight here
+                of_h, of_g = of_h or data.h.requires_grad, of_g or data.g.requires_grad
+                hessian, jacobian_h, jacobian_g = (
+                    known or part.requires_grad
+                    for known, part in zip((hessian, jacobian_h, jacobian_g), parts, strict=True)
+                )
+        return [hessian, True, jacobian_g, of_g, jacobian_h, of_h, False, False]
+
+    def _curved(
+        self, at: Point, y: Tensor, state: SQPState, params: Sequence[Tensor], g: Tensor, forward: bool
+    ) -> Tensor:
+        """Return where, (B,) bool, the derivative depends on the multipliers that dependent rows leave to choose.
+
+        They enter by the curvature of their constraints, seen from the directions w that the adjoint solution has.
+        """
+        rows = at.dependent.any(1) & (g != 0).any(1)
+        if at.base is None or not rows.any():
+            return rows & False
+        p, n, r = state[1].shape[1], state[0].shape[1], y.shape[1]
+        d, e, c = at.units
+        kkt, held = at.base.kkt, at.base.rows
+        mixed = probe(kkt.K.shape[1], y)
+        along = held.put(matvec(kkt.null_basis(), mixed.expand(len(g), -1))[:, n:], r) * e / c
+        size = torch.linalg.vector_norm(along, dim=1, keepdim=True)
+        along = along * (torch.linalg.vector_norm(y, dim=1, keepdim=True) / torch.where(size > 0, size, 1))
+        x = state[0].detach()
+        one, two = (
+            SQPData(*self.program.sqp_data(x, v[:, :p], v[:, p:], *params)).hessian.to(y)
+            for v in (y.to(x), (y + along).to(x))
+        )
+        difference = c[:, :, None] * d[:, :, None] * (two - one) * d[:, None, :]
+        difference = (difference + difference.mT) / 2
+        u = g * torch.cat([d, torch.where(at.strong, e / c, 0)], 1)
+        if forward:
+            u = torch.cat([mixed[:n].expand(len(g), n), torch.zeros_like(u[:, n:])], 1)
+        rhs = torch.cat([u[:, :n], held.take(u[:, n:])], 1)
+        w = (at.restrained.found(rhs) if at.restrained else kkt.solve(rhs))[:, :n]
+        S = held.take_rows(at.program.C)
+        felt = matvec(difference, w)
+        felt = felt - matvec(torch.linalg.pinv(S, rtol=1e-10), matvec(S, felt))
+        scale = at.program.H.abs().amax((1, 2)) + difference.abs().amax((1, 2))
+        return rows & (largest(felt) > CURVED * scale * torch.maximum(largest(w), largest(u)))
+
+
+def _model_solution(data: SQPData, lam: Tensor) -> QPSolution:
+    guess = (lam > -data.g).detach()
+    return solve_qp(data.hessian, data.gradient, data.jacobian_h, -data.h, data.jacobian_g, -data.g, guess)
+
+
+def _examined(x: Tensor, data: SQPData, qp: QPSolution, degenerate: str) -> tuple[Point, Tensor]:
+    """Examine the quadratic model at its own solution, of which the error is about the square of that of the state.
+
+    Returns the multipliers too. A sample whose step is long is no solution and counts as regular.
+    """
+    eps = torch.finfo(x.dtype).eps
+    x, step, nu, lam = (part.double() for part in (x, qp.x, qp.nu, qp.lam))
+    gradient, H, h, Jh, g, Jg = (part.double() for part in data)
+    H, C = (H + H.mT) / 2, torch.cat([Jh, Jg], 1)
+    upper = matvec(C, x) - torch.cat([h, g], 1)
+    lower = torch.cat([upper[:, : h.shape[1]], torch.full_like(g, -torch.inf)], 1)
+    program = Program(H, gradient - matvec(H, x), C, lower, upper)
+    near = qp.ok & (largest(step) <= NEAR * (1 + largest(x)))
+    at, y = torch.where(near[:, None], x + step, torch.nan), torch.cat([nu, lam.clamp(min=0)], 1)
+    units = equilibrate(program)
+    scaled, to_y = units.scaled(program), units.e / units.c
+    at_s, y_s = at / units.d, y / to_y
+    length = largest(step / units.d) / sizes(scaled, at_s, y_s).x[:, 0]
+    error = residual(scaled, at_s, y_s) + length.square() + (eps if eps > 1e-12 else 0)
+    if activity(scaled, at_s, y_s, error).weak.any():
+        y = complemented(scaled, at_s, y_s, error) * to_y
+    return Point.of(program, at, y, degenerate, units, error), y
+
+
+def _newton(
+    system: System, carrying: Tensor, here: Tensor, data: SQPData, x: Tensor, y: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return a step dx and the multipliers after it, of Newton on the carrying rows; zero in samples not `here`."""
+    gradient, H, h, Jh, g, Jg = (part.double() for part in data)
+    C, c = torch.cat([Jh, Jg], 1), torch.cat([h, g], 1)
+    carried = torch.where(carrying, y.double(), 0)
+    r1 = torch.where(here[:, None], -(gradient + matvec(C.mT, carried)), 0)
+    r2 = torch.where(here[:, None] & carrying, -c, 0)
+    dx, dy = solved(system, (H + H.mT) / 2, C, r1, r2)
+    return dx.to(x), torch.where(carrying, carried + dy, 0).to(x)

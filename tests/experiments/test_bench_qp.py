@@ -266,6 +266,9 @@ def test_the_page_counts_what_is_in_its_tables():
     page = qp_report.report(
         findings, {"foldopt": {name: "right", refused: "wrong: answers, though infeasible"}}, "note"
     )
+    assert f"\n\n{qp_report.COLLECTION}\n| Problem |" in page
+    assert f"\n\n{qp_report.HARD}\n| Case |" in page
+    assert page.endswith("|\n\nnote\n")
     assert "| foldopt | 1 | 1 | 0 | 0 |" in page
     assert f"| {refused} (infeasible) | **answers** |" in page
     assert "| A | 2 | 0 | 1 | 4 | yes | 0e+00 | 0e+00 | 0e+00 | right |  | **wrong** (kink) |  |  | 0.1 | 0.1 |" in page
