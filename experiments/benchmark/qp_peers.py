@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-import importlib.util
 import io
 import warnings
 from collections.abc import Callable, Mapping
@@ -32,8 +31,8 @@ class RefusedError(Exception):
 class Contender:
     """A library at one setting.
 
-    package: of which the version is named. solve: (p, case) -> x, (n,). refuses: what its own errors start with; other
-    exceptions are raw.
+    package: of which the version is named, "" for ours. solve: (p, case) -> x, (n,). refuses: what its own errors start
+    with; other exceptions are raw.
     """
 
     title: str
@@ -43,6 +42,8 @@ class Contender:
 
     def installed(self) -> bool:
         """Whether its package is there."""
+        if not self.package:
+            return True
         try:
             importlib.metadata.version(self.package)
         except importlib.metadata.PackageNotFoundError:
@@ -52,7 +53,7 @@ class Contender:
     def named(self) -> str:
         """Return its title with the version."""
         name, _, setting = self.title.partition(", ")
-        version = "" if self.package == "foldopt" else f" {importlib.metadata.version(self.package)}"
+        version = f" {importlib.metadata.version(self.package)}" if self.package else ""
         return f"{name}{version}" + (f", {setting}" if setting else "")
 
 
@@ -150,7 +151,7 @@ def _cvxpylayers(**options: Any) -> Solve:
 OF_CVXPY = ("SolverError", "DCPError", "ValueError: Problem must be DPP")
 OF_QPSOLVERS = ("Exception", "ProblemError", "SolverError", "ParamError", "SolverNotFound")
 CONTENDERS: Mapping[str, Contender] = {
-    "foldopt": Contender("foldopt", "foldopt", _foldopt, ()),
+    "foldopt": Contender("foldopt", "", _foldopt, ()),
     "moreau": Contender("moreau", "moreau", _moreau(), ("RefusedError",)),
     "moreau_tight": Contender("moreau, 1e-11", "moreau", _moreau(tolerance=1e-11), ("RefusedError",)),
     "dqp": Contender("libdqp", "libdqp", _dqp(), OF_QPSOLVERS),

@@ -11,7 +11,7 @@ from foldopt.batched import matvec
 from foldopt.qp.activity import complemented
 from foldopt.qp.interior_point import interior_point
 from foldopt.qp.polish import EXACT, patterns, polish, refine
-from foldopt.qp.program import INFINITE, TINY, Program, Units, equilibrate, residual
+from foldopt.qp.program import INFINITE, Program, Units, equilibrate, residual
 
 SOLVED = 1e-9  # largest relative KKT residual of a solution
 CURVATURE = 1e-9  # negative curvature, relative to the equilibrated H, that counts as none
@@ -54,33 +54,45 @@ def solve(program: Program, curvature: float = CURVATURE) -> Solution:
     program = _cleaned(program, finite)
     units = equilibrate(program)
     scaled = units.scaled(program)
-    B = len(program.q)
-    status = torch.full((B,), LIMIT, device=program.q.device)
-    status[~finite] = NOT_FINITE
     convex = is_convex(scaled.H, curvature)
-    status[finite & ~convex] = NONCONVEX
+    todo = (finite & convex).nonzero()[:, 0]
     x, y = torch.full_like(program.q, torch.nan), torch.full_like(program.lower, torch.nan)
     worst = torch.full_like(program.q[:, 0], torch.inf)
+    _minimize(scaled, todo, x, y, worst)
+    left = todo[worst[todo] > SOLVED]
+    if len(left):  # another guess of the size of x may do
+        other = equilibrate(program.at(left), large=True)
+        p, x_again, y_again = other.scaled(program.at(left)), x[left].clone(), y[left].clone()
+        again = torch.full_like(worst[left], torch.inf)
+        _minimize(p, torch.arange(len(left), device=left.device), x_again, y_again, again)
+        better = again < worst[left]
+        rows = left[better]
+        x[rows], y[rows], worst[rows] = x_again[better], y_again[better], again[better]
+        for whole, part in zip(units, other, strict=True):
+            whole[rows] = part[better]
+        scaled = units.scaled(program)
+    good = worst <= SOLVED
+    status = torch.where(good, GOOD, LIMIT)
+    status[finite & ~convex] = NONCONVEX
+    status[~finite] = NOT_FINITE
+    if good.any():
+        solved = good.nonzero()[:, 0]
+        y[solved] = complemented(scaled.at(solved), x[solved], y[solved], worst[solved])
     certificate, ray, violation = torch.zeros_like(y), torch.zeros_like(x), torch.zeros_like(worst)
-    todo = (finite & convex).nonzero()[:, 0]
-    for group in patterns(scaled.equality[todo]):
-        index = todo[group]
-        p = scaled.at(index)
-        found = minimized(p)
-        good = found.residual <= SOLVED
-        status[index] = torch.where(good, GOOD, LIMIT)
-        worst[index] = found.residual
-        found_y = found.y.clone()
-        if good.any():
-            found_y[good] = complemented(p.at(good), found.x[good], found.y[good], found.residual[good])
-        x[index], y[index] = (torch.where(good[:, None], part, torch.nan) for part in (found.x, found_y))
-        if not good.all():
-            bad = index[~good]
-            cause, proof, least, direction = _cause(p.at(~good))
-            status[bad], violation[bad] = cause, least
-            certificate[bad], ray[bad] = proof, direction
+    bad = (status == LIMIT).nonzero()[:, 0]
+    if len(bad):
+        status[bad], certificate[bad], violation[bad], ray[bad] = _cause(scaled.at(bad))
+    x, y = (torch.where(good[:, None], part, torch.nan) for part in (x, y))
     back = units.e / units.c
     return Solution(units.d * x, back * y, status, worst, units, violation, units.e * certificate, units.d * ray)
+
+
+def _minimize(scaled: Program, todo: Tensor, x: Tensor, y: Tensor, worst: Tensor) -> None:
+    """Fill in the points and residuals that `minimized` finds for some samples."""
+    for group in patterns(scaled.equality[todo]):
+        index = todo[group]
+        found = minimized(scaled.at(index))
+        x[index], y[index], worst[index] = found.x, found.y, found.residual
 
 
 class Found(NamedTuple):
@@ -146,7 +158,8 @@ def _cause(p: Program) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     )
     least, certificate = _least_violation(p._replace(lower=low, upper=high))
     reach = torch.cat([torch.where(part.isfinite(), part.abs(), 0) for part in (low, high)], 1)
-    reach = (reach.amax(1) if reach.shape[1] else torch.zeros_like(least)).clamp(min=TINY)
+    reach = reach.amax(1) if reach.shape[1] else torch.zeros_like(least)
+    reach = torch.where(reach > 0, reach, torch.inf)  # where every bound is 0, x = 0 will do
     infeasible = contradictory.any(1) | (least > VIOLATION * reach)
     status[infeasible] = INFEASIBLE
     gap = torch.where(

@@ -16,6 +16,7 @@ from foldopt.fixed_point import FoldInfo
 from foldopt.fold import FoldedLayer
 from foldopt.linear_solve import LinearSolver
 from foldopt.linear_solve import linear_solver as resolve
+from foldopt.qp.closest import shifted
 from foldopt.qp.engine import (
     CURVATURE,
     GOOD,
@@ -127,9 +128,7 @@ class QPLayer(nn.Module):
         """Return the solutions x (B, n), or (x, duals); see the class."""
         params, answer, self.fold.call.curvature = arguments(Q, p, G, h, A, b, lower, upper)
         if self.closest_feasible is not None:
-            from foldopt.qp.closest import shifted
-
-            params, self.shifts = shifted(params, self.closest_feasible)
+            params, self.shifts = shifted(params, self.closest_feasible, QPLayer)
         x, y = self.fold(*params)
         if not self.return_duals:
             return x.to(answer)

@@ -80,14 +80,14 @@ class Units(NamedTuple):
         )
 
 
-def equilibrate(program: Program) -> Units:
+def equilibrate(program: Program, large: bool = False) -> Units:
     """Return the units in which the columns of [H; C] and the rows of C have a largest entry of about 1, and x too.
 
     A bound of a single variable says nothing of that variable's unit and follows it. The cost is scaled by the columns
     of H alone (by q in a linear program), so that neither a penalty in q nor a unit of the objective pushes H below
-    what the linear solves can tell from zero. The one number that is left free is set by what x must be: by equalities,
-    else by q, else by bounds. Ruiz, A scaling
-    algorithm to equilibrate both rows and columns norms in matrices (2001), as in OSQP (Stellato et al., 2020, 5.1).
+    what the linear solves can tell from zero. The one number that is left free is set by the size that x will have: that of
+    equalities, else the lesser (or with `large` the larger) of what q and the bounds suggest. Ruiz, A scaling algorithm
+    to equilibrate both rows and columns norms in matrices (2001), as in OSQP (Stellato et al., 2020, 5.1).
     """
     H, q, C = program.H.abs(), program.q.abs(), program.C.abs()
     single = (C > 0).sum(2) <= 1
@@ -114,11 +114,12 @@ def equilibrate(program: Program) -> Units:
         e = torch.where(single & (own > TINY), 1 / own.clamp(min=TINY), e)
     ends = e * program.lower.abs(), e * program.upper.abs()
     steep = (c * d * q).amax(1, keepdim=True)  # the size of x without rows, where H has entries of 1
-    typical = _first(
-        _median(torch.where(program.equality, ends[1], 0)),
-        torch.where(H.flatten(1).any(1, keepdim=True), steep, 0),
-        _median(torch.cat(ends, 1)),
-    )
+    steep = torch.where(H.flatten(1).any(1, keepdim=True), steep, 0)
+    both = torch.cat([steep, _median(torch.cat(ends, 1))], 1)
+    both = torch.where(both > TINY, both, both.amax(1, keepdim=True))
+    size = both.amax(1, keepdim=True) if large else both.amin(1, keepdim=True)
+    typical = _median(torch.where(program.equality, ends[1], 0))
+    typical = torch.where(typical > TINY, typical, torch.where(size > TINY, size, 1.0))
     d, e = d * typical, e / typical
     c = c / cost()
     return Units(*(torch.exp2(torch.log2(part).round()) for part in (d, e, c)))
@@ -132,14 +133,6 @@ def _median(sizes: Tensor) -> Tensor:
     """Return the median of those sizes (B, k) that are finite and not zero, (B, 1); 0 if there are none."""
     some = torch.where(sizes.isfinite() & (sizes > TINY), sizes, torch.nan)
     return some.nanmedian(1, keepdim=True).values.nan_to_num() if sizes.shape[1] else sizes.new_zeros(len(sizes), 1)
-
-
-def _first(*sizes: Tensor) -> Tensor:
-    """Return the first that is not zero in each row, or 1."""
-    out = torch.ones_like(sizes[0])
-    for size in reversed(sizes):
-        out = torch.where(size > TINY, size, out)
-    return out
 
 
 class Sizes(NamedTuple):
@@ -160,10 +153,7 @@ def sizes(program: Program, x: Tensor, y: Tensor) -> Sizes:
     """
     absolute = x.abs()
     largest = absolute.amax(1, keepdim=True)
-    curvature = program.H.abs().flatten(1).amax(1, keepdim=True)
-    natural = torch.where(curvature > TINY, program.q.abs().amax(1, keepdim=True) / curvature.clamp(min=TINY), 1.0)
-    natural = torch.where(natural > 0, natural, 1.0)
-    x_size = torch.where(largest > 1e-10 * natural, largest, natural)
+    x_size = torch.where(largest > 1e-10, largest, 1.0)
     reach = matvec(program.C.abs(), absolute)
     rows = torch.maximum(reach, 1e-3 * x_size * program.C.abs().amax(2)) if program.C.shape[1] else reach
     terms = matvec(program.H, x), program.q, matvec(program.C.mT, y)

@@ -18,6 +18,7 @@ from foldopt.verdicts import DEPENDENT, DIFFERENTIABLE, KINK, NOT_UNIQUE, Verdic
 
 NewtonState = tuple[Tensor, Tensor]
 Judge = Callable[[Tensor, Sequence[bool], bool], tuple[Tensor, Verdict]]
+UNSOLVED = 1e-3  # KKT residual of what is no solution
 UNIQUE = 1e-8  # share of a cotangent along directions in which x is free that counts as none
 MOVED = 1e-6  # movement of a weakly active row, relative to that of x, that counts as one
 RANK = 1e-13  # eigenvalue of CC' relative to the largest at which rows depend on each other
@@ -35,7 +36,7 @@ class KKTNewton(nn.Module):
     Args:
         degenerate: how derivatives that do not exist are replaced (see `QPLayer`); it decides here whether rows that
             depend on each other are reduced to independent ones ("one_sided", "warn") or share ("least_norm").
-        nan: let a cotangent of NaN reach the right-hand sides of all rows.
+        nan: let a cotangent of NaN reach all parameters of its sample.
 
     Parameters of the step: Q, p, G, h, A, b, lower, upper as for `QPLayer`; lower and upper (0,) for none.
     Fischer, A special Newton-type optimization method (1992); Nocedal and Wright, Numerical Optimization (2006), 16.
@@ -63,9 +64,8 @@ class KKTNewton(nn.Module):
         r2 = torch.where(strong & sound, bound - Cx, 0)
         dx, dy = solved(at.system, program.H, program.C, r1, r2)
         x = x + dx
-        if self.nan:  # reaches the bounds of all rows, of which a derivative only sees the strong ones
-            ends = torch.cat([program.lower, program.upper], 1)
-            x = x + 0 * torch.where(ends.isfinite(), ends, 0).sum(1, keepdim=True)
+        if self.nan:  # reaches every number, of which a derivative only sees those of sound samples and strong rows
+            x = x + 0 * sum(part.flatten(1).nan_to_num(0, 0, 0).sum(1, keepdim=True) for part in program)
         return x, torch.where(strong, y + dy, 0)
 
     def inverse(self, g: Tensor, transposed: bool, stepped: NewtonState, state: NewtonState, *params: Tensor) -> Tensor:
@@ -166,16 +166,22 @@ class Point:
         units: Units | None = None,
         error: Tensor | None = None,
     ) -> Point:
-        """Examine a state. units: of the equilibrated program, error: its relative KKT residual (B,), if known."""
+        """Examine a state. units: of the equilibrated program, error: its relative KKT residual (B,), if known.
+
+        In samples that are not finite, or far from a solution, the step is to stay where it is.
+        """
         sound = torch.cat([x, y], 1).isfinite().all(1)
         sound &= torch.stack([part.flatten(1).isfinite().all(1) for part in (program.H, program.q, program.C)]).all(0)
-        if not sound.all():
+        if error is None:
             program, x, y = _without(program, x, y, sound)
-        if units is None or not sound.all():
             units = equilibrate(program)
+            error = residual(units.scaled(program), x / units.d, y * units.c / units.e)
+        sound &= error <= UNSOLVED
+        if units is None or not sound.all():
+            program, x, y = _without(program, x, y, sound)
+            units, error = equilibrate(program), torch.where(sound, error, 0)
         scaled = units.scaled(program)
         x_s, y_s = x / units.d, y * units.c / units.e
-        error = residual(scaled, x_s, y_s) if error is None else torch.where(sound, error, 0)
         active = activity(scaled, x_s, y_s, error)
         strong = active.strong
         base = independent = Equilibrated(scaled, units, strong)
@@ -264,7 +270,9 @@ def row_name(row: int, k: int, m: int) -> str:
 
 
 def _without(program: Program, x: Tensor, y: Tensor, sound: Tensor) -> tuple[Program, Tensor, Tensor]:
-    """Put min 1/2 |x|^2 without rows, solved at 0, in the place of samples that are not finite."""
+    """Put min 1/2 |x|^2 without rows, solved at 0, in the place of samples that are not sound."""
+    if sound.all():
+        return program, x, y
     H, q, C, lower, upper = program
     eye = torch.eye(H.shape[1], dtype=H.dtype, device=H.device)
     one, two = sound[:, None], sound[:, None, None]

@@ -9,20 +9,23 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from foldopt.batched import matvec
+from foldopt.batched import lu_factor, matvec
 from foldopt.errors import InputError
 from foldopt.qp.activity import activity, complemented
 from foldopt.qp.kkt import probe
 from foldopt.qp.program import Program, equilibrate, residual, sizes
 from foldopt.qp.systems import System, solved
 from foldopt.solvers.interior_point import largest
-from foldopt.solvers.qp import QPSolution, solve_qp
+from foldopt.solvers.qp import QPSolution, _kkt_matrix, solve_qp
 from foldopt.transforms import plain
-from foldopt.updates.newton import Judge, Point, _Prepared
+from foldopt.updates.newton import Judge, Point
 from foldopt.verdicts import DEPENDENT, DIFFERENTIABLE, Verdict, require_policy
 
 SQPState = tuple[Tensor, Tensor, Tensor]
 NEAR = 1e-3  # a step of more than this, relative to x, does not start at a solution
+CLEAR = 1e-3  # a slack or a multiplier of that relative size is one
+SIMILAR = 1e3  # ratio of rows or of columns whose units need no look
+GROWN = 1e6  # growth of a right-hand side in a matrix that is plainly regular
 CURVED = 1e-8  # change of curvature along w, relative to that of the model, that counts as one
 
 
@@ -174,9 +177,10 @@ class SQP(nn.Module):
             moved = moved[0] + 0 * sum(part.flatten(1).sum(1, keepdim=True) for part in data), *moved[1:]
         if not torch.is_grad_enabled() or not plain(*moved):  # nothing to differentiate, or a transform does
             return moved
-        at, y = self.at(state, params, data, self.last)
-        if not at.degenerate.any():
+        known = self.at(state, params, data, self.last)
+        if known is None:
             return moved
+        at, y = known
         chosen = at.degenerate[:, None]
         pieces = self._on_strong_rows(at, y, state, params, data)
         x, nu, lam = (torch.where(chosen, piece, new) for piece, new in zip(pieces, moved, strict=True))
@@ -193,9 +197,10 @@ class SQP(nn.Module):
         constraints that depend on each other are a verdict if the parameters of a needed gradient enter the functions
         they belong to, or if their curvature makes the derivative depend on the choice of multipliers.
         """
-        at, y = self.at(state, params)
-        if not at.degenerate.any():
+        known = self.at(state, params)
+        if known is None:
             return None
+        at, y = known
         p, m = state[1].shape[1], state[2].shape[1]
 
         def judged(g: Tensor, needed: Sequence[bool], forward: bool) -> tuple[Tensor, Verdict]:
@@ -212,23 +217,24 @@ class SQP(nn.Module):
 
     def at(
         self, state: SQPState, params: Sequence[Tensor], data: SQPData | None = None, qp: QPSolution | None = None
-    ) -> tuple[Point, Tensor]:
-        """Return what is known of a state as a KKT point, with its multipliers (B, p + m); kept with its x.
+    ) -> tuple[Point, Tensor] | None:
+        """Return what is known of a state as a KKT point, and its multipliers (B, p + m); None if all is regular.
 
-        data, qp: the quadratic model and its solution, if they are known.
+        data, qp: the quadratic model and its solution, if they are known. The answer is kept as long as x is.
         """
-        known: tuple[_Prepared, Tensor] | None = self._kept.get(state[0])
-        if known is not None and known[0].suits(*state, *params):
-            return known[0].point, known[1]
+        kept: _Kept | None = self._kept.get(state[0])
+        if kept is not None and kept.suits(*state, *params):
+            return kept.known
         with torch.no_grad():
             if data is None or qp is None:
                 data = SQPData(*self.program.sqp_data(*state, *params))
                 qp = _model_solution(data, state[2])
-            point, y = _examined(state[0], data, qp, self.degenerate)
-        prepared = _Prepared.of(point, False, *state, *params)
-        if prepared is not None:
-            self._kept[state[0]] = prepared, y
-        return point, y
+            known = None if _all_clear(state[0], data, qp) else _examined(state[0], data, qp, self.degenerate)
+        if known is not None and not known[0].degenerate.any():
+            known = None
+        if not any(t.is_inference() for t in (*state, *params)):  # which keep no version
+            self._kept[state[0]] = _Kept.of(known, *state, *params)
+        return known
 
     def _on_strong_rows(
         self, at: Point, y: Tensor, state: SQPState, params: Sequence[Tensor], data: SQPData
@@ -319,9 +325,60 @@ class SQP(nn.Module):
         return rows & (largest(felt) > CURVED * scale * torch.maximum(largest(w), largest(u)))
 
 
+class _Kept(NamedTuple):
+    """What is known of a state, and the tensors that it belongs to as they were."""
+
+    known: tuple[Point, Tensor] | None
+    tensors: tuple[Tensor, ...]
+    versions: tuple[int, ...]
+
+    @classmethod
+    def of(cls, known: tuple[Point, Tensor] | None, *tensors: Tensor) -> _Kept:
+        return cls(known, tuple(t.detach() for t in tensors), tuple(t._version for t in tensors))
+
+    def suits(self, *tensors: Tensor) -> bool:
+        """Whether these are the same memory, not written to since."""
+        return len(tensors) == len(self.tensors) and all(
+            not t.is_inference()
+            and (t.data_ptr(), t._version, t.shape, t.stride()) == (own.data_ptr(), version, own.shape, own.stride())
+            for t, own, version in zip(tensors, self.tensors, self.versions, strict=True)
+        )
+
+
 def _model_solution(data: SQPData, lam: Tensor) -> QPSolution:
     guess = (lam > -data.g).detach()
     return solve_qp(data.hessian, data.gradient, data.jacobian_h, -data.h, data.jacobian_g, -data.g, guess)
+
+
+def _all_clear(x: Tensor, data: SQPData, qp: QPSolution) -> bool:
+    """Return whether it is plain, without equilibration, that every sample is regular.
+
+    That is so in a program whose rows and columns are of similar sizes if each inequality has a good slack or a good
+    multiplier and the KKT matrix of the active ones lets no right-hand side grow much. Samples that are not solved
+    count as regular.
+    """
+    if qp.singular.any():
+        return False
+    gradient, H, _, Jh, g, Jg = data
+    C = torch.cat([Jh, Jg], 1)
+    entries = torch.cat([H, C], 1).abs()
+    columns, of_rows = entries.amax(1), entries[:, x.shape[1] :].amax(2)
+    similar = columns.amin(1) * SIMILAR > columns.amax(1)
+    if C.shape[1]:
+        similar &= of_rows.amin(1) * SIMILAR > of_rows.amax(1)
+    rows, curvature = of_rows[:, Jh.shape[1] :], H.abs().amax((1, 2))
+    force = torch.stack([largest(gradient), largest(matvec(H, x)), largest(qp.lam * rows)]).amax(0)
+    size = largest(x) + force / curvature
+    slack = -g > CLEAR * rows * size[:, None]
+    carrying = qp.lam * rows > CLEAR * force[:, None]
+    plainly = torch.where(qp.active, carrying & (g.abs() <= CLEAR * CLEAR * rows * size[:, None]), slack & ~carrying)
+    K = _kkt_matrix(H, Jh, Jg, qp.active)
+    lu, pivots, info = lu_factor(K)
+    r = probe(K.shape[1], K).expand(len(K), -1)
+    grown = largest(torch.linalg.lu_solve(lu, pivots, r[:, :, None])[:, :, 0]) * K.abs().amax((1, 2))
+    regular = (info == 0) & (grown < GROWN)
+    near = qp.ok & (largest(qp.x) <= NEAR * (1 + largest(x)))
+    return bool((~near | (similar & regular & plainly.all(1))).all())
 
 
 def _examined(x: Tensor, data: SQPData, qp: QPSolution, degenerate: str) -> tuple[Point, Tensor]:
