@@ -32,6 +32,8 @@ class PortfolioSQP(SQP):
             with torch.no_grad():
                 model = _solved(*given)
             new = None if model is None else _Model.apply(model, *given)
+            if model is not None and torch.is_grad_enabled() and _clear(model):
+                self.keep(None, state, params)
         else:
             model = _solved(*given)
             new = None if model is None else model.state
@@ -67,6 +69,22 @@ class _Solved(NamedTuple):
     ones: Tensor
     mixed: Tensor
     pivot: Tensor
+
+
+def _clear(model: _Solved) -> bool:
+    """Return whether it is plain that the model's solution is regular in every sample, with no asset about to change.
+
+    Far enough from what `foldopt.SQP` takes for touched (1e-7), for no multiplier (1e-6) and for singular.
+    """
+    (x, _, lam), c_size = model.state, model.k * model.Vx.abs().amax(1, keepdim=True)
+    size = torch.maximum(lam.amax(1, keepdim=True), c_size)
+    weights = torch.where(model.held, x > 1e-6 * x.amax(1, keepdim=True), lam[:, 1:] > 1e-5 * size)
+    risk = lam[:, :1] * model.a.abs().amax(1, keepdim=True) > 1e-4 * size
+    pivots = model.root.diagonal(dim1=1, dim2=2).square()
+    regular = (pivots.amin(1) > 1e-7 * pivots.amax(1)) & (model.pivot > 1e-7 * (model.a_held * model.Pa).sum(1, True))[
+        :, 0
+    ]
+    return bool(weights.all() & risk.all() & regular.all())
 
 
 def _solved(x: Tensor, lam: Tensor, c: Tensor, V: Tensor, gamma: Tensor) -> _Solved | None:

@@ -198,7 +198,7 @@ class _QPFold(FoldedLayer):
             strong[left] = False
             point = Point.clear(program, Schur.of(saddle, program.H, strong), None if point is None else (left, point))
         if point is not None:
-            self.newton.prepare((x, y), params, point, program.H.data_ptr() == params[0].data_ptr())
+            self.newton.prepare((x, y), params, point, program.H)
 
     def certify(self, state: Tensors, stepped: Tensors) -> FoldInfo:
         """Return the certificates that the engine gave; `_solve` has applied the policy."""

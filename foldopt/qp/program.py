@@ -85,9 +85,9 @@ def equilibrate(program: Program, large: bool = False) -> Units:
 
     A bound of a single variable says nothing of that variable's unit and follows it. The cost is scaled by the columns
     of H alone (by q in a linear program), so that neither a penalty in q nor a unit of the objective pushes H below
-    what the linear solves can tell from zero. The one number that is left free is set by the size that x will have: that of
-    equalities, else the lesser (or with `large` the larger) of what q and the bounds suggest. Ruiz, A scaling algorithm
-    to equilibrate both rows and columns norms in matrices (2001), as in OSQP (Stellato et al., 2020, 5.1).
+    what the linear solves can tell from zero. The one number that is left free is set by the size that x will have:
+    that of equalities, else the lesser (or with `large` the larger) of what q and the bounds suggest. Ruiz, A scaling
+    algorithm to equilibrate both rows and columns norms in matrices (2001), as in OSQP (Stellato et al., 2020, 5.1).
     """
     H, q, C = program.H.abs(), program.q.abs(), program.C.abs()
     single = (C > 0).sum(2) <= 1

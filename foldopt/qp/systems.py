@@ -12,6 +12,7 @@ from foldopt.qp.kkt import Rows, Spectral
 from foldopt.qp.program import Program, Units
 from foldopt.solvers.saddle import Saddle, block_factor, block_solve
 
+ROUNDING = 1e-13
 TINY_MOVE = 1e-6  # of a row along a unit vector, relative to its entries, that counts as none
 
 
@@ -112,34 +113,50 @@ class Mended(NamedTuple):
         return a, c
 
 
-def solved(system: System, H: Tensor, C: Tensor, r1: Tensor, r2: Tensor) -> tuple[Tensor, Tensor]:
+def solved(
+    system: System, H: Tensor, C: Tensor, r1: Tensor, r2: Tensor, scale: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
     """Return (a, c) of `System` as a function of everything, differentiable to any order.
 
-    H, C: of the program that the system is of. The gradient of H is that of its symmetric part.
+    H, C: of the program that the system is of. The gradient of H is that of its symmetric part. scale: what a (B, n)
+    and c (B, r) are added to, if known. Beside it they are rounding at a solution, and so are the first derivatives
+    with respect to H and C, which are then left out.
     """
-    found: tuple[Tensor, Tensor] = _Solve.apply(system, H, C, r1, r2)
+    found: tuple[Tensor, Tensor] = _Solve.apply(system, H, C, r1, r2, scale)
     return found
+
+
+def _beside(change: Tensor, value: Tensor) -> bool:
+    """Whether a change is rounding beside a value, in every sample."""
+    if not change.numel():
+        return True
+    return bool((change.abs().amax(1) <= ROUNDING * value.abs().amax(1)).all())
 
 
 class _Solve(torch.autograd.Function):
     @staticmethod
-    def forward(system: System, H: Tensor, C: Tensor, r1: Tensor, r2: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        system: System, H: Tensor, C: Tensor, r1: Tensor, r2: Tensor, scale: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
         return system.solve(r1, r2)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.system, H, C, _, _ = inputs
+        ctx.system, H, C, _, _, scale = inputs
+        ctx.settled = scale is not None and all(map(_beside, output, scale))
         ctx.save_for_backward(H, C, *output)
 
     @staticmethod
     def backward(ctx: Any, ga: Tensor, gc: Tensor) -> tuple[Tensor | None, ...]:
         H, C, a, c = ctx.saved_tensors
-        b1, b2 = _Solve.apply(ctx.system, H, C, ga, gc)
+        b1, b2 = _Solve.apply(ctx.system, H, C, ga, gc, None)
         _, of_H, of_C, *_ = ctx.needs_input_grad
+        if ctx.settled and not torch.is_grad_enabled():
+            of_H = of_C = False
         pair = torch.stack([b1, a], 2)
         gH = -0.5 * pair @ pair.flip(2).mT if of_H else None
         gC = -torch.stack([c, b2], 2) @ pair.mT if of_C else None
-        return None, gH, gC, b1, b2
+        return None, gH, gC, b1, b2, None
 
 
 def products(H: Tensor, C: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:

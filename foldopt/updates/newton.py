@@ -54,15 +54,15 @@ class KKTNewton(nn.Module):
         """Return the state after one step."""
         x, y = state
         kept = self._prepared
-        known = kept is not None and kept.suits(*state, *params)
-        program = program_of(*params, symmetric=known and kept is not None and kept.symmetric)
+        known = kept.symmetric if kept is not None and kept.suits(*state, *params) else None
+        program = program_of(*params, symmetric=known)
         at = self.at(state, params, program)
         strong, sound = at.strong, at.sound[:, None]
         Hx, Cx, pulled = products(program.H, program.C, x, torch.where(strong, y, 0))
         bound = torch.where(y.detach() < 0, program.lower, program.upper)
         r1 = torch.where(sound, -(Hx + program.q + pulled), 0)
         r2 = torch.where(strong & sound, bound - Cx, 0)
-        dx, dy = solved(at.system, program.H, program.C, r1, r2)
+        dx, dy = solved(at.system, program.H, program.C, r1, r2, (x.detach(), y.detach()))
         x = x + dx
         if self.nan:  # reaches every number, of which a derivative only sees those of sound samples and strong rows
             x = x + 0 * sum(part.flatten(1).nan_to_num(0, 0, 0).sum(1, keepdim=True) for part in program)
@@ -90,10 +90,10 @@ class KKTNewton(nn.Module):
 
         return judged
 
-    def prepare(self, state: NewtonState, params: Sequence[Tensor], at: Point, symmetric: bool = False) -> None:
+    def prepare(self, state: NewtonState, params: Sequence[Tensor], at: Point, symmetric: Tensor | None = None) -> None:
         """Keep what a solver knows of its solution for the step there, until the next call.
 
-        symmetric: whether Q is known to be.
+        symmetric: the symmetric part of Q, if it is known.
         """
         self._prepared = _Prepared.of(at, symmetric, *state, *params)
 
@@ -319,12 +319,12 @@ class _Prepared(NamedTuple):
     """What is known of a state, and the tensors that it belongs to as they were."""
 
     point: Point
-    symmetric: bool
+    symmetric: Tensor | None
     tensors: tuple[Tensor, ...]
     versions: tuple[int, ...]
 
     @classmethod
-    def of(cls, point: Point, symmetric: bool, *tensors: Tensor) -> _Prepared | None:
+    def of(cls, point: Point, symmetric: Tensor | None, *tensors: Tensor) -> _Prepared | None:
         if any(t.is_inference() for t in tensors):  # which keep no version
             return None
         return cls(point, symmetric, tuple(t.detach() for t in tensors), tuple(t._version for t in tensors))
@@ -349,16 +349,16 @@ def program_of(
     lower: Tensor,
     upper: Tensor,
     *,
-    symmetric: bool = False,
+    symmetric: Tensor | None = None,
 ) -> Program:
     """Return a QP as a program l <= Cx <= u: rows of A, of G, then the bounds of the variables if there are any.
 
-    symmetric: whether Q is known to be.
+    symmetric: the symmetric part of Q, if it is known; of Q's shape or expanded over the batch.
     """
     dims = ((Q, 3), (p, 2), (G, 3), (h, 2), (A, 3), (b, 2), (lower, 2), (upper, 2))
     B = max((len(t) for t, dim in dims if t.dim() == dim), default=1)
     n, m, k = p.shape[-1], h.shape[-1], b.shape[-1]
-    H = Q if symmetric else symmetrized(Q)
+    H = symmetrized(Q) if symmetric is None else _SymmetricPart.apply(Q.expand_as(symmetric), symmetric)
     rows, low, high = [], [], []
     if k:
         rows, low, high = [A.expand(B, k, n)], [b.expand(B, k)], [b.expand(B, k)]
@@ -374,6 +374,22 @@ def program_of(
     C = torch.cat(rows, 1) if len(rows) > 1 else rows[0] if rows else p.new_zeros(B, 0, n)
     least, most = (torch.cat(part, 1) if part else empty for part in (low, high))
     return Program(H.expand(B, n, n), p.expand(B, n), C, least, most)
+
+
+class _SymmetricPart(torch.autograd.Function):
+    """The symmetric part of Q, known beforehand, for uses of it that only return symmetric gradients."""
+
+    @staticmethod
+    def forward(Q: Tensor, part: Tensor) -> Tensor:
+        return part.view_as(part)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        return g, None
 
 
 def symmetrized(Q: Tensor) -> Tensor:

@@ -180,10 +180,8 @@ class SQP(nn.Module):
         known = self.at(state, params, data, self.last)
         if known is None:
             return moved
-        at, y = known
-        chosen = at.degenerate[:, None]
-        pieces = self._on_strong_rows(at, y, state, params, data)
-        x, nu, lam = (torch.where(chosen, piece, new) for piece, new in zip(pieces, moved, strict=True))
+        pieces = self._on_strong_rows(known, state, params, data)
+        x, nu, lam = (new.index_put((known.samples,), piece) for piece, new in zip(pieces, moved, strict=True))
         return x, nu, lam
 
     def inverse(self, g: Tensor, transposed: bool, stepped: SQPState, state: SQPState, *params: Tensor) -> Tensor:
@@ -200,25 +198,25 @@ class SQP(nn.Module):
         known = self.at(state, params)
         if known is None:
             return None
-        at, y = known
-        p, m = state[1].shape[1], state[2].shape[1]
+        p, m, index, at = state[1].shape[1], state[2].shape[1], known.samples, known.point
 
         def judged(g: Tensor, needed: Sequence[bool], forward: bool) -> tuple[Tensor, Verdict]:
-            kept, verdict = at.judged(g.to(y), self._moving(state, params, needed), p, m, forward)
-            curved = (verdict.code == DIFFERENTIABLE) & self._curved(at, y, state, params, kept, forward)
-            return kept.to(g), Verdict(
-                torch.where(curved, DEPENDENT, verdict.code),
-                torch.where(curved[:, None], at.dependent, verdict.rows),
-                verdict.variables,
-                lambda row: f"equalities[{row}]" if row < p else f"inequalities[{row - p}]",
+            part, own = at.judged(g[index].to(known.y), self._moving(state, params, needed), p, m, forward)
+            curved = (own.code == DIFFERENTIABLE) & self._curved(known, state, params, part, forward)
+            code = g.new_full(g.shape[:1], DIFFERENTIABLE, dtype=own.code.dtype)
+            rows, variables = (g.new_zeros(len(g), t.shape[1], dtype=torch.bool) for t in (own.rows, own.variables))
+            code[index], variables[index] = torch.where(curved, DEPENDENT, own.code), own.variables
+            rows[index] = torch.where(curved[:, None], at.dependent, own.rows)
+            return g.index_put((index,), part.to(g)), Verdict(
+                code, rows, variables, lambda row: f"equalities[{row}]" if row < p else f"inequalities[{row - p}]"
             )
 
         return judged
 
     def at(
         self, state: SQPState, params: Sequence[Tensor], data: SQPData | None = None, qp: QPSolution | None = None
-    ) -> tuple[Point, Tensor] | None:
-        """Return what is known of a state as a KKT point, and its multipliers (B, p + m); None if all is regular.
+    ) -> Known | None:
+        """Return what is known of a state as a KKT point; None if all is regular.
 
         data, qp: the quadratic model and its solution, if they are known. The answer is kept as long as x is.
         """
@@ -229,34 +227,38 @@ class SQP(nn.Module):
             if data is None or qp is None:
                 data = SQPData(*self.program.sqp_data(*state, *params))
                 qp = _model_solution(data, state[2])
-            known = None if _all_clear(state[0], data, qp) else _examined(state[0], data, qp, self.degenerate)
-        if known is not None and not known[0].degenerate.any():
-            known = None
-        if not any(t.is_inference() for t in (*state, *params)):  # which keep no version
-            self._kept[state[0]] = _Kept.of(known, *state, *params)
+            unclear = (~_clear(state[0], data, qp)).nonzero()[:, 0]
+            known = _examined(unclear, state[0], data, qp, self.degenerate) if len(unclear) else None
+        self.keep(known, state, params)
         return known
 
-    def _on_strong_rows(
-        self, at: Point, y: Tensor, state: SQPState, params: Sequence[Tensor], data: SQPData
-    ) -> SQPState:
-        """Return the state after a Newton step on the KKT conditions of the strongly active rows.
+    def keep(self, known: Known | None, state: SQPState, params: Sequence[Tensor]) -> None:
+        """Keep what is known of a state (None: all is regular) as long as its x is."""
+        if not any(t.is_inference() for t in (*state, *params)):  # which keep no version
+            self._kept[state[0]] = _Kept.of(known, *state, *params)
 
-        Rows that depend on each other leave a choice of multipliers: the derivative is that at y, on the rows that
-        are to carry, and the value that at the state's own.
+    def _on_strong_rows(self, known: Known, state: SQPState, params: Sequence[Tensor], data: SQPData) -> SQPState:
+        """Return the state of the known samples after a Newton step on the KKT conditions of their strong rows.
+
+        Rows that depend on each other leave a choice of multipliers: the derivative is that at their own, on the rows
+        that are to carry, and the value that at the state's.
         """
-        x, nu, lam = state
-        n, p, a = x.shape[1], nu.shape[1], self.stepsize
-        given = torch.cat([nu, lam], 1)
+        index, at, y = known
+        n, p, a = state[0].shape[1], state[1].shape[1], self.stepsize
+        given = torch.cat(state[1:], 1)
+        x, own = state[0][index], given[index]
         with torch.no_grad():
+            here = SQPData(*(part[index] for part in data))
             every: System = at.system if at.base is None else at.base
             held = at.strong if at.base is None else at.base.strong
-            dx, target = _newton(every, held, at.degenerate, data, x, given)
-            value = torch.cat([x + a * dx, given + a * (target - given)], 1)
-            _, chosen = _newton(at.system, at.strong, at.degenerate, data, x, y)
-        shifted = given + (chosen - given).detach()
-        data = SQPData(*self.program.sqp_data(x, shifted[:, :p], shifted[:, p:], *params))
-        dx, target = _newton(at.system, at.strong, at.degenerate, data, x, shifted)
-        new = torch.cat([x + a * dx, shifted + a * (target - shifted)], 1)
+            dx, target = _newton(every, held, here, x, own)
+            value = torch.cat([x + a * dx, own + a * (target - own)], 1)
+            _, chosen = _newton(at.system, at.strong, here, x, y)
+        shifted = given.index_add(0, index, (chosen - own).detach())
+        data = SQPData(*self.program.sqp_data(state[0], shifted[:, :p], shifted[:, p:], *params))
+        here, own = SQPData(*(part[index] for part in data)), shifted[index]
+        dx, target = _newton(at.system, at.strong, here, x, own)
+        new = torch.cat([x + a * dx, own + a * (target - own)], 1)
         new = new + (value - new).detach()
         return new[:, :n], new[:, n : n + p], new[:, n + p :]
 
@@ -289,13 +291,12 @@ class SQP(nn.Module):
                 )
         return [hessian, True, jacobian_g, of_g, jacobian_h, of_h, False, False]
 
-    def _curved(
-        self, at: Point, y: Tensor, state: SQPState, params: Sequence[Tensor], g: Tensor, forward: bool
-    ) -> Tensor:
-        """Return where, (B,) bool, the derivative depends on the multipliers that dependent rows leave to choose.
+    def _curved(self, known: Known, state: SQPState, params: Sequence[Tensor], g: Tensor, forward: bool) -> Tensor:
+        """Return at which of the known samples, (b,) bool, dependent rows' choice of multipliers enters the derivative.
 
         They enter by the curvature of their constraints, seen from the directions w that the adjoint solution has.
         """
+        index, at, y = known
         rows = at.dependent.any(1) & (g != 0).any(1)
         if at.base is None or not rows.any():
             return rows & False
@@ -306,11 +307,9 @@ class SQP(nn.Module):
         along = held.put(matvec(kkt.null_basis(), mixed.expand(len(g), -1))[:, n:], r) * e / c
         size = torch.linalg.vector_norm(along, dim=1, keepdim=True)
         along = along * (torch.linalg.vector_norm(y, dim=1, keepdim=True) / torch.where(size > 0, size, 1))
-        x = state[0].detach()
-        one, two = (
-            SQPData(*self.program.sqp_data(x, v[:, :p], v[:, p:], *params)).hessian.to(y)
-            for v in (y.to(x), (y + along).to(x))
-        )
+        x, multipliers = state[0].detach(), torch.cat(state[1:], 1).detach()
+        both = (multipliers.index_put((index,), v.to(x)) for v in (y, y + along))
+        one, two = (SQPData(*self.program.sqp_data(x, v[:, :p], v[:, p:], *params)).hessian[index].to(y) for v in both)
         difference = c[:, :, None] * d[:, :, None] * (two - one) * d[:, None, :]
         difference = (difference + difference.mT) / 2
         u = g * torch.cat([d, torch.where(at.strong, e / c, 0)], 1)
@@ -325,15 +324,23 @@ class SQP(nn.Module):
         return rows & (largest(felt) > CURVED * scale * torch.maximum(largest(w), largest(u)))
 
 
+class Known(NamedTuple):
+    """The samples that may lack a derivative, their point, and multipliers that go with it, (b, p + m)."""
+
+    samples: Tensor
+    point: Point
+    y: Tensor
+
+
 class _Kept(NamedTuple):
     """What is known of a state, and the tensors that it belongs to as they were."""
 
-    known: tuple[Point, Tensor] | None
+    known: Known | None
     tensors: tuple[Tensor, ...]
     versions: tuple[int, ...]
 
     @classmethod
-    def of(cls, known: tuple[Point, Tensor] | None, *tensors: Tensor) -> _Kept:
+    def of(cls, known: Known | None, *tensors: Tensor) -> _Kept:
         return cls(known, tuple(t.detach() for t in tensors), tuple(t._version for t in tensors))
 
     def suits(self, *tensors: Tensor) -> bool:
@@ -350,15 +357,13 @@ def _model_solution(data: SQPData, lam: Tensor) -> QPSolution:
     return solve_qp(data.hessian, data.gradient, data.jacobian_h, -data.h, data.jacobian_g, -data.g, guess)
 
 
-def _all_clear(x: Tensor, data: SQPData, qp: QPSolution) -> bool:
-    """Return whether it is plain, without equilibration, that every sample is regular.
+def _clear(x: Tensor, data: SQPData, qp: QPSolution) -> Tensor:
+    """Return of which samples, (B,) bool, it is plain without equilibration that they are regular.
 
     That is so in a program whose rows and columns are of similar sizes if each inequality has a good slack or a good
     multiplier and the KKT matrix of the active ones lets no right-hand side grow much. Samples that are not solved
     count as regular.
     """
-    if qp.singular.any():
-        return False
     gradient, H, _, Jh, g, Jg = data
     C = torch.cat([Jh, Jg], 1)
     entries = torch.cat([H, C], 1).abs()
@@ -376,25 +381,24 @@ def _all_clear(x: Tensor, data: SQPData, qp: QPSolution) -> bool:
     lu, pivots, info = lu_factor(K)
     r = probe(K.shape[1], K).expand(len(K), -1)
     grown = largest(torch.linalg.lu_solve(lu, pivots, r[:, :, None])[:, :, 0]) * K.abs().amax((1, 2))
-    regular = (info == 0) & (grown < GROWN)
+    regular = (info == 0) & ~qp.singular & (grown < GROWN)
     near = qp.ok & (largest(qp.x) <= NEAR * (1 + largest(x)))
-    return bool((~near | (similar & regular & plainly.all(1))).all())
+    return ~near | (similar & regular & plainly.all(1))
 
 
-def _examined(x: Tensor, data: SQPData, qp: QPSolution, degenerate: str) -> tuple[Point, Tensor]:
-    """Examine the quadratic model at its own solution, of which the error is about the square of that of the state.
+def _examined(index: Tensor, x: Tensor, data: SQPData, qp: QPSolution, degenerate: str) -> Known | None:
+    """Examine some samples' models at their own solutions, of which the error is about the square of the states'.
 
-    Returns the multipliers too. A sample whose step is long is no solution and counts as regular.
+    Returns those that may lack a derivative, None if there are none.
     """
     eps = torch.finfo(x.dtype).eps
-    x, step, nu, lam = (part.double() for part in (x, qp.x, qp.nu, qp.lam))
-    gradient, H, h, Jh, g, Jg = (part.double() for part in data)
+    x, step, nu, lam = (part[index].double() for part in (x, qp.x, qp.nu, qp.lam))
+    gradient, H, h, Jh, g, Jg = (part[index].double() for part in data)
     H, C = (H + H.mT) / 2, torch.cat([Jh, Jg], 1)
     upper = matvec(C, x) - torch.cat([h, g], 1)
     lower = torch.cat([upper[:, : h.shape[1]], torch.full_like(g, -torch.inf)], 1)
     program = Program(H, gradient - matvec(H, x), C, lower, upper)
-    near = qp.ok & (largest(step) <= NEAR * (1 + largest(x)))
-    at, y = torch.where(near[:, None], x + step, torch.nan), torch.cat([nu, lam.clamp(min=0)], 1)
+    at, y = x + step, torch.cat([nu, lam.clamp(min=0)], 1)
     units = equilibrate(program)
     scaled, to_y = units.scaled(program), units.e / units.c
     at_s, y_s = at / units.d, y / to_y
@@ -402,17 +406,15 @@ def _examined(x: Tensor, data: SQPData, qp: QPSolution, degenerate: str) -> tupl
     error = residual(scaled, at_s, y_s) + length.square() + (eps if eps > 1e-12 else 0)
     if activity(scaled, at_s, y_s, error).weak.any():
         y = complemented(scaled, at_s, y_s, error) * to_y
-    return Point.of(program, at, y, degenerate, units, error), y
+    point = Point.of(program, at, y, degenerate, units, error)
+    return Known(index, point, y) if point.degenerate.any() else None
 
 
-def _newton(
-    system: System, carrying: Tensor, here: Tensor, data: SQPData, x: Tensor, y: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return a step dx and the multipliers after it, of Newton on the carrying rows; zero in samples not `here`."""
+def _newton(system: System, carrying: Tensor, data: SQPData, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a step dx and the multipliers after it, of Newton on the carrying rows."""
     gradient, H, h, Jh, g, Jg = (part.double() for part in data)
     C, c = torch.cat([Jh, Jg], 1), torch.cat([h, g], 1)
     carried = torch.where(carrying, y.double(), 0)
-    r1 = torch.where(here[:, None], -(gradient + matvec(C.mT, carried)), 0)
-    r2 = torch.where(here[:, None] & carrying, -c, 0)
+    r1, r2 = -(gradient + matvec(C.mT, carried)), torch.where(carrying, -c, 0)
     dx, dy = solved(system, (H + H.mT) / 2, C, r1, r2)
     return dx.to(x), torch.where(carrying, carried + dy, 0).to(x)
