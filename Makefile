@@ -7,7 +7,7 @@ TRACKED = $(if $(TRACKING),--tracking $(TRACKING))
 UV_VERSION := 0.13.9
 
 .PHONY: help test endurance coverage lint format reproduce sweep slurm figures report verify bilinear-kappa bilinear-certificates figure-3 figure-4a figure-4b figure-4c figure-6 \
-	figure-7 topk-layers layer-share portfolio-settings solver-table linear-solvers scaling forward-tolerance denoising-cost unrolling-cost bench peers clean lock
+	figure-7 topk-layers layer-share portfolio-settings solver-table linear-solvers scaling forward-tolerance denoising-cost unrolling-cost bench bench-qp verdicts peers clean lock
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -113,13 +113,19 @@ forward-tolerance: .venv/.installed ## sensitivity of training to the forward so
 bench: .venv/peers/.installed ## time, memory and accuracy of every layer beside its peers, against the targets (some 20 minutes; THREADS="1 4")
 	.venv/peers/bin/python -m scripts.bench --profile $(PROFILE) $(addprefix --threads=,$(THREADS))
 
+bench-qp: .venv/peers/.installed ## QPLayer on Maros-Meszaros programs and every library on hard cases (some 6 minutes; DATA=folder, LARGEST=n)
+	OMP_NUM_THREADS=1 .venv/peers/bin/python -m scripts.bench_qp $(if $(DATA),--data $(DATA)) $(if $(LARGEST),--largest $(LARGEST))
+
+verdicts: .venv/.installed ## QPLayer's verdicts and gradients against exact arithmetic on random integer programs (some 5 minutes; a table)
+	OMP_NUM_THREADS=1 $(PY) -m scripts.verdicts
+
 unrolling-cost: .venv/.installed ## time and memory of unrolling the denoiser as its iterations grow (a figure)
 	$(PY) -m scripts.measure unrolling-cost --profile $(PROFILE)
 
 .venv/peers/.installed: .venv/.installed
 	$(PYTHON) -m venv .venv/peers
 	$(PY) -m uv pip install --quiet --python .venv/peers --no-deps --require-hashes -r requirements.lock
-	$(PY) -m uv pip install --quiet --python .venv/peers --override <(echo 'numpy>=2') torchdeq==0.1.0 proxsuite==0.8.0
+	$(PY) -m uv pip install --quiet --python .venv/peers --override <(echo 'numpy>=2') torchdeq==0.1.0 proxsuite==0.8.0 moreau==0.4.1 libdqp==0.1.2 qpsolvers==4.13.0 piqp==0.7.0 clarabel==0.11.1
 	@touch $@
 
 peers: .venv/peers/.installed ## what other libraries answer when asked for derivatives (a table)

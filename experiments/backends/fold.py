@@ -39,6 +39,7 @@ class FoldBackend(LayerBackend):
         options = {
             "tol": TOLERANCES[forward] if tol is None else tol,
             "on_failure": on_failure,
+            "degenerate": "one_sided",  # training goes on at a kink
             "linear_solver": linear_solver,
         }
         super().__init__(task.problem, fold(solve, update, dtype=torch.float64, **options))

@@ -157,21 +157,23 @@ class _QPFold(FoldedLayer):
 
     def _solve(self, *params: Tensor) -> NewtonState:
         program, k = program_of(*params), params[5].shape[-1]
-        x, y = torch.zeros_like(program.q), torch.zeros_like(program.lower)
+        x, d, y = torch.zeros_like(program.q), torch.ones_like(program.q), torch.zeros_like(program.lower)
         status = torch.full((len(x),), GOOD, device=x.device)
         residual = torch.zeros_like(x[:, 0])
         bounded = bool(params[6].shape[-1] or params[7].shape[-1])
         saddle = None if bounded or not program.upper.isfinite().all() else Saddle.of(program.H, program.C)
         left, found = torch.arange(len(x), device=x.device), None
         if saddle is not None:
+            d = program.H.diagonal(dim1=1, dim2=2).rsqrt().contiguous()
             x, y, clear = saddle.minimize(program.H, program.q, program.C, program.upper, k)
             left = (~clear).nonzero()[:, 0]
         if len(left):
             found = solve(program if len(left) == len(x) else program.at(left), self.call.curvature)
             x[left], y[left], status[left], residual[left] = found.x, found.y, found.status, found.residual
+            d[left] = found.units.d
             if (found.status != GOOD).any():
                 _explain(self.on_failure, status, found, program, left)
-        x = program.landed(x, y)
+        x = program.landed(x, d)
         self._prepare(program, params, x, y, saddle, left, found)
         self.call.found = status, residual
         return x, y

@@ -36,24 +36,29 @@ class Program(NamedTuple):
         """Return the programs of some samples."""
         return Program(*(part[index] for part in self))
 
-    def landed(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return x (B, n) put exactly on the bounds of single variables that multipliers y say it is at."""
+    def landed(self, x: Tensor, d: Tensor) -> Tensor:
+        """Return x (B, n) put exactly on the bounds of single variables that it is on up to rounding.
+
+        d: (B, n), the units of the variables, in which the error of x is relative to the largest.
+        """
         if not self.C.shape[1]:
             return x
         C = self.C[:1] if self.C.stride(0) == 0 else self.C
         single = (C != 0).sum(2) == 1
         if not single.any():
             return x
-        at = C.abs().argmax(2).expand_as(y)
-        entry = torch.where(single, C.gather(2, at[: len(C), :, None])[:, :, 0], 1.0)
-        bound = torch.where(y > 0, self.upper, self.lower) / entry
+        at = C.abs().argmax(2)
+        entry = torch.where(single, C.gather(2, at[:, :, None])[:, :, 0], 1.0)
+        at = at.expand_as(self.lower)
         here = x.gather(1, at)
-        reach = here.abs() + bound.abs() + x.abs().amax(1, keepdim=True)
-        sample, row = (single & (y != 0) & bound.isfinite() & ((here - bound).abs() <= LANDING * reach)).nonzero(
-            as_tuple=True
-        )
+        low, high = self.lower / entry, self.upper / entry
+        bound = torch.where((here - low).abs() < (here - high).abs(), low, high)
+        largest = (x / d).abs().amax(1, keepdim=True)
+        reach = here.abs() + bound.abs() + (d * largest).gather(1, at)
+        near = single & bound.isfinite() & ((here - bound).abs() <= LANDING * reach)
+        sample, row = near.nonzero(as_tuple=True)
         x = x.clone()
-        x[sample, at[sample, row]] = bound[sample, row]
+        x[sample, at[sample, row]] = bound[sample, row] + 0.0  # and no -0
         return x
 
 

@@ -173,16 +173,15 @@ class SQP(nn.Module):
         self.last = QPSolution(*(t.detach() for t in qp))
         a = self.stepsize
         moved = x + a * qp.x, nu + a * (qp.nu - nu), lam + a * (qp.lam - lam)
+        choice = torch.is_grad_enabled() or not all(map(_same, state, moved))  # of multipliers, or of a derivative
+        known = self.at(state, params, data, self.last) if choice and plain(*moved) else None
+        if known is not None:
+            pieces = self._on_strong_rows(known, state, params, data)
+            x, nu, lam = (new.index_put((known.samples,), piece) for piece, new in zip(pieces, moved, strict=True))
+            moved = x, nu, lam
         if self.nan:
             moved = moved[0] + 0 * sum(part.flatten(1).sum(1, keepdim=True) for part in data), *moved[1:]
-        if not torch.is_grad_enabled() or not plain(*moved):  # nothing to differentiate, or a transform does
-            return moved
-        known = self.at(state, params, data, self.last)
-        if known is None:
-            return moved
-        pieces = self._on_strong_rows(known, state, params, data)
-        x, nu, lam = (new.index_put((known.samples,), piece) for piece, new in zip(pieces, moved, strict=True))
-        return x, nu, lam
+        return moved
 
     def inverse(self, g: Tensor, transposed: bool, stepped: SQPState, state: SQPState, *params: Tensor) -> Tensor:
         """Return v = Phi^T v + g, (B, N), for Phi = (1 - alpha) I, which it is wherever a derivative exists."""
@@ -350,6 +349,10 @@ class _Kept(NamedTuple):
             and (t.data_ptr(), t._version, t.shape, t.stride()) == (own.data_ptr(), version, own.shape, own.stride())
             for t, own, version in zip(tensors, self.tensors, self.versions, strict=True)
         )
+
+
+def _same(old: Tensor, new: Tensor) -> bool:
+    return bool((largest(new - old) <= 1e-9 * (1 + largest(old))).all())
 
 
 def _model_solution(data: SQPData, lam: Tensor) -> QPSolution:

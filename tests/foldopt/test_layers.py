@@ -7,7 +7,7 @@ import torch
 
 import foldopt
 from foldopt import NLPLayer, QPLayer, f_fdpg, f_pgd_a, f_pgd_b
-from foldopt.errors import FixedPointError, InputError, MissingDependencyError
+from foldopt.errors import FixedPointError, InputError, KinkError, MissingDependencyError
 from foldopt.prox import soft_threshold
 from tests.foldopt.programs import (
     F64,
@@ -125,6 +125,49 @@ def test_a_learned_objective_is_found():
     free = (net(c) < 0.1).to(F64)
     torch.testing.assert_close(net.bias.grad, free.sum(0))
     torch.testing.assert_close(net.weight.grad, free.mT @ c)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("policy", ["zero", "nan"])
+def test_policies_act_on_every_parameter_of_their_sample_and_on_no_other(policy, dtype):
+    """min |x - c|^2 / 2, x <= b, x >= a: the first sample is at a kink, the second is infeasible."""
+    c = torch.tensor([[1.0, 0.0], [2.0, 0.5], [3.0, 0.5], [0.0, 0.25]], dtype=dtype)
+    b = torch.tensor([[1.0], [-3.0], [1.0], [1.0]], dtype=dtype)
+    a = torch.full((4, 1), -2.0, dtype=dtype)
+    layer = NLPLayer(
+        lambda x, c, b, a: (x - c).square().sum(1) / 2,
+        lambda x, c, b, a: torch.cat([x - b, a - x], 1),
+        start=torch.zeros(2),
+        degenerate=policy,
+        on_failure=policy,
+    )
+    params = [p.requires_grad_() for p in (c, b, a)]
+    x = layer(*params)
+    assert x.dtype == dtype
+    found = torch.autograd.grad(x.sum(), params)
+    assert layer.last is layer.fold.last
+    assert layer.last.ok.tolist() == [True, False, True, True]
+    assert layer.last.verdict == ("kink", "differentiable", "differentiable", "differentiable")
+    expected = [[[0.0, 1.0], [1.0, 1.0]], [[1.0], [0.0]], [[0.0], [0.0]]]
+    for gradient, right in zip(found, expected, strict=True):
+        bad = gradient[:2]
+        assert bad.isnan().all() if policy == "nan" else (bad == 0).all()
+        torch.testing.assert_close(gradient[2:], torch.tensor(right, dtype=dtype))
+
+
+def test_a_kink_of_an_nlp_layer_is_refused_unless_a_side_is_chosen():
+    c = torch.tensor([[0.0, -1.0], [2.0, -1.0]], dtype=F64, requires_grad=True)
+
+    def layer(**options):
+        return NLPLayer(lambda x, c: (x - c).square().sum(1), lambda x, c: x, start=-torch.ones(2), **options)
+
+    with pytest.raises(KinkError, match=r"inequalities\[0\]"):
+        layer()(c).sum().backward()
+    (gradient,) = torch.autograd.grad(layer(degenerate="one_sided")(c).sum(), c)
+    torch.testing.assert_close(gradient[1], torch.tensor([0.0, 1.0], dtype=F64))
+    assert float(gradient[0, 0]) in (0.0, 1.0)
+    with pytest.raises(InputError, match="degenerate='both' is unknown"):
+        layer(degenerate="both")
 
 
 @pytest.mark.parametrize(

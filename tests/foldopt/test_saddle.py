@@ -48,7 +48,9 @@ def test_what_it_refuses():
     assert Saddle.of(Q, eye) is not None
     assert Saddle.of(Q, torch.cat([eye, eye], 1)) is None, "more rows than columns"
     assert Saddle.of(torch.diag(torch.tensor([1.0, 1.0, 0.0], dtype=F64))[None], eye) is None, "singular"
-    assert Saddle.of(torch.diag(torch.tensor([1.0, 1.0, 1e-7], dtype=F64))[None], eye) is None, "nearly so"
+    nearly = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0 + 1e-10, 0.0], [0.0, 0.0, 1.0]], dtype=F64)
+    assert Saddle.of(nearly[None], eye) is None, "nearly so"
+    assert Saddle.of(torch.diag(torch.tensor([1.0, 1.0, 1e-12], dtype=F64))[None], eye), "units of a variable"
     assert Saddle.of(-Q, eye) is None
     assert Saddle.of(torch.cat([Q, -Q]), torch.cat([eye, eye])) is None, "one sample is enough"
 
@@ -58,8 +60,8 @@ def test_an_infeasible_sample_and_dependent_rows():
     row = torch.tensor([1.0, 1.0, 0.0, 0.0], dtype=F64)
     C = torch.stack([row, -row]).expand(3, 2, 4)
     limits = torch.tensor([[1.0, 1.0], [-1.0, -1.0], [-1.0, 1.0]], dtype=F64)  # x1 + x2 <= l1, >= -l2
-    x, _, ok = Saddle.of(Q, C).minimize(Q, p, C, limits, 0)
-    assert ok.tolist() == [True, False, True], "0 is inside; nothing is; both rows are active, one has a multiplier"
+    x, _, clear = Saddle.of(Q, C).minimize(Q, p, C, limits, 0)
+    assert clear.tolist() == [True, False, False], "0 is inside; nothing is; a row without slack is not clear"
     x = foldopt.QPLayer(on_failure="nan")(Q, p, C, limits)
     assert x[1].isnan().all()
     torch.testing.assert_close(x[2], -row / 2)
@@ -81,12 +83,14 @@ def test_a_matrix_written_to_is_factored_anew():
     for write in (lambda: Q.mul_(2), lambda: Q.data.mul_(2)):
         write()
         torch.testing.assert_close(layer(Q, *rest), solve_by_kkt(Q, *rest).x, rtol=0, atol=1e-9)
-    state = tuple(part.clone() for part in layer.fold._update.update.forward(layer._solve(Q, *rest), Q, *rest))
-    before = layer.update(state, Q, *rest)
-    Q.mul_(3)
-    after = layer.update(state, Q, *rest)
-    fresh = foldopt.QPLayer().update(state, Q, *rest)
-    assert (before[0] - after[0]).abs().max() > 1e-3
+    none = torch.zeros(0, dtype=F64)
+    state = tuple(part.detach() for part in layer.fold(Q, *rest, none, none))
+    before = layer.update(state, Q, *rest, none, none)
+    torch.testing.assert_close(before, state, rtol=0, atol=1e-12)
+    Q.add_(1e-5 * torch.eye(len(Q), dtype=F64))  # near enough for the step to be one
+    after = layer.update(state, Q, *rest, none, none)
+    fresh = foldopt.QPLayer().update(state, Q, *rest, none, none)
+    assert (before[0] - after[0]).abs().max() > 1e-8
     torch.testing.assert_close(after, fresh, rtol=0, atol=1e-12)
 
 

@@ -5,7 +5,7 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 
 import foldopt
-from foldopt.errors import FixedPointError, InputError
+from foldopt.errors import DependentRowsError, FixedPointError, InputError, KinkError, NotUniqueError
 
 F64 = torch.float64
 
@@ -105,3 +105,130 @@ def test_misuse_is_refused():
         foldopt.SQP(lambda x: x)
     with pytest.raises(InputError, match=r"stepsize=2: SQP takes a step in \(0, 1\]"):
         foldopt.SQP(projection_on_ellipsoid(), stepsize=2)
+
+
+def at_most():
+    """min |x - c|^2 / 2 subject to x <= b for every limit b: x = min(c, b), and the multipliers sum to c - x."""
+    return foldopt.SmoothProgram(
+        lambda x, c, *b: (x - c).square().sum(1) / 2, inequalities=lambda x, c, *b: torch.cat([x - bi for bi in b], 1)
+    )
+
+
+def solve_at_most(share):
+    """The first limit carries `share` of the multiplier where there are two."""
+
+    def solve(c, *b):
+        x = torch.stack([c, *(bi.expand_as(c) for bi in b)]).amin(0)
+        shares = [1.0] if len(b) == 1 else [share, 1 - share]
+        return x, c.new_zeros(len(c), 0), torch.cat([part * (c - x) for part in shares], 1)
+
+    return solve
+
+
+def gradients(layer, params, g, asked):
+    params = [p.clone().requires_grad_(i in asked) for i, p in enumerate(params)]
+    x = layer(*params)
+    x = x if isinstance(x, torch.Tensor) else x[0]
+    x.backward(g.expand_as(x))
+    return [p.grad for p in params]
+
+
+TOUCHED = torch.tensor([[1.0, 0.0], [3.0, 0.0], [-1.0, 2.0]], dtype=F64)  # the first at a kink in x[0], for b = 1
+FIRST, SECOND = torch.tensor([[1.0, 0.0]], dtype=F64), torch.tensor([[0.0, 1.0]], dtype=F64)
+
+
+@pytest.mark.parametrize("size", [1e-8, 1.0, 1e8])
+def test_a_kink_is_named_and_matters_only_to_cotangents_that_see_it(size):
+    params = size * TOUCHED, torch.full((3, 1), size, dtype=F64)
+    with pytest.raises(KinkError, match=r"inequalities\[0\]") as error:
+        gradients(foldopt.f_sqp(at_most(), solve_at_most(1)), params, FIRST, (0,))
+    assert error.value.indices == (0,)
+    layer = foldopt.f_sqp(at_most(), solve_at_most(1))
+    c, b = gradients(layer, params, SECOND, (0, 1))
+    assert layer.last.verdict == ("differentiable",) * 3
+    torch.testing.assert_close(c, SECOND * torch.tensor([[1.0], [1.0], [0.0]], dtype=F64))
+    torch.testing.assert_close(b, torch.tensor([[0.0], [0.0], [1.0]], dtype=F64))
+    for policy in ("one_sided", "least_norm"):
+        c, b = gradients(foldopt.f_sqp(at_most(), solve_at_most(1), degenerate=policy), params, FIRST, (0, 1))
+        assert (float(c[0, 0]), float(b[0])) in ((1.0, 0.0), (0.0, 1.0)), "one of the two pieces"
+        torch.testing.assert_close(c[1:], torch.tensor([[0.0, 0.0], [1.0, 0.0]], dtype=F64))
+    with pytest.warns(RuntimeWarning, match="has a kink"):
+        gradients(foldopt.f_sqp(at_most(), solve_at_most(1), degenerate="warn"), params, FIRST, (0,))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 1.0])
+@pytest.mark.parametrize("stepsize", [0.5, 1.0])
+def test_dependent_rows_whatever_multipliers_the_solver_chose(share, stepsize):
+    """x <= b twice, from two parameters: the derivative is 0 with respect to c where they hold, 1 to both b together."""
+    c = torch.tensor([[5.0, 5.0], [7.0, -2.0], [-5.0, 4.0]], dtype=F64)
+    params = c, torch.ones(3, 1, dtype=F64), torch.ones(3, 1, dtype=F64)
+    held = (c > 1).to(F64)
+    options = {"stepsize": stepsize}
+    layer = foldopt.f_sqp(at_most(), solve_at_most(share), **options)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(*params)[0], params[0].clamp(max=1))
+    ones = torch.ones(1, 2, dtype=F64)
+    torch.testing.assert_close(gradients(layer, params, ones, (0,))[0], 1 - held)
+    assert layer.last.verdict == ("differentiable",) * 3
+    with pytest.raises(DependentRowsError, match=r"inequalities\[0\], inequalities\[1\], inequalities\[2\]"):
+        gradients(layer, params, ones, (1,))
+    for policy, shares in (("one_sided", (0.0, 1.0)), ("least_norm", (0.5,))):
+        layer = foldopt.f_sqp(at_most(), solve_at_most(share), degenerate=policy, **options)
+        c, first, second = gradients(layer, params, FIRST, (0, 1, 2))
+        assert layer.last.verdict == ("dependent rows",) * 3
+        torch.testing.assert_close(c, FIRST * (1 - held))
+        torch.testing.assert_close(first + second, held[:, :1])
+        assert min(abs(float(first[0]) - share) for share in shares) < 1e-12
+
+
+def test_a_solution_that_is_not_unique():
+    """x[1] is free in [-9, 9]."""
+    program = foldopt.SmoothProgram(
+        lambda x, c: (x[:, 0] - c[:, 0]).square() / 2, inequalities=lambda x, c: torch.cat([x - 9, -9 - x], 1)
+    )
+
+    def solve(c):
+        x = torch.stack([c[:, 0], torch.full_like(c[:, 0], 0.3)], 1)
+        return x, c.new_zeros(len(c), 0), c.new_zeros(len(c), 4)
+
+    with pytest.raises(NotUniqueError, match=r"x\[1\]"):
+        gradients(foldopt.f_sqp(program, solve), (TOUCHED,), FIRST + SECOND, (0,))
+    (c,) = gradients(foldopt.f_sqp(program, solve), (TOUCHED,), FIRST, (0,))
+    torch.testing.assert_close(c, FIRST.expand(3, 2))
+    (c,) = gradients(foldopt.f_sqp(program, solve, degenerate="least_norm"), (TOUCHED,), FIRST + SECOND, (0,))
+    torch.testing.assert_close(c, FIRST.expand(3, 2))
+
+
+def test_curvature_of_dependent_rows_makes_the_multipliers_matter():
+    """A disc and its tangent: where they touch, x moves along them at a rate that depends on which of them carries."""
+    program = foldopt.SmoothProgram(
+        lambda x, c: (x - c).square().sum(1) / 2,
+        inequalities=lambda x, c: torch.cat([x.square().sum(1, keepdim=True) - 1, x[:, :1] - 1], 1),
+    )
+    c = torch.tensor([[3.0, 0.0]], dtype=F64)
+
+    def solve(c):
+        return c / c.norm(dim=1, keepdim=True), c.new_zeros(len(c), 0), torch.tensor([[0.5, 1.0]], dtype=F64)
+
+    layer = foldopt.f_sqp(program, solve)
+    torch.testing.assert_close(gradients(layer, (c,), FIRST, (0,))[0], torch.zeros(1, 2, dtype=F64))
+    with pytest.raises(DependentRowsError):
+        gradients(layer, (c,), SECOND, (0,))
+
+
+def test_forward_mode_and_second_order_at_dependent_rows():
+    c, b = torch.tensor([[4.0, 0.5]], dtype=F64), torch.ones(1, 1, dtype=F64)
+    layer = foldopt.f_sqp(at_most(), solve_at_most(0.5))
+    _, tangent = torch.func.jvp(lambda c: layer(c, b, b)[0], (c,), (torch.ones_like(c),))
+    torch.testing.assert_close(tangent, SECOND)
+    with pytest.raises(DependentRowsError):
+        torch.func.jvp(lambda b: layer(c, b, b)[0], (b,), (b,))
+    c.requires_grad_()
+    (first,) = torch.autograd.grad(layer(c, b, b)[0].pow(3).sum(), c, create_graph=True)
+    torch.testing.assert_close(first.detach(), torch.tensor([[0.0, 3 * 0.25]], dtype=F64))
+    torch.testing.assert_close(torch.autograd.grad(first.sum(), c)[0], torch.tensor([[0.0, 3.0]], dtype=F64))
+
+
+def test_the_two_policies_are_checked():
+    with pytest.raises(InputError, match="degenerate='ignore' is unknown"):
+        foldopt.f_sqp(at_most(), solve_at_most(1), degenerate="ignore")
