@@ -173,7 +173,9 @@ class _QPFold(FoldedLayer):
             d[left] = found.units.d
             if (found.status != GOOD).any():
                 _explain(self.on_failure, status, found, program, left)
-        x = program.landed(x, d)
+        typical = torch.zeros_like(residual)
+        typical[left] = 1
+        x = program.landed(x, d, typical[:, None])
         self._prepare(program, params, x, y, saddle, left, found)
         self.call.found = status, residual
         return x, y

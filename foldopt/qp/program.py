@@ -12,6 +12,7 @@ from foldopt.batched import matvec
 ROUNDS = 10  # of equilibration
 INFINITE = 1e19  # a bound this far away, in units of its row, bounds nothing
 TINY = 1e-300
+NOTHING = 1e-10  # an x this small, in units in which its size should be 1, counts as zero
 LANDING = 1e-12  # distance from a bound, relative to x, that is rounding
 
 
@@ -36,10 +37,11 @@ class Program(NamedTuple):
         """Return the programs of some samples."""
         return Program(*(part[index] for part in self))
 
-    def landed(self, x: Tensor, d: Tensor) -> Tensor:
+    def landed(self, x: Tensor, d: Tensor, typical: Tensor) -> Tensor:
         """Return x (B, n) put exactly on the bounds of single variables that it is on up to rounding.
 
-        d: (B, n), the units of the variables, in which the error of x is relative to the largest.
+        d: (B, n), the units of the variables, in which the error of x is relative to the largest. typical: (B, 1), the
+        size in these units that an x which is zero would have.
         """
         if not self.C.shape[1]:
             return x
@@ -54,6 +56,7 @@ class Program(NamedTuple):
         low, high = self.lower / entry, self.upper / entry
         bound = torch.where((here - low).abs() < (here - high).abs(), low, high)
         largest = (x / d).abs().amax(1, keepdim=True)
+        largest = torch.where(largest > NOTHING * typical, largest, typical)
         reach = here.abs() + bound.abs() + (d * largest).gather(1, at)
         near = single & bound.isfinite() & ((here - bound).abs() <= LANDING * reach)
         sample, row = near.nonzero(as_tuple=True)
@@ -158,7 +161,7 @@ def sizes(program: Program, x: Tensor, y: Tensor) -> Sizes:
     """
     absolute = x.abs()
     largest = absolute.amax(1, keepdim=True)
-    x_size = torch.where(largest > 1e-10, largest, 1.0)
+    x_size = torch.where(largest > NOTHING, largest, 1.0)
     reach = matvec(program.C.abs(), absolute)
     rows = torch.maximum(reach, 1e-3 * x_size * program.C.abs().amax(2)) if program.C.shape[1] else reach
     terms = matvec(program.H, x), program.q, matvec(program.C.mT, y)
