@@ -28,8 +28,7 @@ _CAUSES: dict[int, tuple[type[DegenerateError], str, str]] = {
     ),
     DEPENDENT: (
         DependentRowsError,
-        "active rows depend on each other, so that the derivative with respect to their coefficients and right-hand "
-        "sides is not unique (that with respect to Q and p is)",
+        "active rows depend on each other, so that the derivative with respect to what moves them is not unique",
         "Drop the redundant rows, do not ask for that gradient",
     ),
 }

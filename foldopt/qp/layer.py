@@ -70,7 +70,7 @@ class QPLayer(nn.Module):
         closest_feasible: "l1" or "l2": where no point satisfies the rows, shift h and b by the least violation in that
             norm and solve for these, differentiably; the shifts are in ``layer.shifts``. None refuses such samples.
             Bounds of the variables are kept.
-        linear_solver: as for `foldopt.fold`; there is nothing to solve, as Phi = 0.
+        linear_solver: as for `foldopt.fold`; there is nothing to solve, as Phi = 0. dtype: of the computation, float64.
 
     Every argument may lack the batch dimension; the gradient of one that does is the sum over the batch. Either pair,
     G, h or A, b, may be None or empty; lower and upper are numbers, (n,) or (B, n); where h, lower or upper is infinite
@@ -92,8 +92,11 @@ class QPLayer(nn.Module):
         return_duals: bool = False,
         closest_feasible: str | None = None,
         linear_solver: str | LinearSolver = "auto",
+        dtype: torch.dtype | None = torch.float64,
     ) -> None:
         super().__init__()
+        if dtype not in (None, torch.float64):
+            raise InputError(f"dtype={dtype}: QPLayer computes in torch.float64 and answers in the caller's dtype.")
         if rho is not None:
             warnings.warn(
                 "QPLayer has no penalty any more: rho changes nothing; leave it out.", DeprecationWarning, stacklevel=2
@@ -285,7 +288,9 @@ def arguments(*values: Any) -> tuple[Tensors, torch.dtype, float]:
         raise InputError(f"p has shape {tuple(p.shape)}, expected (n,) or (B, n) with n of at least 1.")
     n = p.shape[-1]
     for rows, right in (("G", "h"), ("A", "b")):
-        M, v = (None if t is None or not t.numel() else t for t in (found[rows], found[right]))
+        M, v = found[rows], found[right]
+        M = None if M is None or (M.dim() < 2 and not M.numel()) or (M.dim() > 1 and not M.shape[-2]) else M
+        v = None if v is None or not v.dim() or not v.shape[-1] else v
         if (M is None) != (v is None):
             raise InputError(
                 f"{rows} is {_shape(found[rows])} but {right} is {_shape(found[right])}; give both, or neither."

@@ -182,9 +182,7 @@ def markowitz():
         G, h, A, b = simplex
         return [1e-4 * definite(gen, n), -1e-4 * (1 + normal(gen, B, n)), G, h, A, b.to(F64)]
 
-    return Case(
-        params=params, layer=foldopt.QPLayer, exact=kkt, unrolled=None, batched=(1,), unsolved=("lfpi",), symmetric=(0,)
-    )
+    return Case(params=params, layer=foldopt.QPLayer, exact=kkt, unrolled=None, batched=(1,), symmetric=(0,))
 
 
 def nested():

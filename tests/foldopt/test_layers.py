@@ -137,7 +137,7 @@ def test_policies_act_on_every_parameter_of_their_sample_and_on_no_other(policy,
     layer = NLPLayer(
         lambda x, c, b, a: (x - c).square().sum(1) / 2,
         lambda x, c, b, a: torch.cat([x - b, a - x], 1),
-        start=torch.zeros(2),
+        solver=lambda c, b, a: torch.maximum(torch.minimum(c, b), a),
         degenerate=policy,
         on_failure=policy,
     )

@@ -159,7 +159,7 @@ def test_a_kink_is_named_and_matters_only_to_cotangents_that_see_it(size):
 @pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 1.0])
 @pytest.mark.parametrize("stepsize", [0.5, 1.0])
 def test_dependent_rows_whatever_multipliers_the_solver_chose(share, stepsize):
-    """x <= b twice, from two parameters: the derivative is 0 with respect to c where they hold, 1 to both b together."""
+    """x <= b twice, from two parameters: where they hold the derivative is 0 in c, and 1 in both b together."""
     c = torch.tensor([[5.0, 5.0], [7.0, -2.0], [-5.0, 4.0]], dtype=F64)
     params = c, torch.ones(3, 1, dtype=F64), torch.ones(3, 1, dtype=F64)
     held = (c > 1).to(F64)
