@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from foldopt.checks import require_whole
 from foldopt.errors import InputError
-from foldopt.fixed_point import fixed_point_vjp
+from foldopt.fixed_point import FoldInfo, fixed_point_vjp
 from foldopt.fold import FoldedLayer, fold
 from foldopt.linear_solve import LFPI, SOLVERS, Direct, LinearSolveInfo
 from foldopt.linear_solve.phi import Phi
@@ -80,36 +81,44 @@ class Report:
         return "\n".join([*lines, *(found or ["no problem found"])])
 
 
-def check(layer: nn.Module, *params: Tensor, seed: int = 0, eps: float | None = None) -> Report:
+def check(layer: nn.Module, *params: Tensor | None, seed: int = 0, eps: float | None = None) -> Report:
     """Examine a folded layer at the given parameters.
 
     Args:
         layer: a `FoldedLayer`, or a module that has one as ``layer.fold`` (`QPLayer`, `NLPLayer`, ...).
-        params: as the layer is called; small batches are enough. Float64 parameters make the differences sharp.
+        params: as the layer is called, None among them; small batches are enough. Float64 makes the differences sharp.
         seed: of the random directions and the cotangent. eps: step of the differences relative to the parameter's size;
             None: 1e-5 in float64, 1e-2 below.
 
     Returns a `Report`: whether the step fixes the solution, finite differences of the *solver* against the folded
     derivative for each parameter and weight, rho(Phi) by power iteration, which linear solvers solve the adjoint
     equation, and the coordinates where the solution has a kink. It costs 4 solves for each parameter. Errors of the
-    layer's policy are reported, not raised; InputError is raised for a module that has no folded layer.
+    layer's policies are reported, not raised: a sample without a solution, or without a derivative, by its cause and
+    before anything that follows from it. InputError is raised for a module that has no folded layer.
     """
     core = _core(layer)
     generator = torch.Generator().manual_seed(seed)
     with _lenient(core):
         at = _examined(layer, core, params)
         cotangent = _random(flatten(at.solution), generator)
-        solvers = {name: make()(StateVJP(at.recorded), cotangent)[1] for name, make in SOLVERS.items()}
-        gradients, kinks = _differences(layer, core, params, generator, eps)
+        solvers = {}
+        for name, make in SOLVERS.items():
+            with suppress(InputError):  # of those that would need too much memory
+                solvers[name] = make()(StateVJP(at.recorded), cotangent)[1]
+        gradients, kinks, info = _differences(layer, core, params, generator, eps)
     tolerance = core.tolerance(at.solution[0].dtype)
     rho = spectral_radius(at.recorded)
     report = Report(at.residual, tolerance, rho, gradients, solvers, kinks.nonzero(), [])
-    report.problems += _problems(report, float(at.residual.nan_to_num(nan=torch.inf).max()))
+    report.problems += _problems(report, float(at.residual.nan_to_num(nan=torch.inf).max()), info)
     return report
 
 
-def _problems(report: Report, worst: float) -> list[str]:
-    problems = []
+def _problems(report: Report, worst: float, info: FoldInfo) -> list[str]:
+    causes = sorted(set(info.causes or ()) - {"solved"})
+    if causes:  # all else follows from this
+        where = [f"{cause} at {[i for i, c in enumerate(info.causes or ()) if c == cause][:10]}" for cause in causes]
+        return [f"samples without a solution: {'; '.join(where)}. Mend these programs before looking at gradients."]
+    problems = [f"{cause}." for cause in (info.derivative.causes() if info.derivative is not None else [])]
     if not worst <= report.tolerance:
         problems.append(
             f"the step does not fix the solution: ||U(x*, c) - x*|| / (1 + ||x*||) = {worst:.1e}. Solver and "
@@ -117,7 +126,7 @@ def _problems(report: Report, worst: float) -> list[str]:
             "or mend the step."
         )
     wrong = [c.name for c in report.gradients if not c.error <= max(1e-4, 10 * c.uncertainty)]
-    if wrong and worst <= report.tolerance:
+    if wrong and worst <= report.tolerance and not problems:
         why = (
             "The solution has kinks nearby (degenerate coordinates), where differences mix two derivatives."
             if len(report.degenerate)
@@ -308,15 +317,15 @@ def _core(layer: nn.Module) -> FoldedLayer:
 
 @contextmanager
 def _lenient(core: FoldedLayer) -> Iterator[None]:
-    """Let a layer answer whatever its residuals are."""
-    policy, last = core.on_failure, core.last
-    core.on_failure = "warn"
+    """Let a layer answer whatever its residuals and verdicts are."""
+    policy, degenerate, last = core.on_failure, core.degenerate, core.last
+    core.on_failure, core.degenerate = "warn", "one_sided"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)
             yield
     finally:
-        core.on_failure, core.last = policy, last
+        core.on_failure, core.degenerate, core.last = policy, degenerate, last
 
 
 class _Examined(NamedTuple):
@@ -329,7 +338,7 @@ class _Examined(NamedTuple):
     residual: Tensor
 
 
-def _examined(layer: nn.Module, core: FoldedLayer, params: Sequence[Tensor]) -> _Examined:
+def _examined(layer: nn.Module, core: FoldedLayer, params: Sequence[Tensor | None]) -> _Examined:
     """Call the layer without gradients and record a step with the parameters that its folded layer got."""
     got: list[tuple[Tensor, ...]] = []
     hook = core.register_forward_pre_hook(lambda _, args: got.append(args))
@@ -348,12 +357,16 @@ def _examined(layer: nn.Module, core: FoldedLayer, params: Sequence[Tensor]) -> 
 
 
 def _differences(
-    layer: nn.Module, core: FoldedLayer, params: Sequence[Tensor], generator: torch.Generator, eps: float | None
-) -> tuple[list[GradientCheck], Tensor]:
-    """Check the derivative along one direction per parameter; also return where the output has a kink, (B, N) bool."""
-    leaves = [p.detach().clone().requires_grad_(p.is_floating_point()) for p in params]
-    named = {str(i): p for i, p in enumerate(leaves) if p.requires_grad} | core.weights()
+    layer: nn.Module, core: FoldedLayer, params: Sequence[Tensor | None], generator: torch.Generator, eps: float | None
+) -> tuple[list[GradientCheck], Tensor, FoldInfo]:
+    """Check the derivative along one direction per parameter.
+
+    Also return where the output has a kink, (B, N) bool, and the certificates of the call and of its backward pass.
+    """
+    leaves = [None if p is None else p.detach().clone().requires_grad_(p.is_floating_point()) for p in params]
+    named = {str(i): p for i, p in enumerate(leaves) if p is not None and p.requires_grad} | core.weights()
     output = as_tuple(layer(*leaves))
+    info = cast(FoldInfo, core.last)
     weight = [_random(part.detach(), generator) for part in output]
     wanted = list(named.values())
     gradients = torch.autograd.grad(
@@ -373,15 +386,15 @@ def _differences(
         rows.append(
             (name, 0.0 if gradient is None else float((gradient * direction).sum()), narrow, abs(wide - narrow))
         )
-    floor = 1e-6 * max((abs(row[2]) for row in rows), default=0.0) + 1e-12
+    floor = 1e-6 * max((abs(row[2]) for row in rows if math.isfinite(row[2])), default=0.0) + 1e-12
     checks = []
     for name, folded, narrow, spread in rows:
-        scale = max(abs(folded), abs(narrow), floor)
+        scale = max(floor, abs(folded), abs(narrow))
         checks.append(GradientCheck(name, folded, narrow, abs(folded - narrow) / scale, spread / scale))
-    return checks, kinks
+    return checks, kinks, info
 
 
-def _moved(layer: nn.Module, leaves: Sequence[Tensor], p: Tensor, change: Tensor) -> Tensor:
+def _moved(layer: nn.Module, leaves: Sequence[Tensor | None], p: Tensor, change: Tensor) -> Tensor:
     """Return the layer's flattened output with `p`, one of the leaves or a weight, moved for the call."""
     before = p.detach().clone()
     try:

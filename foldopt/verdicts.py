@@ -75,16 +75,22 @@ class Verdict:
         worst = int(self.code.max()) if len(self.code) else DIFFERENTIABLE
         if worst == DIFFERENTIABLE or policy not in ("raise", "warn"):
             return
-        error, what, remedy = _CAUSES[worst]
-        bad = (self.code == worst).nonzero()[:, 0].tolist()
-        first = bad[0]
-        message = (
-            f"{what}, at {len(bad)} of {len(self.code)} samples, first {bad[:10]}; at sample {first}: "
-            f"{self._blamed(worst, first)}. {remedy}, or choose degenerate='one_sided'|'least_norm'|'nan'|'zero'."
-        )
+        message = f"{self.causes()[0]}, or choose degenerate='one_sided'|'least_norm'|'nan'|'zero'."
         if policy == "raise":
-            raise error(message, (self.code != DIFFERENTIABLE).nonzero()[:, 0].tolist())
+            raise _CAUSES[worst][0](message, (self.code != DIFFERENTIABLE).nonzero()[:, 0].tolist())
         warnings.warn(message, RuntimeWarning, stacklevel=4)
+
+    def causes(self) -> list[str]:
+        """Return each verdict that is not "differentiable" in a sentence with its samples, the gravest first."""
+        found = []
+        for code, (_, what, remedy) in _CAUSES.items():
+            bad = (self.code == code).nonzero()[:, 0].tolist()
+            if bad:
+                found.append(
+                    f"{what}, at {len(bad)} of {len(self.code)} samples, first {bad[:10]}; at sample {bad[0]}: "
+                    f"{self._blamed(code, bad[0])}. {remedy}"
+                )
+        return found
 
     def _blamed(self, kind: int, sample: int) -> str:
         mask, name = (self.variables, lambda j: f"x[{j}]") if kind == NOT_UNIQUE else (self.rows, self.row_names)

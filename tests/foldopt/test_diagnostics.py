@@ -176,3 +176,18 @@ def test_float32_layers_are_judged_by_their_own_precision():
     layer = foldopt.fold(lambda c: c.sqrt(), heron)
     report = diagnostics.check(layer, torch.tensor([[4.0, 2.0], [9.0, 5.0]]))
     assert report.ok, str(report)
+
+
+def test_the_root_cause_comes_first():
+    """Of a sample without a solution or without a derivative, before what follows from it."""
+    eye, zeros = torch.eye(2, dtype=F64), torch.zeros(2, dtype=F64)
+    p = torch.tensor([[1.0, 1.0], [0.0, -1.0]], dtype=F64)
+    report = check(foldopt.QPLayer(), eye, p, -eye, zeros)
+    assert "has a kink" in report.problems[0]
+    assert "at sample 1: G[0]" in report.problems[0]
+    apart = torch.cat([eye, -eye]), torch.tensor([[1.0, 1, 1, 1], [-1, -1, 0, 0]], dtype=F64)
+    report = check(foldopt.QPLayer(), eye, p, *apart)
+    assert report.problems == [
+        "samples without a solution: infeasible at [1]. Mend these programs before looking at gradients."
+    ]
+    assert check(foldopt.QPLayer(), eye, p + 0.5, None, None, torch.ones(1, 2, dtype=F64), zeros[:1]).ok
