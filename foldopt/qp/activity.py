@@ -15,7 +15,7 @@ from foldopt.qp.program import Program, sizes, weight
 TOUCHING = 1e-9  # slack relative to the terms of its row
 CARRYING = 1e-6  # multiplier times entry, relative to the terms of some column
 PROGRAMS = 200  # to find which rows are active at some solution, for each sample
-NUMBERS = 4_000_000  # in all these programs together
+NUMBERS = 500_000  # in all these programs together
 NOISE = 1e-12  # least error of x that is reckoned with
 
 
@@ -23,12 +23,13 @@ class Activity(NamedTuple):
     """Rows at a solution, (B, r) bool each.
 
     strong: those that hold it, equalities and rows with a multiplier. weak: touched, without one. carrying: those with
-    a multiplier that matters.
+    a multiplier that matters. below: those whose multiplier pushes against the lower bound.
     """
 
     strong: Tensor
     weak: Tensor
     carrying: Tensor
+    below: Tensor
 
 
 def activity(program: Program, x: Tensor, y: Tensor, residual: Tensor) -> Activity:
@@ -40,7 +41,7 @@ def activity(program: Program, x: Tensor, y: Tensor, residual: Tensor) -> Activi
     """
     if not program.C.shape[1]:
         none = torch.zeros_like(program.lower, dtype=torch.bool)
-        return Activity(none, none, none)
+        return Activity(none, none, none, none)
     z = matvec(program.C, x)
     size = sizes(program, x, y)
     noise = torch.clamp(100 * residual, NOISE, 1e-7)[:, None]
@@ -53,7 +54,7 @@ def activity(program: Program, x: Tensor, y: Tensor, residual: Tensor) -> Activi
     side = torch.where(y > 0, above, below) <= slack + TOUCHING * reach
     equality = program.equality
     strong = equality | (touched & side & carrying)
-    return Activity(strong, touched & ~strong, carrying)
+    return Activity(strong, touched & ~strong, carrying, y < 0)
 
 
 def complemented(program: Program, x: Tensor, y: Tensor, residual: Tensor) -> Tensor:
@@ -64,7 +65,7 @@ def complemented(program: Program, x: Tensor, y: Tensor, residual: Tensor) -> Te
     rows one linear program finds which of these can carry (the relative interior of the multipliers).
     """
     y = y.clone()
-    strong, weak, _ = activity(program, x, y, residual)
+    strong, weak, *_ = activity(program, x, y, residual)
     for i in weak.any(1).nonzero()[:, 0].tolist():
         one = torch.tensor([i], device=y.device)
         p, held, touched = program.at(one), strong[one], weak[one]

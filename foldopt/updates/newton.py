@@ -112,8 +112,8 @@ class KKTNewton(nn.Module):
 class Point:
     """A state seen through its active rows, in equilibrated units.
 
-    strong, weak, carrying: as of `Activity`. sound: (B,) bool, samples that are finite. degenerate: (B,) bool, those
-    that may lack a derivative. dependent: (B, r) bool, strong rows that depend on each other. seen: (B, r) bool, other
+    strong, weak, carrying, below: as of `Activity`. sound: (B,) bool, samples that are finite and near a solution.
+    degenerate: (B,) bool, those that may lack a derivative. dependent: (B, r) bool, strong rows that depend on each other. seen: (B, r) bool, other
     rows that may come to hold x where it is not unique. base: the system of the strong rows; system: that of the
     strong rows, or of independent ones among them, which derivatives are solved with; restrained: that of all strong
     rows where some are seen.
@@ -134,7 +134,7 @@ class Point:
         others: tuple[Tensor, Point] | None = None,
     ) -> None:
         self.program, self.units, self.system, self.sound = program, units, system, sound
-        self.strong, self.weak, self.carrying = active
+        self.strong, self.weak, self.carrying, self.below = active
         self.degenerate, self.dependent, self.base, self.seen = degenerate, dependent, base, seen
         self.restrained, self.others = restrained, others
 
@@ -146,13 +146,13 @@ class Point:
         degenerate = torch.zeros(len(strong), dtype=torch.bool, device=strong.device)
         sound = ~degenerate
         if others is None:
-            return cls(program, units, Activity(strong, none, strong), system, sound, degenerate, none)
+            return cls(program, units, Activity(strong, none, strong, none), system, sound, degenerate, none)
         index, point = others
         strong = strong.index_put((index,), point.strong)
         for whole, part in zip(units, point.units, strict=True):
             whole[index] = part
         degenerate[index], sound[index] = point.degenerate, point.sound
-        active = Activity(strong, none, strong)
+        active = Activity(strong, none, strong, none)
         mended = Mended(system, index, point.system)
         return cls(program, units, active, mended, sound, degenerate, none, others=others)
 
@@ -205,7 +205,7 @@ class Point:
                 system = Restrained(independent, restrained.projection)
         torn = scaled.equality & ~active.carrying
         lacking = singular | (active.weak | torn).any(1)
-        active = Activity(strong, active.weak, active.carrying)
+        active = active._replace(strong=strong)
         return cls(scaled, units, active, system, sound, lacking, dependent, base, seen, restrained)
 
     def judged(self, g: Tensor, needed: Sequence[bool], k: int, m: int, forward: bool) -> tuple[Tensor, Verdict]:
@@ -247,7 +247,10 @@ class Point:
             hit |= self.weak & (g[:, n:] != 0)
         at = torch.arange(r, device=g.device)
         group = torch.where(at < k, 0, torch.where(at < k + m, 1, 2))
-        wanted = torch.tensor([any(needed[i : i + 2]) for i in (4, 2, 6)], device=g.device)[group]
+        of_A, of_G, of_lower, of_upper = any(needed[4:6]), any(needed[2:4]), needed[6], needed[7]
+        either = self.program.equality & (of_lower or of_upper)
+        of_bounds = either | torch.where(self.below, of_lower, of_upper)
+        wanted = torch.where(group == 0, of_A, torch.where(group == 1, of_G, of_bounds))
         torn = self.program.equality & ~self.carrying & (group == 2) & ((held.abs() > MOVED * size) | forward)
         lies = (self.dependent | torn) & wanted
         spread = torch.linalg.vector_norm(basis, dim=2) > PART
