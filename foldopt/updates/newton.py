@@ -113,10 +113,10 @@ class Point:
     """A state seen through its active rows, in equilibrated units.
 
     strong, weak, carrying, below: as of `Activity`. sound: (B,) bool, samples that are finite and near a solution.
-    degenerate: (B,) bool, those that may lack a derivative. dependent: (B, r) bool, strong rows that depend on each other. seen: (B, r) bool, other
-    rows that may come to hold x where it is not unique. base: the system of the strong rows; system: that of the
-    strong rows, or of independent ones among them, which derivatives are solved with; restrained: that of all strong
-    rows where some are seen.
+    degenerate: (B,) bool, those that may lack a derivative. dependent: (B, r) bool, strong rows that depend on each
+    other. seen: (B, r) bool, other rows that may come to hold x where it is not unique. base: the system of the
+    strong rows; system: that of the strong rows, or of independent ones among them, which derivatives are solved
+    with; restrained: that of all strong rows where some are seen.
     """
 
     def __init__(
