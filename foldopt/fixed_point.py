@@ -97,8 +97,16 @@ class FoldInfo:
 
     @property
     def verdict(self) -> tuple[str, ...] | None:
-        """The verdict on the last backward pass, a word or two per sample (`foldopt.verdicts.NAMES`), or None."""
-        return None if self.derivative is None else self.derivative.names
+        """The verdict on the last backward pass in words, one per sample, or None before it.
+
+        "not solved", or one of `foldopt.verdicts.NAMES`.
+        """
+        if self.derivative is None:
+            return None
+        names, ok = self.derivative.names, self.ok.tolist()
+        if len(names) != len(ok):  # of several cotangents at once, as under vmap
+            return names
+        return tuple(name if good else "not solved" for name, good in zip(names, ok, strict=True))
 
     @classmethod
     def joined(cls, parts: Sequence[FoldInfo]) -> FoldInfo:

@@ -7,7 +7,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from foldopt.batched import matvec
 from foldopt.qp.activity import complemented
 from foldopt.qp.interior_point import interior_point
 from foldopt.qp.polish import EXACT, patterns, polish, refine
@@ -221,14 +220,3 @@ def _rays(p: Program) -> Program:
         torch.cat([zero, low, -one], 1),
         torch.cat([zero, high, one], 1),
     )
-
-
-def certified_residual(program: Program, units: Units, x: Tensor, y: Tensor) -> Tensor:
-    """Return the relative KKT residual, (B,), of a point in the caller's units."""
-    return residual(units.scaled(program), x / units.d, y * units.c / units.e)
-
-
-def slack(program: Program, x: Tensor) -> Tensor:
-    """Return the distance of each row to its nearer bound, (B, r)."""
-    z = matvec(program.C, x)
-    return torch.minimum(program.upper - z, z - program.lower)

@@ -153,7 +153,3 @@ class Spectral:
         if self.singular.any():
             out[self.singular] = self.vectors * self.zero[:, None, :]
         return out
-
-    def null_sizes(self) -> Tensor:
-        """Return for each unknown the length of its unit vector's component in the null space, (B, N)."""
-        return torch.linalg.vector_norm(self.null_basis(), dim=2)

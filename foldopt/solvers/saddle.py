@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ CARRYING = 1e-6  # multiplier, relative to the cost, of a row that is clearly ac
 
 
 class Saddle(NamedTuple):
-    """The systems [[Q, C'], [C, -diag(d)]] of a batch, Q positive definite, reduced to the rows of C.
+    """The systems [[Q, C'], [C, 0]] of a batch, Q positive definite, reduced to the rows of C.
 
     L (B, n, n): Q = L L'. Y (B, n, r): L^-1 C'. M (B, r, r): Y'Y = C Q^-1 C'.
     """
@@ -41,20 +41,6 @@ class Saddle(NamedTuple):
                 return None
             Y = torch.linalg.solve_triangular(L, C.mT, upper=False)
             return cls(L, Y, Y.mT @ Y)
-
-    def shifted(self, d: Tensor) -> Tensor:
-        """Return the Cholesky factor of M + diag(d), d (r,), by which `solve` knows d; NaN where it is singular."""
-        shifted = self.M.clone()
-        shifted.diagonal(dim1=1, dim2=2).add_(d)
-        return _cholesky(shifted)
-
-    def solve(self, Q: Tensor, C: Tensor, shifted: Tensor, r1: Tensor, r2: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (a, c) with Q a + C'c = r1, C a - diag(d) c = r2, differentiably to any order.
-
-        Q, C: what this is the reduction of. The gradient of Q is that of its symmetric part.
-        """
-        found: tuple[Tensor, Tensor] = _Solve.apply(self, Q, C, shifted, r1, r2)
-        return found
 
     def minimize(self, Q: Tensor, p: Tensor, C: Tensor, limits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
         """Minimize 1/2 x'Qx + p'x subject to Cx = limits in the first k rows and Cx <= limits in the others.
@@ -116,41 +102,6 @@ class Saddle(NamedTuple):
     def completed(self, half: Tensor) -> Tensor:
         """Return L'^-1 half, (B, n)."""
         return _triangular(self.L, half, transposed=True)
-
-    def complete(self, held: Tensor, given: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (r, M r), (B, r) each: r is `given` where not `held`, (M r) is `target` where held.
-
-        NaN in the samples where the held rows are dependent.
-        """
-        rest = torch.where(held, 0, given)
-        r = rest + on_block(self.M, held, target - matvec(self.M, rest))
-        return r, torch.where(held, target, matvec(self.M, r))
-
-    def _solved(self, shifted: Tensor, r1: Tensor, r2: Tensor) -> tuple[Tensor, Tensor]:
-        half = _triangular(self.L, r1)
-        c = torch.cholesky_solve((matvec(self.Y.mT, half) - r2)[:, :, None], shifted)[:, :, 0]
-        return _triangular(self.L, half - matvec(self.Y, c), transposed=True), c
-
-
-class _Solve(torch.autograd.Function):
-    @staticmethod
-    def forward(saddle: Saddle, Q: Tensor, C: Tensor, shifted: Tensor, r1: Tensor, r2: Tensor) -> tuple[Tensor, Tensor]:
-        return saddle._solved(shifted, r1, r2)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.saddle, Q, C, shifted, _, _ = inputs
-        ctx.save_for_backward(Q, C, shifted, *output)
-
-    @staticmethod
-    def backward(ctx: Any, ga: Tensor, gc: Tensor) -> tuple[Tensor | None, ...]:
-        Q, C, shifted, a, c = ctx.saved_tensors
-        b1, b2 = _Solve.apply(ctx.saddle, Q, C, shifted, ga, gc)
-        _, of_Q, of_C, *_ = ctx.needs_input_grad
-        pair = torch.stack([b1, a], 2)
-        gQ = -0.5 * pair @ pair.flip(2).mT if of_Q else None
-        gC = -torch.stack([c, b2], 2) @ pair.mT if of_C else None
-        return None, gQ, gC, None, b1, b2
 
 
 def _triangular(L: Tensor, r: Tensor, transposed: bool = False) -> Tensor:
