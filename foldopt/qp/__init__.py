@@ -1,1 +1,1 @@
-"""The engine behind every quadratic program."""
+"""The engine behind `QPLayer` and every verdict: solve, polish, judge. Start reading at `engine.solve`."""
