@@ -125,7 +125,7 @@ unrolling-cost: .venv/.installed ## time and memory of unrolling the denoiser as
 .venv/peers/.installed: .venv/.installed
 	$(PYTHON) -m venv .venv/peers
 	$(PY) -m uv pip install --quiet --python .venv/peers --no-deps --require-hashes -r requirements.lock
-	$(PY) -m uv pip install --quiet --python .venv/peers --override <(echo 'numpy>=2') torchdeq==0.1.0 proxsuite==0.8.0 moreau==0.4.1 libdqp==0.1.2 qpsolvers==4.13.0 piqp==0.7.0 clarabel==0.11.1
+	$(PY) -m uv pip install --quiet --python .venv/peers --override <(echo 'numpy>=2') torchdeq==0.1.0 proxsuite==0.8.0 daqp==0.11.0 moreau==0.4.1 libdqp==0.1.2
 	@touch $@
 
 peers: .venv/peers/.installed ## what other libraries answer when asked for derivatives (a table)

@@ -10,6 +10,8 @@ the other there.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -29,8 +31,10 @@ def solve(M: Tensor, rhs: Tensor) -> Tensor:
     return torch.linalg.solve(M, rhs) if _safe(M) else torch.stack(list(map(torch.linalg.solve, M, rhs)))
 
 
-def matvec(A: Tensor, x: Tensor) -> Tensor:
-    """Return A x, (B, m), for A (B, m, n) and x (B, n)."""
+def matvec(A: Any, x: Tensor) -> Tensor:
+    """Return A x, (B, m), for A (B, m, n), a tensor or a `foldopt.qp.matrix.SparseMatrix`, and x (B, n)."""
+    if not isinstance(A, Tensor):
+        return A.matvec(x)
     return torch.bmm(x[:, None, :], A.mT)[:, 0]
 
 

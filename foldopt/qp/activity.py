@@ -8,9 +8,20 @@ import torch
 from torch import Tensor
 
 from foldopt.batched import matvec
-from foldopt.qp.interior_point import interior_point
-from foldopt.qp.kkt import Rows
-from foldopt.qp.program import Program, sizes, weight
+from foldopt.qp.front import nearby
+from foldopt.qp.matrix import (
+    Matrix,
+    Pattern,
+    SparseMatrix,
+    assembled,
+    identity,
+    numbers,
+    rescaled,
+    selected_rows,
+    zeros,
+)
+from foldopt.qp.program import Program, residual, sizes, weight
+from foldopt.qp.sparse_kkt import SparseKKT
 
 TOUCHING = 1e-9  # slack relative to the terms of its row
 CARRYING = 1e-6  # multiplier times entry, relative to the terms of some column
@@ -32,19 +43,19 @@ class Activity(NamedTuple):
     below: Tensor
 
 
-def activity(program: Program, x: Tensor, y: Tensor, residual: Tensor) -> Activity:
+def activity(program: Program, x: Tensor, y: Tensor, error: Tensor) -> Activity:
     """Return the strongly and the weakly active rows at a solution of an equilibrated program.
 
-    A slack counts as none up to the rounding of its row, or a hundred times the KKT `residual` (B,) of the solution. A
-    multiplier counts as some if it matters in at least one column of the stationarity condition: an absolute threshold
-    would see kinks under large penalties.
+    A slack counts as none up to the rounding of its row, or a hundred times the KKT residual `error` (B,) of the
+    solution. A multiplier counts as some if it matters in at least one column of the stationarity condition: an
+    absolute threshold would see kinks under large penalties.
     """
     if not program.C.shape[1]:
         none = torch.zeros_like(program.lower, dtype=torch.bool)
         return Activity(none, none, none, none)
     z = matvec(program.C, x)
     size = sizes(program, x, y)
-    noise = torch.clamp(100 * residual, NOISE, 1e-7)[:, None]
+    noise = torch.clamp(100 * error, NOISE, 1e-7)[:, None]
     above, below = program.upper - z, z - program.lower
     slack = torch.minimum(above, below)
     bound = torch.where(above < below, program.upper, program.lower)
@@ -57,7 +68,7 @@ def activity(program: Program, x: Tensor, y: Tensor, residual: Tensor) -> Activi
     return Activity(strong, touched & ~strong, carrying, y < 0)
 
 
-def complemented(program: Program, x: Tensor, y: Tensor, residual: Tensor) -> Tensor:
+def complemented(program: Program, x: Tensor, y: Tensor, error: Tensor) -> Tensor:
     """Return multipliers y (B, r) with as many nonzeros as the solution x allows: strictly complementary ones.
 
     Where rows depend on each other multipliers are not unique, and a solver may return some with a zero that another
@@ -65,11 +76,11 @@ def complemented(program: Program, x: Tensor, y: Tensor, residual: Tensor) -> Te
     rows one linear program finds which of these can carry (the relative interior of the multipliers).
     """
     y = y.clone()
-    strong, weak, *_ = activity(program, x, y, residual)
+    strong, weak, *_ = activity(program, x, y, error)
     for i in weak.any(1).nonzero()[:, 0].tolist():
         one = torch.tensor([i], device=y.device)
         p, held, touched = program.at(one), strong[one], weak[one]
-        if _independent(p.C[0, held[0] | touched[0]]):
+        if _independent(selected_rows(p.C, (held[0] | touched[0]).nonzero()[:, 0])):
             continue
         y[one] = _shifted(p, x[one], y[one], held, touched)
     return y
@@ -91,42 +102,45 @@ def touched_somewhere(program: Program, x: Tensor, strong: Tensor, rows: Tensor)
             for side, bound in ((1.0, program.upper), (-1.0, program.lower))
             if bound[i, r].isfinite()
         ]
-        rows_and_curvature = x.shape[1] * (x.shape[1] + z.shape[1])
-        if len(ends) > PROGRAMS or len(ends) * rows_and_curvature > NUMBERS:
+        entries = numbers(program.H).shape[1] + numbers(program.C).shape[1]
+        if len(ends) > PROGRAMS or len(ends) * entries > NUMBERS:
             continue
-        count, held = len(ends), strong[i]
-        C = torch.cat([program.H[i], program.C[i]])
-        low = torch.cat([curvature[i], torch.where(held, z[i], program.lower[i])])
-        high = torch.cat([curvature[i], torch.where(held, z[i], program.upper[i])])
+        p = program.at(torch.full((len(ends),), i, device=x.device))
         row = torch.tensor([r for r, _ in ends], device=x.device)
         sign = torch.tensor([side for _, side in ends], dtype=x.dtype, device=x.device)
-        cost = -sign[:, None] * program.C[i, row]
-        found = interior_point(
-            Program(
-                torch.zeros_like(program.H[i]).expand(count, -1, -1),
-                cost,
-                C.expand(count, -1, -1),
-                low.expand(count, -1),
-                high.expand(count, -1),
-            )
+        held, here, flat = strong[i], z[i], curvature[i].expand(len(ends), -1)
+        pick = torch.zeros_like(p.lower).scatter(1, row[:, None], sign[:, None])
+        linear = Program(
+            zeros(p.H, *p.H.shape[1:]),
+            -matvec(p.C.mT, pick),
+            assembled([[p.H], [p.C]]),
+            torch.cat([flat, torch.where(held, here, p.lower)], 1),
+            torch.cat([flat, torch.where(held, here, p.upper)], 1),
         )
+        found, multipliers = nearby(linear)
         bound = torch.where(sign > 0, program.upper[i, row], program.lower[i, row])
-        slack = sign * bound + (cost * found.x).sum(1)
-        near = ~((slack > 1e-6 * (bound.abs() + x[i].abs().amax().clamp(min=1e-300))) & (found.residual < 1e-7))
+        slack = sign * bound + (linear.q * found).sum(1)
+        far = slack > 1e-6 * (bound.abs() + x[i].abs().amax().clamp(min=1e-300))
+        near = ~(far & (residual(linear, found, multipliers) < 1e-7))
         out[i] = False
         out[i, row[near]] = True
     return out
 
 
-def _independent(rows: Tensor) -> bool:
-    """Whether rows (k, n) are safely linearly independent."""
-    if len(rows) > rows.shape[1]:
+def _independent(rows: Matrix) -> bool:
+    """Whether rows (1, k, n) are safely linearly independent."""
+    _, k, n = rows.shape
+    if k > n:
         return False
-    length = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    if isinstance(rows, SparseMatrix):
+        eye = SparseMatrix(Pattern.identity(n, rows.device), rows.values.new_ones(1, n))
+        return not SparseKKT(eye.to_scipy(0), rows.to_scipy(0)).singular
+    part = rows[0]
+    length = torch.linalg.vector_norm(part, dim=1, keepdim=True)
     if not bool((length > 0).all()):
         return False
-    rows = rows / length
-    root, info = torch.linalg.cholesky_ex(rows @ rows.T)
+    part = part / length
+    root, info = torch.linalg.cholesky_ex(part @ part.T)
     return int(info) == 0 and bool(root.diagonal().square().min() > 1e-8)
 
 
@@ -135,36 +149,32 @@ def _shifted(p: Program, x: Tensor, y: Tensor, strong: Tensor, weak: Tensor) -> 
 
     max sum t over a free on the strong rows and b >= t, 0 <= t <= 1 on the weak ones with C_S'a + C_W'(sign b) = 0.
     """
-    held, touched = Rows.of(strong), Rows.of(weak)
+    held, touched = strong[0].nonzero()[:, 0], weak[0].nonzero()[:, 0]
     z = matvec(p.C, x)
-    sign = touched.take(torch.where(p.upper - z <= z - p.lower, 1.0, -1.0).to(y))
-    S, W = held.take_rows(p.C), touched.take_rows(p.C) * sign[:, :, None]
-    s, w, n = S.shape[1], W.shape[1], p.C.shape[2]
+    sign = torch.where(p.upper - z <= z - p.lower, 1.0, -1.0).to(y)[:, touched]
+    S = selected_rows(p.C, held)
+    W = rescaled(selected_rows(p.C, touched), sign, torch.ones_like(x))
+    s, w, n = len(held), len(touched), x.shape[1]
     total = s + 2 * w
-    eye, zero = torch.eye(w, dtype=y.dtype, device=y.device)[None], y.new_zeros
-    C = torch.cat(
-        [
-            torch.cat([S.mT, W.mT, zero(1, n, w)], 2),
-            torch.cat([zero(1, w, s), eye, -eye], 2),
-            torch.cat([zero(1, w, s), zero(1, w, w), eye], 2),
-            torch.cat([zero(1, w, s), eye, zero(1, w, w)], 2),
-        ],
-        1,
-    )
-    low = torch.cat([zero(1, n), zero(1, w), zero(1, w), zero(1, w)], 1)
-    high = torch.cat([zero(1, n), zero(1, w) + torch.inf, zero(1, w) + 1, zero(1, w) + 1e6], 1)
-    q = torch.cat([zero(1, s + w), zero(1, w) - 1], 1)
-    found = interior_point(Program(zero(1, total, total), q, C, low, high), tol=1e-9)
-    a, b, t = found.x.split([s, w, w], 1)
+    eye, none = identity(W, w), y.new_zeros(1, w)
+    minus = rescaled(eye, none - 1, none + 1)
+    C = assembled([[S.mT, W.mT, zeros(W, n, w)], [zeros(W, w, s), eye, minus], [None, None, eye], [None, eye, None]])
+    low = torch.cat([y.new_zeros(1, n), none, none, none], 1)
+    high = torch.cat([y.new_zeros(1, n), none + torch.inf, none + 1, none + 1e6], 1)
+    linear = Program(zeros(W, total, total), torch.cat([y.new_zeros(1, s + w), none - 1], 1), C, low, high)
+    found, multipliers = nearby(linear, tol=1e-9)
+    a, b, t = found.split([s, w, w], 1)
     supported = t > 0.5
-    if not (found.residual < 1e-6).all() or not supported.any():
+    if not (residual(linear, found, multipliers) < 1e-6).all() or not supported.any():
         return y
     b = torch.where(supported, b, 0)
-    present, inequality = held.take(y), held.there & ~held.take(p.equality.to(y)).bool()
+    present, inequality = y[:, held], ~p.equality[:, held]
     shrinking = inequality & (present * a < 0)
     ratio = torch.where(shrinking, present.abs() / a.abs().clamp(min=1e-300), torch.inf)
     bigness = torch.cat([a, b], 1).abs().amax(1, keepdim=True)
     natural = sizes(p, x, y).columns.amax(1, keepdim=True) / bigness
     step = torch.minimum(0.5 * ratio.amin(1, keepdim=True), natural) if s else natural
-    r = y.shape[1]
-    return y + step * (held.put(a, r) + touched.put(sign * b, r))
+    y = y.clone()
+    y[:, held] += step * a
+    y[:, touched] += step * sign * b
+    return y

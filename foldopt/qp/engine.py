@@ -8,9 +8,24 @@ import torch
 from torch import Tensor
 
 from foldopt.qp.activity import complemented
-from foldopt.qp.interior_point import interior_point
+from foldopt.qp.front import Front, nearby
+from foldopt.qp.kkt import Known
+from foldopt.qp.matrix import (
+    Matrix,
+    SparseMatrix,
+    assembled,
+    column,
+    identity,
+    largest_in_columns,
+    largest_in_rows,
+    numbers,
+    rescaled,
+    where_samples,
+    zeros,
+)
 from foldopt.qp.polish import EXACT, patterns, polish, refine
 from foldopt.qp.program import INFINITE, Program, Units, equilibrate, residual
+from foldopt.qp.sparse_kkt import positive_definite
 
 SOLVED = 1e-9  # largest relative KKT residual of a solution
 CURVATURE = 1e-9  # negative curvature, relative to the equilibrated H, that counts as none
@@ -25,7 +40,8 @@ class Solution(NamedTuple):
 
     x: (B, n). y: (B, r), multipliers of l <= Cx <= u, positive at u and negative at l. Both NaN where not solved.
     status: (B,) int, an index into `STATUS`. residual: (B,), worst relative violation of the KKT conditions (see
-    `foldopt.qp.program.residual`). units: those of the equilibrated program. violation: (B,), of an
+    `foldopt.qp.program.residual`). units: those of the equilibrated program. known: sparse systems
+    of the active rows, where the polish ended with one. violation: (B,), of an
     infeasible program: the least t for which l - t <= Cx <= u + t has a solution, in its equilibrated rows' units.
     certificate: (B, r), multipliers that prove it (C'y = 0 and the least of y'Cx over l <= Cx <= u is positive). ray:
     (B, n), a direction along which an unbounded program falls for ever, else 0.
@@ -39,13 +55,14 @@ class Solution(NamedTuple):
     violation: Tensor
     certificate: Tensor
     ray: Tensor
+    known: list[Known | None]
 
 
-def solve(program: Program, curvature: float = CURVATURE) -> Solution:
-    """Solve programs: equilibrate, interior point, polish; name the cause where that does not end in a solution.
+def solve(program: Program, curvature: float = CURVATURE, front: Front | None = None) -> Solution:
+    """Solve programs: equilibrate, find a first point, polish; name the cause where that does not end in a solution.
 
     program: in the caller's units, float64; infinite bounds allowed. curvature: negative curvature of H that is put
-    down to rounding, relative to its largest entries in each row.
+    down to rounding, relative to its largest entries in each row. front: finds the first point; None: `nearby`.
 
     Multipliers that are not unique come back strictly complementary: a row that can carry one does.
     """
@@ -57,13 +74,15 @@ def solve(program: Program, curvature: float = CURVATURE) -> Solution:
     todo = (finite & convex).nonzero()[:, 0]
     x, y = torch.full_like(program.q, torch.nan), torch.full_like(program.lower, torch.nan)
     worst = torch.full_like(program.q[:, 0], torch.inf)
-    _minimize(scaled, todo, x, y, worst)
+    known: list[Known | None] = [None] * len(x)
+    _minimize(scaled, units, todo, x, y, worst, known, front)
     left = todo[worst[todo] > SOLVED]
     if len(left):  # another guess of the size of x may do
         other = equilibrate(program.at(left), large=True)
         p, x_again, y_again = other.scaled(program.at(left)), x[left].clone(), y[left].clone()
         again = torch.full_like(worst[left], torch.inf)
-        _minimize(p, torch.arange(len(left), device=left.device), x_again, y_again, again)
+        everywhere = torch.arange(len(left), device=left.device)
+        _minimize(p, other, everywhere, x_again, y_again, again, [None] * len(left), front and front.at(left))
         first = units.at(left)
         seen = x_again * other.d / first.d, y_again * (other.e / first.e) * (first.c / other.c)
         again = torch.maximum(again, residual(scaled.at(left), *seen))
@@ -72,6 +91,8 @@ def solve(program: Program, curvature: float = CURVATURE) -> Solution:
         x[rows], y[rows], worst[rows] = x_again[better], y_again[better], again[better]
         for whole, part in zip(units, other, strict=True):
             whole[rows] = part[better]
+        for i in rows.tolist():
+            known[i] = None
         scaled = units.scaled(program)
     good = worst <= SOLVED
     status = torch.where(good, GOOD, LIMIT)
@@ -86,51 +107,70 @@ def solve(program: Program, curvature: float = CURVATURE) -> Solution:
         status[bad], certificate[bad], violation[bad], ray[bad] = _cause(scaled.at(bad))
     x, y = (torch.where(good[:, None], part, torch.nan) for part in (x, y))
     back = units.e / units.c
-    return Solution(units.d * x, back * y, status, worst, units, violation, units.e * certificate, units.d * ray)
+    return Solution(units.d * x, back * y, status, worst, units, violation, units.e * certificate, units.d * ray, known)
 
 
-def _minimize(scaled: Program, todo: Tensor, x: Tensor, y: Tensor, worst: Tensor) -> None:
-    """Fill in the points and residuals that `minimized` finds for some samples."""
+def _minimize(
+    scaled: Program,
+    units: Units,
+    todo: Tensor,
+    x: Tensor,
+    y: Tensor,
+    worst: Tensor,
+    known: list[Known | None],
+    front: Front | None,
+) -> None:
+    """Fill in the points, residuals and systems that `minimized` finds for some samples."""
     for group in patterns(scaled.equality[todo]):
         index = todo[group]
-        found = minimized(scaled.at(index))
+        program = scaled.at(index)
+        found = minimized(program, None if front is None else front(program, units.at(index), index))
         x[index], y[index], worst[index] = found.x, found.y, found.residual
+        for i, system in zip(index.tolist(), found.known, strict=True):
+            known[i] = system
 
 
 class Found(NamedTuple):
-    """x, y and relative residual of equilibrated programs."""
+    """x, y and relative residual of equilibrated programs, and the sparse systems that led there."""
 
     x: Tensor
     y: Tensor
     residual: Tensor
+    known: list[Known | None]
 
 
-def minimized(program: Program) -> Found:
-    """Return the best points of equilibrated convex programs with the same equalities."""
-    if not program.C.shape[1] and not program.H.any():
+def minimized(program: Program, first: tuple[Tensor, Tensor] | None = None) -> Found:
+    """Return the best points of equilibrated convex programs with the same equalities.
+
+    first: points (x, y) to begin with, NaN where there is none; None: those of `nearby`.
+    """
+    if not program.C.shape[1] and not numbers(program.H).any():
         stuck = (program.q != 0).any(1)
         size = torch.zeros_like(program.q[:, 0]).masked_fill(stuck, torch.inf)
-        return Found(torch.zeros_like(program.q), torch.zeros_like(program.lower), size)
-    first = interior_point(program)
-    best = polish(program, first.x, first.y)
+        return Found(torch.zeros_like(program.q), torch.zeros_like(program.lower), size, [None] * len(size))
+    best = polish(program, *(nearby(program) if first is None else first))
     if (best.residual > 10 * EXACT).any() and (best.residual < 1e-2).any():
         refine(best, program)
-    return Found(best.x, best.y, best.residual)
+    return Found(best.x, best.y, best.residual, best.known)
 
 
-def is_convex(H: Tensor, tolerance: float = CURVATURE) -> Tensor:
+def is_convex(H: Matrix, tolerance: float = CURVATURE) -> Tensor:
     """Return which H (B, n, n) have no negative curvature, (B,) bool, up to `tolerance` times their diagonal's size."""
     if not len(H):
         return torch.zeros(0, dtype=torch.bool, device=H.device)
-    size = H.abs().amax(1)
+    size = largest_in_columns(H.abs())
     root = torch.where(size > 0, size, 1).rsqrt()  # as in an equilibration of H by itself
-    shifted = root[:, :, None] * H * root[:, None, :]
+    shifted = rescaled(H, root, root)
+    if isinstance(shifted, SparseMatrix):
+        count = 1 if shifted.values.stride(0) == 0 else len(shifted)
+        found = [positive_definite(shifted.to_scipy(i), tolerance) for i in range(count)]
+        return torch.tensor(found, device=H.device).expand(len(H))
     shifted.diagonal(dim1=1, dim2=2).add_(tolerance)
     return torch.linalg.cholesky_ex(shifted)[1] == 0
 
 
 def _finite(program: Program) -> Tensor:
-    parts = [part.flatten(1).isfinite().all(1) for part in (program.H, program.q, program.C)]
+    parts = [numbers(part).isfinite().all(1) for part in (program.H, program.q, program.C)]
     bounds = ~(program.lower.isnan() | program.upper.isnan()).any(1)
     return torch.stack([*parts, bounds]).all(0)
 
@@ -139,11 +179,11 @@ def _cleaned(program: Program, finite: Tensor) -> Program:
     """Put zeros where a sample is not finite; drop bounds that are infinite, and rows that bound nothing."""
     H, q, C, low, high = program
     if not finite.all():
-        H, C = (torch.where(finite[:, None, None], part, 0) for part in (H, C))
+        H, C = (where_samples(finite, part) for part in (H, C))
         q, low, high = (torch.where(finite[:, None], part, 0) for part in (q, low, high))
     if not C.shape[1]:
         return Program(H, q, C, low, high)
-    size = C.abs().amax(2)
+    size = largest_in_rows(C.abs())
     far = INFINITE * torch.where(size > 0, size, 1)
     low, high = torch.where(low <= -far, -torch.inf, low), torch.where(high >= far, torch.inf, high)
     idle = (size == 0) & (low <= 0) & (high >= 0) & (low != high)
@@ -186,18 +226,15 @@ def _least_violation(p: Program) -> tuple[Tensor, Tensor]:
 
     t is 0 where that could not be settled.
     """
-    B, r, n = p.C.shape
+    _, r, n = p.C.shape
     if not r:
         return torch.zeros_like(p.q[:, 0]), torch.zeros_like(p.lower)
-    t, none = torch.ones_like(p.lower)[:, :, None], torch.full_like(p.lower, torch.inf)
-    last = torch.zeros(B, 1, n + 1, dtype=p.q.dtype, device=p.q.device)
-    last[:, :, n] = 1
-    C = torch.cat([torch.cat([p.C, -t], 2), torch.cat([p.C, t], 2), last], 1)
-    zero, one = torch.zeros_like(p.q), torch.ones_like(p.q[:, :1])
+    none, zero, one = torch.full_like(p.lower, torch.inf), torch.zeros_like(p.q), torch.ones_like(p.q[:, :1])
+    t, minus_t = column(p.C, torch.ones_like(p.lower)), column(p.C, -torch.ones_like(p.lower))
     phase_one = Program(
-        p.q.new_zeros(B, n + 1, n + 1),
+        zeros(p.H, n + 1, n + 1),
         torch.cat([zero, one], 1),
-        C,
+        assembled([[p.C, minus_t], [p.C, t], [zeros(p.C, 1, n), column(p.C, one)]]),
         torch.cat([-none, p.lower, 0 * one], 1),
         torch.cat([p.upper, none, one + torch.inf], 1),
     )
@@ -208,15 +245,14 @@ def _least_violation(p: Program) -> tuple[Tensor, Tensor]:
 
 def _rays(p: Program) -> Program:
     """Return the linear program of the steepest ray: min q'd, Hd = 0, d in the recession cone, -1 <= d <= 1."""
-    B, n = p.q.shape
-    eye = torch.eye(n, dtype=p.q.dtype, device=p.q.device).expand(B, n, n)
+    n = p.q.shape[1]
     zero, one = torch.zeros_like(p.q), torch.ones_like(p.q)
     low = torch.where(p.lower.isfinite(), 0, p.lower)
     high = torch.where(p.upper.isfinite(), 0, p.upper)
     return Program(
-        torch.zeros_like(p.H),
+        zeros(p.H, n, n),
         p.q,
-        torch.cat([p.H, p.C, eye], 1),
+        assembled([[p.H], [p.C], [identity(p.H, n)]]),
         torch.cat([zero, low, -one], 1),
         torch.cat([zero, high, one], 1),
     )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from foldopt.batched import lu_factor, matvec
+from foldopt.qp.matrix import dense, numbers
 from foldopt.qp.program import TINY, Program
 
 REGULARIZATION = 1e-9  # of the linear systems; the residuals are those of the program itself
@@ -77,10 +78,10 @@ class _Run:
         self._start()
 
     def _split(self) -> None:
-        p = self.program
-        self.A, self.b = p.C[:, self.e], p.upper[:, self.e]
-        self.G = p.C[:, self.i]
-        self.quadratic = (p.H != 0).flatten(1).any(1)
+        p, C = self.program, dense(self.program.C)
+        self.A, self.b = C[:, self.e], p.upper[:, self.e]
+        self.G = C[:, self.i]
+        self.quadratic = numbers(p.H).any(1)
         self.forced = self.quadratic | (p.q != 0).any(1)
 
     def _limits(self) -> None:
@@ -141,9 +142,9 @@ class _Run:
 
     def _factor(self, weights: Tensor) -> None:
         """Factor [[H + G'diag(weights)G + rho, A'], [A, -rho]]."""
-        p, n, k = self.program, self.x.shape[1], self.A.shape[1]
+        n, k = self.x.shape[1], self.A.shape[1]
         self.weights = weights
-        M = p.H + self.G.mT @ (weights[:, :, None] * self.G)
+        M = dense(self.program.H) + self.G.mT @ (weights[:, :, None] * self.G)
         M.diagonal(dim1=1, dim2=2).add_(REGULARIZATION)
         if k:
             K = M.new_zeros(len(M), n + k, n + k)

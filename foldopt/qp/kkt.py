@@ -7,12 +7,15 @@ the derivative and its verdict.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from foldopt.batched import lu_factor, matvec
+from foldopt.qp.matrix import Matrix, SparseMatrix, dense
+from foldopt.qp.sparse_kkt import SparseKKT
 
 SHIFT = 1e-8  # that makes the matrix regular; equilibrated, its entries are at most about 1
 NULL = 1e-11  # eigenvalues below this times the largest count as zero
@@ -29,6 +32,9 @@ class Rows(NamedTuple):
     @classmethod
     def of(cls, chosen: Tensor) -> Rows:
         """Gather the rows chosen, (B, r) bool."""
+        if len(chosen) == 1:
+            places = chosen.nonzero()[:, 1][None]
+            return cls(places, torch.ones_like(places, dtype=torch.bool))
         most = int(chosen.sum(1).max()) if chosen.numel() else 0
         if most == chosen.shape[1]:
             return cls(torch.arange(most, device=chosen.device).expand(len(chosen), most), chosen)
@@ -68,7 +74,7 @@ def matrix(H: Tensor, S: Tensor, there: Tensor) -> Tensor:
 
 
 class Shifted:
-    """K factored with +shift and -shift on the diagonal; solves are refined on K itself."""
+    """Dense K factored with +shift and -shift on the diagonal; solves are refined on K itself."""
 
     def __init__(self, H: Tensor, S: Tensor, there: Tensor) -> None:
         self.K = matrix(H, S, there)
@@ -108,7 +114,7 @@ class Shifted:
 
 
 class Spectral:
-    """K as a regular matrix by its LU factorization, or by its eigenvalues in the samples where it is singular."""
+    """Dense K by its LU factorization, or by its eigenvalues in the samples where it is singular."""
 
     def __init__(self, H: Tensor, S: Tensor, there: Tensor) -> None:
         self.n = H.shape[1]
@@ -153,3 +159,95 @@ class Spectral:
         if self.singular.any():
             out[self.singular] = self.vectors * self.zero[:, None, :]
         return out
+
+    def null_vectors(self) -> Tensor:
+        """Return vectors that span the null space, (B, N, k); columns of zeros where K is regular."""
+        return self.null_basis()
+
+
+class Factored:
+    """Sparse K of every sample by itself, for both purposes; computed on the CPU.
+
+    known: systems of the samples that are there already, by the rows that they are of.
+    """
+
+    def __init__(
+        self, H: SparseMatrix, C: SparseMatrix, rows: Rows, known: Sequence[Known | None] | None = None
+    ) -> None:
+        self.n, self.rows = H.shape[1], rows
+        self.there = rows.there.cpu().numpy()
+        self.parts = []
+        for i, places in enumerate(rows.places.cpu().numpy()):
+            chosen = places[self.there[i]]
+            kept = None if known is None else known[i]
+            if kept is not None and len(kept.rows) == len(chosen) and (kept.rows == chosen).all():
+                self.parts.append(kept.system)
+            else:
+                self.parts.append(SparseKKT(H.to_scipy(i), C.to_scipy(i)[chosen]))
+
+    def known(self, sample: int) -> Known:
+        """Return the system of a sample with the rows that it is of."""
+        return Known(self.rows.places[sample].cpu().numpy()[self.there[sample]], self.parts[sample])
+
+    def solve(self, r: Tensor) -> Tensor:
+        """Return the small solution of K z = r, (B, N); where there is none, of the part of r that has one."""
+        return self._mapped(_small_solution, r)
+
+    def null_part(self, r: Tensor) -> Tensor:
+        """Return the component of r, (B, N), in the null space of K."""
+        return self._mapped(SparseKKT.null_part, r)
+
+    @property
+    def singular(self) -> Tensor:
+        """Which samples have a null space, (B,) bool."""
+        return torch.tensor([part.singular for part in self.parts], device=self.rows.places.device)
+
+    def null_vectors(self) -> Tensor:
+        """Return vectors of the null space, (B, N, k), that together are in no special position in it."""
+        found = [torch.as_tensor(part.null_vectors()) for part in self.parts]
+        out = torch.zeros(len(found), self.n + self.there.shape[1], found[0].shape[1], dtype=torch.float64)
+        for i, vectors in enumerate(found):
+            out[i, self.places(i)] = vectors
+        return out.to(self.rows.places.device)
+
+    def places(self, sample: int) -> Tensor:
+        """Return where the numbers of a sample's own system are among N."""
+        own = torch.as_tensor(self.there[sample].nonzero()[0])
+        return torch.cat([torch.arange(self.n), self.n + own])
+
+    def _mapped(self, function: Callable[[SparseKKT, Any], Any], r: Tensor) -> Tensor:
+        vectors = r.detach().cpu()
+        out = torch.zeros_like(vectors)
+        for i, part in enumerate(self.parts):
+            at = self.places(i)
+            out[i, at] = torch.as_tensor(function(part, vectors[i, at].numpy()))
+        return out.to(r.device)
+
+
+class Known(NamedTuple):
+    """A factored system, and the rows of C that it is of."""
+
+    rows: Any
+    system: SparseKKT
+
+
+def _small_solution(system: SparseKKT, r: Any) -> Any:
+    z, left = system.solve(r)
+    norm = system.np.linalg.norm
+    if norm(left) > 1e-9 * norm(r):  # what stagnates lies in the null space
+        z, _ = system.solve(r - left)
+    return z - system.null_part(z) if system.known_singular else z
+
+
+def shifted(H: Matrix, C: Matrix, rows: Rows, known: Sequence[Known | None] | None = None) -> Shifted | Factored:
+    """Return K of some rows of C, for the steps that polish."""
+    if isinstance(H, SparseMatrix) and isinstance(C, SparseMatrix):
+        return Factored(H, C, rows, known)
+    return Shifted(dense(H), rows.take_rows(dense(C)), rows.there)
+
+
+def spectral(H: Matrix, C: Matrix, rows: Rows, known: Sequence[Known | None] | None = None) -> Spectral | Factored:
+    """Return K of some rows of C, for the derivative and its verdict."""
+    if isinstance(H, SparseMatrix) and isinstance(C, SparseMatrix):
+        return Factored(H, C, rows, known)
+    return Spectral(dense(H), rows.take_rows(dense(C)), rows.there)

@@ -29,12 +29,18 @@ from foldopt.qp.engine import (
     Solution,
     solve,
 )
+from foldopt.qp.front import Front
+from foldopt.qp.matrix import Pattern, SparseMatrix, dense
 from foldopt.qp.program import Program
+from foldopt.qp.structure import Structure, is_sparse_argument, taken
 from foldopt.qp.systems import Schur
+from foldopt.solvers.qp_solvers import QPSolver
 from foldopt.solvers.saddle import Saddle
 from foldopt.step import Tensors
-from foldopt.updates.newton import KKTNewton, NewtonState, Point, program_of
+from foldopt.updates.newton import KKTNewton, NewtonState, Point
 
+PATTERNS = 4  # of sparse arguments, for which a layer keeps what it has made
+MATRICES = ("Q", "G", "A")
 NAMES = ("Q", "p", "G", "h", "A", "b", "lower", "upper")
 BOUNDS = ("h", "lower", "upper")  # which may be infinite
 
@@ -91,6 +97,9 @@ class QPLayer(nn.Module):
         on_failure: str = "raise",
         return_duals: bool = False,
         closest_feasible: str | None = None,
+        solver: str | Callable[..., Any] | None = None,
+        options: dict[str, Any] | None = None,
+        warm_start: bool = False,
         linear_solver: str | LinearSolver = "auto",
         dtype: torch.dtype | None = torch.float64,
     ) -> None:
@@ -104,35 +113,57 @@ class QPLayer(nn.Module):
         if closest_feasible not in (None, "l1", "l2"):
             raise InputError(f"closest_feasible={closest_feasible!r} is unknown; choose None, 'l1' or 'l2'.")
         self.update = KKTNewton(degenerate, "nan" in (degenerate, on_failure))
-        self.fold = _QPFold(self.update, resolve(linear_solver), degenerate, on_failure)
+        self.solver = QPSolver(solver, options) if solver is not None or options is not None else None
+        self.warm_start = warm_start
+        if warm_start and self.solver is None:
+            raise InputError("warm_start=True needs solver=: the layer's own choice of solvers begins from scratch.")
+        self.fold = _QPFold(self.update, resolve(linear_solver), degenerate, on_failure, self.solver, warm_start)
+        self._sparse: list[_QPFold] = []
+        self._latest = [self.fold]
         self.return_duals, self.closest_feasible = return_duals, closest_feasible
         self.shifts: tuple[Tensor, Tensor] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "shifts": None}
+        return {**self.__dict__, "shifts": None, "_sparse": [], "_latest": [self.fold]}
 
     @property
     def last(self) -> FoldInfo | None:
         """The certificates of the last call."""
-        return self.fold.last
+        return self._latest[0].last
+
+    def _fold_for(self, given: Given) -> _QPFold:
+        """Return the folded layer of the arguments' patterns, a new one if there is none; `PATTERNS` are kept."""
+        if given.patterns is None:
+            return self.fold
+        for fold in self._sparse:
+            if fold.newton.structure is not None and fold.newton.structure.suits(*given.patterns):
+                return fold
+        degenerate, on_failure = self.fold.degenerate, self.fold.on_failure
+        newton = KKTNewton(degenerate, self.update.nan, Structure(*given.patterns))
+        fold = _QPFold(newton, self.fold.linear_solver, degenerate, on_failure, self.solver, self.warm_start)
+        self._sparse = [fold, *self._sparse[: PATTERNS - 1]]
+        return fold
 
     def forward(
         self,
-        Q: Tensor,
+        Q: Any,
         p: Tensor,
-        G: Tensor | None = None,
+        G: Any = None,
         h: Tensor | None = None,
-        A: Tensor | None = None,
+        A: Any = None,
         b: Tensor | None = None,
         *,
         lower: Tensor | None = None,
         upper: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Duals]:
         """Return the solutions x (B, n), or (x, duals); see the class."""
-        params, answer, self.fold.call.curvature = arguments(Q, p, G, h, A, b, lower, upper)
+        given = arguments(Q, p, G, h, A, b, lower, upper)
+        params, answer, fold = given.params, given.dtype, self._fold_for(given)
+        fold.call.curvature = given.curvature
         if self.closest_feasible is not None:
             params, self.shifts = shifted(params, self.closest_feasible, QPLayer)
-        x, y = self.fold(*params)
+        self._latest[0] = fold
+        x, y = fold(*params)
         if not self.return_duals:
             return x.to(answer)
         y = y.to(answer)
@@ -144,13 +175,22 @@ class QPLayer(nn.Module):
 class _QPFold(FoldedLayer):
     """The folded layer of (x, y), which knows why a sample has no solution."""
 
-    def __init__(self, update: KKTNewton, linear_solver: LinearSolver, degenerate: str, on_failure: str) -> None:
+    def __init__(
+        self,
+        update: KKTNewton,
+        linear_solver: LinearSolver,
+        degenerate: str,
+        on_failure: str,
+        solver: QPSolver | None,
+        warm_start: bool,
+    ) -> None:
         super().__init__(self._solve, update, linear_solver=linear_solver, degenerate=degenerate, on_failure=on_failure)
-        self.newton = update
+        self.newton, self.solver, self.warm_start = update, solver, warm_start
+        self.start: Tensor | None = None
         self.call = _Call()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "call": None}
+        return {**super().__getstate__(), "call": None, "start": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__({**state, "call": _Call()})
@@ -159,19 +199,20 @@ class _QPFold(FoldedLayer):
         """Do nothing: `arguments` has looked at them."""
 
     def _solve(self, *params: Tensor) -> NewtonState:
-        program, k = program_of(*params), params[5].shape[-1]
+        program, k = self.newton.program(params), params[5].shape[-1]
         x, d, y = torch.zeros_like(program.q), torch.ones_like(program.q), torch.zeros_like(program.lower)
         status = torch.full((len(x),), GOOD, device=x.device)
         residual = torch.zeros_like(x[:, 0])
-        bounded = bool(params[6].shape[-1] or params[7].shape[-1])
-        saddle = None if bounded or not program.upper.isfinite().all() else Saddle.of(program.H, program.C)
+        saddle = self._saddle(program, bool(params[6].shape[-1] or params[7].shape[-1]))
         left, found = torch.arange(len(x), device=x.device), None
         if saddle is not None:
-            d = program.H.diagonal(dim1=1, dim2=2).rsqrt().contiguous()
-            x, y, clear = saddle.minimize(program.H, program.q, program.C, program.upper, k)
+            H, C = dense(program.H), dense(program.C)
+            d = H.diagonal(dim1=1, dim2=2).rsqrt().contiguous()
+            x, y, clear = saddle.minimize(H, program.q, C, program.upper, k)
             left = (~clear).nonzero()[:, 0]
         if len(left):
-            found = solve(program if len(left) == len(x) else program.at(left), self.call.curvature)
+            front = None if self.solver is None else Front(self.solver, self._begin(x)).at(left)
+            found = solve(program if len(left) == len(x) else program.at(left), self.call.curvature, front)
             x[left], y[left], status[left], residual[left] = found.x, found.y, found.status, found.residual
             d[left] = found.units.d
             if (found.status != GOOD).any():
@@ -181,7 +222,21 @@ class _QPFold(FoldedLayer):
         x = program.landed(x, d, typical[:, None])
         self._prepare(program, params, x, y, saddle, left, found)
         self.call.found = status, residual
+        if self.warm_start:
+            self.start = x.detach().clone()
         return x, y
+
+    def _saddle(self, program: Program, bounded: bool) -> Saddle | None:
+        """Return the fast path of small, regular, dense programs with the layer's own solver, where there is one."""
+        H, C = program.H, program.C
+        if bounded or self.solver is not None or isinstance(H, SparseMatrix) or isinstance(C, SparseMatrix):
+            return None
+        return Saddle.of(H, C) if program.upper.isfinite().all() else None
+
+    def _begin(self, x: Tensor) -> Tensor | None:
+        """Return where a warm start begins: the solutions of the last call if it had the shape of x (B, n)."""
+        start = self.start
+        return start if start is not None and start.shape == x.shape and start.device == x.device else None
 
     def _prepare(
         self,
@@ -199,13 +254,15 @@ class _QPFold(FoldedLayer):
             if (found.status != GOOD).any():
                 return
             part = program if len(left) == len(x) else program.at(left)
-            point = Point.of(part, x[left], y[left], self.degenerate, found.units, found.residual)
+            point = Point.of(part, x[left], y[left], self.degenerate, found.units, found.residual, found.known)
         if saddle is not None and len(left) < len(x):
             strong = (y != 0) | program.equality
             strong[left] = False
-            point = Point.clear(program, Schur.of(saddle, program.H, strong), None if point is None else (left, point))
+            point = Point.clear(
+                program, Schur.of(saddle, dense(program.H), strong), None if point is None else (left, point)
+            )
         if point is not None:
-            self.newton.prepare((x, y), params, point, program.H)
+            self.newton.prepare((x, y), params, point, program.H if isinstance(program.H, Tensor) else None)
 
     def certify(self, state: Tensors, stepped: Tensors) -> FoldInfo:
         """Return the certificates that the engine gave; `_solve` has applied the policy."""
@@ -270,26 +327,42 @@ _CAUSES: dict[int, tuple[type[SolverError], Callable[[Solution, int], str]]] = {
 }
 
 
-def arguments(*values: Any) -> tuple[Tensors, torch.dtype, float]:
-    """Return (Q, p, G, h, A, b, lower, upper) as float64 tensors, the caller's dtype, and the rounding in Q.
+class Given(NamedTuple):
+    """The arguments of a layer.
 
-    Absent pairs become (0, n) and (0,), absent bounds (0,). Raises InputError that names the argument, its shape or
-    value, and the remedy.
+    params: (Q, p, G, h, A, b, lower, upper) as float64 tensors, of sparse Q, G and A the values. dtype: the caller's.
+    curvature: negative curvature that is put down to the rounding of Q. patterns: of Q, G and A if they are sparse, and
+    whether there are bounds.
+    """
+
+    params: Tensors
+    dtype: torch.dtype
+    curvature: float
+    patterns: tuple[Pattern, Pattern, Pattern, bool] | None
+
+
+def arguments(*values: Any) -> Given:
+    """Return (Q, p, G, h, A, b, lower, upper) as a layer needs them.
+
+    Absent pairs become (0, n) and (0,), absent bounds (0,). If one of Q, G and A is sparse all three are taken as such.
+    Raises InputError that names the argument, its shape or value, and the remedy.
     """
     given = dict(zip(NAMES, values, strict=True))
+    sparse = any(is_sparse_argument(given[name]) for name in MATRICES)
     like = next((v for v in values if isinstance(v, Tensor)), None)
-    found = {name: _tensor(name, value, like) for name, value in given.items()}
+    found: dict[str, Any] = {
+        name: value if is_sparse_argument(value) and name in MATRICES else _tensor(name, value, like)
+        for name, value in given.items()
+    }
     Q, p = found["Q"], found["p"]
     if Q is None or p is None:
         raise InputError(f"{'Q' if Q is None else 'p'} is None; a quadratic program needs Q and p (zeros are fine).")
-    dtypes = [t.dtype for t in found.values() if t is not None and t.is_floating_point()]
-    answer = dtypes[0] if dtypes else torch.get_default_dtype()
     if not p.dim() or not p.shape[-1]:
         raise InputError(f"p has shape {tuple(p.shape)}, expected (n,) or (B, n) with n of at least 1.")
     n = p.shape[-1]
     for rows, right in (("G", "h"), ("A", "b")):
         M, v = found[rows], found[right]
-        M = None if M is None or (M.dim() < 2 and not M.numel()) or (M.dim() > 1 and not M.shape[-2]) else M
+        M = None if M is None or (len(M.shape) < 2 and not M.numel()) or (len(M.shape) > 1 and not M.shape[-2]) else M
         v = None if v is None or not v.dim() or not v.shape[-1] else v
         if (M is None) != (v is None):
             raise InputError(
@@ -300,12 +373,22 @@ def arguments(*values: Any) -> tuple[Tensors, torch.dtype, float]:
     for name in ("lower", "upper"):
         bound = found[name]
         found[name] = p.new_zeros(0) if bound is None else bound.expand(n) if not bound.dim() else bound
-    tensors = {name: t for name, t in found.items() if t is not None}
-    _fit(tensors)
+    _fit({name: tuple(value.shape) for name, value in found.items()})
+    patterns = None
+    if sparse:
+        taken_ = {name: taken(name, found[name], p.device) for name in MATRICES}
+        bounded = bool(found["lower"].shape[-1] or found["upper"].shape[-1])
+        patterns = (taken_["Q"].pattern, taken_["G"].pattern, taken_["A"].pattern, bounded)
+        found |= {name: one.values for name, one in taken_.items()}
     if not is_certified():
-        _require_numbers(tensors)
+        _require_numbers(found)
+    numbers = [found[name] for name in NAMES if isinstance(given[name], Tensor | SparseMatrix)]
+    dtypes = [t.dtype for t in numbers if t.is_floating_point()]
+    answer = dtypes[0] if dtypes else torch.get_default_dtype()
+    Q = found["Q"]
     rounding = torch.finfo(Q.dtype).eps if Q.is_floating_point() else 0.0
-    return tuple(tensors[name].to(torch.float64) for name in NAMES), answer, max(CURVATURE, 8 * rounding)
+    params = tuple(found[name].to(torch.float64) for name in NAMES)
+    return Given(params, answer, max(CURVATURE, 8 * rounding), patterns)
 
 
 def _tensor(name: str, value: Any, like: Tensor | None) -> Tensor | None:
@@ -316,11 +399,10 @@ def _tensor(name: str, value: Any, like: Tensor | None) -> Tensor | None:
             value = torch.as_tensor(value, device=None if like is None else like.device)
         except (TypeError, ValueError, RuntimeError) as error:
             raise InputError(
-                f"{name} is a {type(value).__name__}, expected a tensor or an array of numbers; a sparse matrix has to "
-                "be made dense first."
+                f"{name} is a {type(value).__name__}, expected a tensor or an array of numbers."
             ) from error
     if value.layout != torch.strided:
-        raise InputError(f"{name} is sparse ({value.layout}); QPLayer takes dense tensors, pass {name}.to_dense().")
+        raise InputError(f"{name} is sparse ({value.layout}); only Q, G and A may be, pass {name}.to_dense().")
     if value.is_complex() or value.dtype == torch.bool:
         raise InputError(f"{name} is of dtype {value.dtype}, expected real numbers.")
     if like is not None and value.device != like.device:
@@ -328,12 +410,12 @@ def _tensor(name: str, value: Any, like: Tensor | None) -> Tensor | None:
     return value
 
 
-def _shape(value: Tensor | None) -> str:
+def _shape(value: Any) -> str:
     return "None" if value is None else f"of shape {tuple(value.shape)}"
 
 
-def _fit(tensors: dict[str, Tensor]) -> None:
-    n, m, k = (tensors[name].shape[-1] if tensors[name].dim() else -1 for name in ("p", "h", "b"))
+def _fit(shapes: dict[str, tuple[int, ...]]) -> None:
+    n, m, k = (shapes[name][-1] if shapes[name] else -1 for name in ("p", "h", "b"))
     ends = {
         "Q": (n, n),
         "p": (n,),
@@ -341,16 +423,15 @@ def _fit(tensors: dict[str, Tensor]) -> None:
         "h": (m,),
         "A": (k, n),
         "b": (k,),
-        "lower": (n,) if tensors["lower"].numel() else (0,),
-        "upper": (n,) if tensors["upper"].numel() else (0,),
+        "lower": (n,) if 0 not in shapes["lower"] else (0,),
+        "upper": (n,) if 0 not in shapes["upper"] else (0,),
     }
-    B = max((len(t) for name, t in tensors.items() if t.dim() == len(ends[name]) + 1), default=1)
+    B = max((shape[0] for name, shape in shapes.items() if len(shape) == len(ends[name]) + 1), default=1)
     for name, end in ends.items():
-        if tuple(tensors[name].shape) not in (end, (B, *end)):
+        if shapes[name] not in (end, (B, *end)):
             raise InputError(
-                f"{name} has shape {tuple(tensors[name].shape)}, expected {end} or {(B, *end)} to go with p of shape "
-                f"{tuple(tensors['p'].shape)}, h of shape {tuple(tensors['h'].shape)} and b of shape "
-                f"{tuple(tensors['b'].shape)}."
+                f"{name} has shape {shapes[name]}, expected {end} or {(B, *end)} to go with p of shape {shapes['p']}, "
+                f"h of shape {shapes['h']} and b of shape {shapes['b']}."
             )
 
 

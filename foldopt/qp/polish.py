@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from foldopt.batched import matvec
-from foldopt.qp.interior_point import interior_point
-from foldopt.qp.kkt import Rows, Shifted
+from foldopt.qp.front import nearby
+from foldopt.qp.kkt import Factored, Known, Rows, shifted
+from foldopt.qp.matrix import masked_rows
 from foldopt.qp.program import Program, residual
 
 EXACT = 1e-13  # relative KKT residual at which nothing is left to do
@@ -18,17 +19,26 @@ ROUNDS = 3  # of a correction by the interior point
 
 
 class Point:
-    """The best point so far of every sample: x (B, n), y (B, r), relative KKT residual (B,)."""
+    """The best point so far of every sample: x (B, n), y (B, r), relative KKT residual (B,).
+
+    known: the sparse system that led to each, None where there is none.
+    """
 
     def __init__(self, program: Program, x: Tensor, y: Tensor) -> None:
         self.x, self.y, self.residual = x.clone(), y.clone(), residual(program, x, y)
+        self.known: list[Known | None] = [None] * len(x)
 
-    def offer(self, index: Tensor, program: Program, x: Tensor, y: Tensor) -> Tensor:
+    def offer(
+        self, index: Tensor, program: Program, x: Tensor, y: Tensor, known: Sequence[Known | None] | None = None
+    ) -> Tensor:
         """Take the points of some samples where they are better; return their residuals."""
         now = residual(program, x, y)
         better = now < self.residual[index]
         rows = index[better]
         self.x[rows], self.y[rows], self.residual[rows] = x[better], y[better], now[better]
+        if known is not None:
+            for j in better.nonzero()[:, 0].tolist():
+                self.known[int(index[j])] = known[j]
         return now
 
 
@@ -42,7 +52,7 @@ def polish(program: Program, x: Tensor, y: Tensor, good: float = EXACT) -> Point
     """
     best = Point(program, x, y)
     for guess in _guesses(program, x, y):
-        left = (best.residual > good).nonzero()[:, 0]
+        left = ((best.residual > good) & best.residual.isfinite()).nonzero()[:, 0]
         if not len(left):
             break
         _newton(best, left, program.at(left), x[left], y[left], guess(left), good)
@@ -90,8 +100,7 @@ def _newton(
         active = upper | lower | equality
         if before is None or not torch.equal(active, before):
             rows = Rows.of(active)
-            S = rows.take_rows(p.C)
-            kkt = Shifted(p.H, S, rows.there)
+            kkt = shifted(p.H, p.C, rows)
         before = active
         y = torch.where(active, y, 0)
         bound = torch.where(lower, p.lower, p.upper)
@@ -99,7 +108,8 @@ def _newton(
         gap = rows.take(torch.where(active, matvec(p.C, x) - bound, 0))
         change = kkt.solve(-torch.cat([stationarity, gap], 1))
         x, y = x + change[:, :n], y + rows.put(change[:, n:], y.shape[1])
-        now = best.offer(index, p, x, y)
+        known = [kkt.known(i) for i in range(len(x))] if isinstance(kkt, Factored) else None
+        now = best.offer(index, p, x, y, known)
         going = (now > good) & x.isfinite().all(1)
         if step:
             going &= (now <= 10 * best.residual[index]) | (now <= 0.1 * last)
@@ -139,14 +149,14 @@ def refine(best: Point, program: Program, good: float = EXACT) -> None:
         low = torch.where(carries, missing / size, torch.where(open_, -below / size, zero - torch.inf))
         high = torch.where(carries, missing / size, torch.where(open_, above / size, zero + torch.inf))
         low, high = torch.where(low < -1e6, -torch.inf, low), torch.where(high > 1e6, torch.inf, high)
-        C = torch.where((carries | open_)[:, :, None], p.C, 0)
+        C = masked_rows(p.C, carries | open_)
         before = best.residual[left].clone()
         for group in patterns(low == high):
-            found = interior_point(Program(p.H, gradient / size, C, low, high).at(group), tol=1e-12)
-            moved_x = x[group] + size[group] * found.x
-            moved_y = kept[group] + size[group] * found.y
+            dx, dy = nearby(Program(p.H, gradient / size, C, low, high).at(group), tol=1e-12)
+            moved_x = x[group] + size[group] * dx
+            moved_y = kept[group] + size[group] * dy
             after = polish(p.at(group), moved_x, moved_y, good)
-            best.offer(left[group], p.at(group), after.x, after.y)
+            best.offer(left[group], p.at(group), after.x, after.y, after.known)
         share[left] = torch.where(best.residual[left] < before, share[left], 0.1 * share[left])
 
 

@@ -8,6 +8,16 @@ import torch
 from torch import Tensor
 
 from foldopt.batched import matvec
+from foldopt.qp.matrix import (
+    Matrix,
+    largest_in_columns,
+    largest_in_rows,
+    masked_rows,
+    numbers,
+    rescaled,
+    several_entries,
+    single_entries,
+)
 
 ROUNDS = 10  # of equilibration
 INFINITE = 1e19  # a bound this far away, in units of its row, bounds nothing
@@ -19,12 +29,13 @@ LANDING = 1e-12  # distance from a bound, relative to x, that is rounding
 class Program(NamedTuple):
     """H (B, n, n) symmetric, q (B, n), C (B, r, n), lower l and upper u (B, r), float64; l = u is an equality.
 
-    Bounds of the variables are rows with one entry. Infinite l or u: no bound on that side.
+    H and C are both dense tensors, or both a `foldopt.qp.matrix.SparseMatrix`. Bounds of the variables are rows with
+    one entry. Infinite l or u: no bound on that side.
     """
 
-    H: Tensor
+    H: Matrix
     q: Tensor
-    C: Tensor
+    C: Matrix
     lower: Tensor
     upper: Tensor
 
@@ -35,7 +46,12 @@ class Program(NamedTuple):
 
     def at(self, index: Tensor) -> Program:
         """Return the programs of some samples."""
-        return Program(*(part[index] for part in self))
+        return Program(self.H[index], self.q[index], self.C[index], self.lower[index], self.upper[index])
+
+    def detach(self) -> Program:
+        """Return the program without gradients."""
+        H, q, C, lower, upper = self
+        return Program(H.detach(), q.detach(), C.detach(), lower.detach(), upper.detach())
 
     def landed(self, x: Tensor, d: Tensor, typical: Tensor) -> Tensor:
         """Return x (B, n) put exactly on the bounds of single variables that it is on up to rounding.
@@ -45,12 +61,9 @@ class Program(NamedTuple):
         """
         if not self.C.shape[1]:
             return x
-        C = self.C[:1] if self.C.stride(0) == 0 else self.C
-        single = (C != 0).sum(2) == 1
+        single, at, entry = single_entries(self.C)
         if not single.any():
             return x
-        at = C.abs().argmax(2)
-        entry = torch.where(single, C.gather(2, at[:, :, None])[:, :, 0], 1.0)
         at = at.expand_as(self.lower)
         here = x.gather(1, at)
         low, high = self.lower / entry, self.upper / entry
@@ -80,9 +93,9 @@ class Units(NamedTuple):
         """Return the program in these units."""
         d, e, c = self
         return Program(
-            c[:, :, None] * d[:, :, None] * program.H * d[:, None, :],
+            rescaled(program.H, c * d, d),
             c * d * program.q,
-            e[:, :, None] * program.C * d[:, None, :],
+            rescaled(program.C, e, d),
             e * program.lower,
             e * program.upper,
         )
@@ -98,31 +111,30 @@ def equilibrate(program: Program, large: bool = False) -> Units:
     algorithm to equilibrate both rows and columns norms in matrices (2001), as in OSQP (Stellato et al., 2020, 5.1).
     """
     H, q, C = program.H.abs(), program.q.abs(), program.C.abs()
-    single = (C > 0).sum(2) <= 1
-    rows = torch.where(single[:, :, None], 0, C)
+    several = several_entries(C)
+    rows = masked_rows(C, several)
     d, e, c = torch.ones_like(q), torch.ones_like(program.lower), torch.ones_like(q[:, :1])
 
     def cost() -> Tensor:
-        columns = c * d * (H * d[:, :, None]).amax(1)
+        columns = c * d * largest_in_columns(H, d)
         curved = columns > 0
         mean = columns.sum(1) / curved.sum(1).clamp(min=1)
         size = torch.where(curved.any(1), mean, (c * d * q).amax(1))[:, None]
         return torch.where(size > TINY, size, 1.0)
 
     for _ in range(ROUNDS):
-        largest = c * d * (H * d[:, :, None]).amax(1)
+        largest = c * d * largest_in_columns(H, d)
         if C.shape[1]:
-            scaled = e[:, :, None] * rows * d[:, None, :]
-            largest = torch.maximum(largest, scaled.amax(1))
-            e = e * _inverse_root(scaled.amax(2))
+            largest = torch.maximum(largest, d * largest_in_columns(rows, e))
+            e = e * _inverse_root(e * largest_in_rows(rows, d))
         d = d * _inverse_root(largest)
         c = c / cost()
     if C.shape[1]:
-        own = (C * d[:, None, :]).amax(2)
-        e = torch.where(single & (own > TINY), 1 / own.clamp(min=TINY), e)
+        own = largest_in_rows(C, d)
+        e = torch.where(~several & (own > TINY), 1 / own.clamp(min=TINY), e)
     ends = e * program.lower.abs(), e * program.upper.abs()
     steep = (c * d * q).amax(1, keepdim=True)  # the size of x without rows, where H has entries of 1
-    steep = torch.where(H.flatten(1).any(1, keepdim=True), steep, 0)
+    steep = torch.where(numbers(H).any(1, keepdim=True), steep, 0)
     both = torch.cat([steep, _median(torch.cat(ends, 1))], 1)
     both = torch.where(both > TINY, both, both.amax(1, keepdim=True))
     size = both.amax(1, keepdim=True) if large else both.amin(1, keepdim=True)
@@ -163,7 +175,7 @@ def sizes(program: Program, x: Tensor, y: Tensor) -> Sizes:
     largest = absolute.amax(1, keepdim=True)
     x_size = torch.where(largest > NOTHING, largest, 1.0)
     reach = matvec(program.C.abs(), absolute)
-    rows = torch.maximum(reach, 1e-3 * x_size * program.C.abs().amax(2)) if program.C.shape[1] else reach
+    rows = torch.maximum(reach, 1e-3 * x_size * largest_in_rows(program.C.abs()))
     terms = matvec(program.H, x), program.q, matvec(program.C.mT, y)
     net = torch.stack([term.abs() for term in terms]).amax(0)
     force = program.q.abs().amax(1, keepdim=True)
@@ -201,9 +213,9 @@ def residual(program: Program, x: Tensor, y: Tensor) -> Tensor:
     return worst.nan_to_num(nan=torch.inf)
 
 
-def weight(C: Tensor, y: Tensor, columns: Tensor) -> Tensor:
+def weight(C: Matrix, y: Tensor, columns: Tensor) -> Tensor:
     """Return how much each row's multiplier matters, (B, r): in the column where it does most, relative to that."""
-    return y.abs() * (C.abs() / columns[:, None, :]).amax(2) if C.shape[1] else y.abs()
+    return y.abs() * largest_in_rows(C.abs(), 1 / columns) if C.shape[1] else y.abs()
 
 
 def _largest(a: Tensor) -> Tensor:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from foldopt.batched import matvec
-from foldopt.qp.kkt import Rows, Spectral
+from foldopt.qp.kkt import Known, Rows, spectral
+from foldopt.qp.matrix import Matrix, Pattern, SparseMatrix, joined, masked_rows, outer, split
 from foldopt.qp.program import Program, Units
+from foldopt.qp.sparse_kkt import SparseKKT, packages
 from foldopt.solvers.saddle import Saddle, block_factor, block_solve
 
 ROUNDING = 1e-13
@@ -47,12 +50,17 @@ class Schur(NamedTuple):
 
 
 class Equilibrated:
-    """By the KKT matrix in equilibrated units, by its eigenvalues where it is singular."""
+    """By the KKT matrix in equilibrated units, singular ones among them.
 
-    def __init__(self, scaled: Program, units: Units, strong: Tensor) -> None:
+    known: sparse systems of the samples that are there already.
+    """
+
+    def __init__(
+        self, scaled: Program, units: Units, strong: Tensor, known: Sequence[Known | None] | None = None
+    ) -> None:
         self.units, self.strong = units, strong
         self.rows = Rows.of(strong)
-        self.kkt = Spectral(scaled.H, self.rows.take_rows(scaled.C), self.rows.there)
+        self.kkt = spectral(scaled.H, scaled.C, self.rows, known)
 
     def gathered(self, r1: Tensor, r2: Tensor) -> Tensor:
         """Return a right-hand side in the matrix's units, (B, N)."""
@@ -70,8 +78,32 @@ class Equilibrated:
         return self.spread(self.kkt.solve(self.gathered(r1, r2)))
 
 
-class Restrained(NamedTuple):
-    """A system whose x is not unique: of all solutions a, the one that moves some other rows least.
+class Restrained(Protocol):
+    """A system whose x is not unique: of all solutions a, the one that moves some other rows least."""
+
+    def solve(self, r1: Tensor, r2: Tensor) -> tuple[Tensor, Tensor]:
+        """See `System`; what it solves with in backward mode is its transpose in forward mode."""
+        ...
+
+    def found(self, r: Tensor) -> Tensor:
+        """Return the solution z (B, N) of a gathered right-hand side."""
+        ...
+
+    def on(self, base: Equilibrated) -> Restrained:
+        """Return the same for a system of fewer rows that imply the others."""
+        ...
+
+
+def restrained(base: Equilibrated, scaled: Program, others: Tensor) -> Restrained:
+    """Return the system of `base` that moves the rows in the mask `others` (B, r) least."""
+    rows = masked_rows(scaled.C, others)
+    if isinstance(scaled.H, SparseMatrix) or isinstance(rows, SparseMatrix):
+        return SparselyRestrained(base, scaled, others)
+    return Projected.of(base, rows, base.kkt.null_vectors()[:, : rows.shape[2]])
+
+
+class Projected(NamedTuple):
+    """`Restrained` for dense matrices.
 
     base: the system. projection: (B, n, n), takes a solution to that one, in the base's units.
     """
@@ -80,7 +112,7 @@ class Restrained(NamedTuple):
     projection: Tensor
 
     @classmethod
-    def of(cls, base: Equilibrated, rows: Tensor, basis: Tensor) -> Restrained:
+    def of(cls, base: Equilibrated, rows: Tensor, basis: Tensor) -> Projected:
         """rows: (B, r, n), zero but for those that are to move least. basis: (B, n, N), of what x may move by."""
         seen = rows @ basis
         seen = torch.where(seen.abs() > TINY_MOVE * rows.abs().sum(2, keepdim=True), seen, 0)
@@ -88,15 +120,63 @@ class Restrained(NamedTuple):
         eye = torch.eye(rows.shape[2], dtype=rows.dtype, device=rows.device)
         return cls(base, eye - basis @ (inverse @ (seen.mT @ rows)))
 
+    def on(self, base: Equilibrated) -> Projected:
+        """See `Restrained`."""
+        return Projected(base, self.projection)
+
     def solve(self, r1: Tensor, r2: Tensor) -> tuple[Tensor, Tensor]:
-        """See `System`; what it solves with in backward mode is its transpose in forward mode."""
+        """See `Restrained`."""
         return self.base.spread(self.found(self.base.gathered(r1, r2)))
 
     def found(self, r: Tensor) -> Tensor:
-        """Return the solution z (B, N) of a gathered right-hand side."""
+        """See `Restrained`."""
         z = self.base.kkt.solve(r)
         n = self.projection.shape[1]
         return torch.cat([matvec(self.projection, z[:, :n]), z[:, n:]], 1)
+
+
+class SparselyRestrained:
+    """`Restrained` for sparse matrices: min 1/2 |t|^2 subject to K z = r, W a = t, a KKT system of its own."""
+
+    def __init__(self, base: Equilibrated, scaled: Program, others: Tensor) -> None:
+        self.base, self.scaled, self.others = base, scaled, others
+        _, sparse, _ = packages()
+        self.parts: list[SparseKKT | None] = []
+        self.places: list[Tensor] = []
+        for i, bad in enumerate((base.kkt.singular & others.any(1)).tolist()):
+            own = base.rows.there[i].nonzero()[:, 0]
+            self.places.append(torch.cat([torch.arange(scaled.H.shape[1], device=own.device), scaled.H.shape[1] + own]))
+            if not bad:
+                self.parts.append(None)
+                continue
+            H, C = (M.to_scipy(i) for M in (scaled.H, scaled.C) if isinstance(M, SparseMatrix))
+            places = base.rows.places[i, base.rows.there[i]].cpu().numpy()
+            S, W = C[places], C[others[i].cpu().numpy()]
+            n, s, w = H.shape[0], S.shape[0], W.shape[0]
+            cost = sparse.diags([0.0] * (n + s) + [1.0] * w)
+            equations = sparse.bmat([[H, S.T, None], [S, None, None], [W, None, -sparse.identity(w)]], format="csr")
+            self.parts.append(SparseKKT(cost, equations))
+
+    def on(self, base: Equilibrated) -> SparselyRestrained:
+        """See `Restrained`."""
+        return SparselyRestrained(base, self.scaled, self.others)
+
+    def solve(self, r1: Tensor, r2: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Restrained`."""
+        return self.base.spread(self.found(self.base.gathered(r1, r2)))
+
+    def found(self, r: Tensor) -> Tensor:
+        """See `Restrained`."""
+        z = self.base.kkt.solve(r)
+        for i, part in enumerate(self.parts):
+            if part is None:
+                continue
+            at = self.places[i].to(r.device)
+            right = torch.zeros(part.n + part.s, dtype=r.dtype)
+            right[part.n : part.n + len(at)] = r[i, at].cpu()
+            found, _ = part.solve(right.numpy())
+            z[i, at] = torch.as_tensor(found[: len(at)], device=r.device)
+        return z
 
 
 class Mended(NamedTuple):
@@ -114,7 +194,7 @@ class Mended(NamedTuple):
 
 
 def solved(
-    system: System, H: Tensor, C: Tensor, r1: Tensor, r2: Tensor, scale: tuple[Tensor, Tensor] | None = None
+    system: System, H: Matrix, C: Matrix, r1: Tensor, r2: Tensor, scale: tuple[Tensor, Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
     """Return (a, c) of `System` as a function of everything, differentiable to any order.
 
@@ -122,7 +202,9 @@ def solved(
     and c (B, r) are added to, if known. Beside it they are rounding at a solution, and so are the first derivatives
     with respect to H and C, which are then left out.
     """
-    found: tuple[Tensor, Tensor] = _Solve.apply(system, H, C, r1, r2, scale)
+    (pattern_H, H_values), (pattern_C, C_values) = split(H), split(C)
+    patterns = pattern_H, pattern_C
+    found: tuple[Tensor, Tensor] = _Solve.apply(system, patterns, H_values, C_values, r1, r2, scale)
     return found
 
 
@@ -133,53 +215,66 @@ def _beside(change: Tensor, value: Tensor) -> bool:
     return bool((change.abs().amax(1) <= ROUNDING * value.abs().amax(1)).all())
 
 
+Patterns = tuple[Pattern | None, Pattern | None]
+
+
 class _Solve(torch.autograd.Function):
     @staticmethod
     def forward(
-        system: System, H: Tensor, C: Tensor, r1: Tensor, r2: Tensor, scale: tuple[Tensor, Tensor] | None
+        system: System,
+        patterns: Patterns,
+        H: Tensor,
+        C: Tensor,
+        r1: Tensor,
+        r2: Tensor,
+        scale: tuple[Tensor, Tensor] | None,
     ) -> tuple[Tensor, Tensor]:
         return system.solve(r1, r2)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.system, H, C, _, _, scale = inputs
+        ctx.system, ctx.patterns, H, C, _, _, scale = inputs
         ctx.settled = scale is not None and all(map(_beside, output, scale))
         ctx.save_for_backward(H, C, *output)
 
     @staticmethod
     def backward(ctx: Any, ga: Tensor, gc: Tensor) -> tuple[Tensor | None, ...]:
         H, C, a, c = ctx.saved_tensors
-        b1, b2 = _Solve.apply(ctx.system, H, C, ga, gc, None)
-        _, of_H, of_C, *_ = ctx.needs_input_grad
+        b1, b2 = _Solve.apply(ctx.system, ctx.patterns, H, C, ga, gc, None)
+        _, _, of_H, of_C, *_ = ctx.needs_input_grad
         if ctx.settled and not torch.is_grad_enabled():
             of_H = of_C = False
         pair = torch.stack([b1, a], 2)
-        gH = -0.5 * pair @ pair.flip(2).mT if of_H else None
-        gC = -torch.stack([c, b2], 2) @ pair.mT if of_C else None
-        return None, gH, gC, b1, b2, None
+        gH = -0.5 * outer(ctx.patterns[0], pair, pair.flip(2)) if of_H else None
+        gC = -outer(ctx.patterns[1], torch.stack([c, b2], 2), pair) if of_C else None
+        return None, None, gH, gC, b1, b2, None
 
 
-def products(H: Tensor, C: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def products(H: Matrix, C: Matrix, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return Hx, Cx and C'y for symmetric H (B, n, n) and C (B, r, n); the gradient of H is symmetric."""
-    found: tuple[Tensor, Tensor, Tensor] = _Products.apply(H, C, x, y)
+    (pattern_H, H_values), (pattern_C, C_values) = split(H), split(C)
+    found: tuple[Tensor, Tensor, Tensor] = _Products.apply((pattern_H, pattern_C), H_values, C_values, x, y)
     return found
 
 
 class _Products(torch.autograd.Function):
     @staticmethod
-    def forward(H: Tensor, C: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return matvec(H, x), matvec(C, x), matvec(C.mT, y)
+    def forward(patterns: Patterns, H: Tensor, C: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        rows = joined(patterns[1], C)
+        return matvec(joined(patterns[0], H), x), matvec(rows, x), matvec(rows.mT, y)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.save_for_backward(*inputs)
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.patterns, *tensors = inputs
+        ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx: Any, gH_x: Tensor, gC_x: Tensor, gC_y: Tensor) -> tuple[Tensor | None, ...]:
         H, C, x, y = ctx.saved_tensors
-        of_H, of_C, of_x, of_y = ctx.needs_input_grad
+        _, of_H, of_C, of_x, of_y = ctx.needs_input_grad
+        rows = joined(ctx.patterns[1], C)
         pair = torch.stack([gH_x, x], 2)
-        gH = 0.5 * pair @ pair.flip(2).mT if of_H else None
-        gC = torch.stack([gC_x, y], 2) @ torch.stack([x, gC_y], 2).mT if of_C else None
-        gx = matvec(H, gH_x) + matvec(C.mT, gC_x) if of_x else None
-        return gH, gC, gx, matvec(C, gC_y) if of_y else None
+        gH = 0.5 * outer(ctx.patterns[0], pair, pair.flip(2)) if of_H else None
+        gC = outer(ctx.patterns[1], torch.stack([gC_x, y], 2), torch.stack([x, gC_y], 2)) if of_C else None
+        gx = matvec(joined(ctx.patterns[0], H), gH_x) + matvec(rows.mT, gC_x) if of_x else None
+        return None, gH, gC, gx, matvec(rows, gC_y) if of_y else None

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from foldopt.batched import matvec
 from foldopt.qp.activity import Activity, activity, touched_somewhere
-from foldopt.qp.kkt import probe
+from foldopt.qp.kkt import Known, probe
+from foldopt.qp.matrix import compact, matmul, numbers, selected_rows, where_samples
 from foldopt.qp.program import Program, Units, equilibrate, residual
-from foldopt.qp.systems import Equilibrated, Mended, Restrained, Schur, System, products, solved
+from foldopt.qp.structure import Structure
+from foldopt.qp.systems import Equilibrated, Mended, Restrained, Schur, System, products, restrained, solved
 from foldopt.verdicts import DEPENDENT, DIFFERENTIABLE, KINK, NOT_UNIQUE, Verdict
 
 NewtonState = tuple[Tensor, Tensor]
@@ -37,14 +39,15 @@ class KKTNewton(nn.Module):
         degenerate: how derivatives that do not exist are replaced (see `QPLayer`); it decides here whether rows that
             depend on each other are reduced to independent ones ("one_sided", "warn") or share ("least_norm").
         nan: let a cotangent of NaN reach all parameters of its sample.
+        structure: of sparse Q, G and A, whose values (nnz,) or (B, nnz) are then parameters in their place.
 
     Parameters of the step: Q, p, G, h, A, b, lower, upper as for `QPLayer`; lower and upper (0,) for none.
     Fischer, A special Newton-type optimization method (1992); Nocedal and Wright, Numerical Optimization (2006), 16.
     """
 
-    def __init__(self, degenerate: str = "raise", nan: bool = False) -> None:
+    def __init__(self, degenerate: str = "raise", nan: bool = False, structure: Structure | None = None) -> None:
         super().__init__()
-        self.degenerate, self.nan = degenerate, nan
+        self.degenerate, self.nan, self.structure = degenerate, nan, structure
         self._prepared: _Prepared | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -55,7 +58,7 @@ class KKTNewton(nn.Module):
         x, y = state
         kept = self._prepared
         known = kept.symmetric if kept is not None and kept.suits(*state, *params) else None
-        program = program_of(*params, symmetric=known)
+        program = self.program(params, known)
         at = self.at(state, params, program)
         strong, sound = at.strong, at.sound[:, None]
         Hx, Cx, pulled = products(program.H, program.C, x, torch.where(strong, y, 0))
@@ -65,8 +68,14 @@ class KKTNewton(nn.Module):
         dx, dy = solved(at.system, program.H, program.C, r1, r2, (x.detach(), y.detach()))
         x = x + dx
         if self.nan:  # reaches every number, of which a derivative only sees those of sound samples and strong rows
-            x = x + 0 * sum(part.flatten(1).nan_to_num(0, 0, 0).sum(1, keepdim=True) for part in program)
+            x = x + 0 * sum(numbers(part).nan_to_num(0, 0, 0).sum(1, keepdim=True) for part in program)
         return x, torch.where(strong, y + dy, 0)
+
+    def program(self, params: Sequence[Tensor], symmetric: Tensor | None = None) -> Program:
+        """Return the program of some parameters; symmetric: the symmetric part of a dense Q, if it is known."""
+        if self.structure is not None:
+            return self.structure.program(*params)
+        return program_of(*params, symmetric=symmetric)
 
     def inverse(self, g: Tensor, transposed: bool, stepped: NewtonState, state: NewtonState, *params: Tensor) -> Tensor:
         """Return v = Phi^T v + g, which is g."""
@@ -103,7 +112,7 @@ class KKTNewton(nn.Module):
         if kept is not None and kept.suits(*state, *params):
             return kept.point
         with torch.no_grad():
-            data = program_of(*params) if program is None else Program(*(part.detach() for part in program))
+            data = self.program(params) if program is None else program.detach()
             point = Point.of(data, state[0].detach(), state[1].detach(), self.degenerate)
         self.prepare(state, params, point)
         return point
@@ -165,13 +174,15 @@ class Point:
         degenerate: str,
         units: Units | None = None,
         error: Tensor | None = None,
+        known: Sequence[Known | None] | None = None,
     ) -> Point:
-        """Examine a state. units: of the equilibrated program, error: its relative KKT residual (B,), if known.
+        """Examine a state. units: of the equilibrated program, error: its relative KKT residual (B,), known: sparse
+        systems of its active rows, if they are there.
 
         In samples that are not finite, or far from a solution, the step is to stay where it is.
         """
         sound = torch.cat([x, y], 1).isfinite().all(1)
-        sound &= torch.stack([part.flatten(1).isfinite().all(1) for part in (program.H, program.q, program.C)]).all(0)
+        sound &= torch.stack([numbers(part).isfinite().all(1) for part in (program.H, program.q, program.C)]).all(0)
         if error is None:
             program, x, y = _without(program, x, y, sound)
             units = equilibrate(program)
@@ -184,29 +195,28 @@ class Point:
         x_s, y_s = x / units.d, y * units.c / units.e
         active = activity(scaled, x_s, y_s, error)
         strong = active.strong
-        base = independent = Equilibrated(scaled, units, strong)
+        base = independent = Equilibrated(scaled, units, strong, known)
         system: System = base
-        restrained, singular = None, base.kkt.singular
+        least, singular = None, base.kkt.singular
         seen = dependent = torch.zeros_like(strong)
         if singular.any():
             n, r = x.shape[1], y.shape[1]
-            basis = base.kkt.null_basis()
+            basis = base.kkt.null_vectors()
             dependent = base.rows.put(torch.linalg.vector_norm(basis[:, n:], dim=2), r) > PART
             bounded = scaled.lower.isfinite() | scaled.upper.isfinite()
-            sight = torch.linalg.vector_norm(scaled.C @ basis[:, :n], dim=2)
-            seen = ~strong & bounded & (sight > PART * scaled.C.abs().sum(2))
+            sight = torch.linalg.vector_norm(matmul(scaled.C, basis[:, :n]), dim=2)
+            seen = ~strong & bounded & (sight > PART * matvec(scaled.C.abs(), torch.ones_like(x)))
             seen = touched_somewhere(scaled, x_s, strong, seen)
             if degenerate in ("one_sided", "warn") and dependent.any():
                 strong = _independent(scaled, y_s, strong, dependent)
                 system = independent = Equilibrated(scaled, units, strong)
             if seen.any():
-                others = torch.where((active.weak | seen)[:, :, None], scaled.C, 0)
-                restrained = Restrained.of(base, others, basis[:, :n])
-                system = Restrained(independent, restrained.projection)
+                least = restrained(base, scaled, active.weak | seen)
+                system = least.on(independent)
         torn = scaled.equality & ~active.carrying
         lacking = singular | (active.weak | torn).any(1)
         active = active._replace(strong=strong)
-        return cls(scaled, units, active, system, sound, lacking, dependent, base, seen, restrained)
+        return cls(scaled, units, active, system, sound, lacking, dependent, base, seen, least)
 
     def judged(self, g: Tensor, needed: Sequence[bool], k: int, m: int, forward: bool) -> tuple[Tensor, Verdict]:
         """Return a cotangent (B, N), its part along which the solution is not unique taken away, and the verdict.
@@ -240,8 +250,9 @@ class Point:
         rhs = torch.cat([u[:, :n], base.rows.take(u[:, n:])], 1)
         w = self.restrained.found(rhs) if self.restrained else base.kkt.solve(rhs)
         held, w = base.rows.put(w[:, n:], r), w[:, :n]
-        touched, basis = self.weak | seen, base.kkt.null_basis()[:, :n]
-        reach = torch.maximum(w.abs().amax(1, keepdim=True), 1e-6 * size) * self.program.C.abs().sum(2)
+        touched, basis = self.weak | seen, base.kkt.null_vectors()[:, :n]
+        lengths = matvec(self.program.C.abs(), torch.ones_like(w))
+        reach = torch.maximum(w.abs().amax(1, keepdim=True), 1e-6 * size) * lengths
         hit = touched & (matvec(self.program.C, w).abs() > MOVED * reach)
         if not forward:
             hit |= self.weak & (g[:, n:] != 0)
@@ -277,12 +288,11 @@ def _without(program: Program, x: Tensor, y: Tensor, sound: Tensor) -> tuple[Pro
     if sound.all():
         return program, x, y
     H, q, C, lower, upper = program
-    eye = torch.eye(H.shape[1], dtype=H.dtype, device=H.device)
-    one, two = sound[:, None], sound[:, None, None]
+    one = sound[:, None]
     clean = Program(
-        torch.where(two, H, eye),
+        where_samples(sound, H, 1.0),
         torch.where(one, q, 0),
-        torch.where(two, C, 0),
+        where_samples(sound, C),
         torch.where(one, lower, -torch.inf),
         torch.where(one, upper, torch.inf),
     )
@@ -297,10 +307,11 @@ def _independent(program: Program, y: Tensor, strong: Tensor, dependent: Tensor)
     """
     strong = strong.clone()
     for i in dependent.any(1).nonzero()[:, 0].tolist():
-        rows = strong[i].nonzero()[:, 0]
+        rows = (strong[i] & dependent[i]).nonzero()[:, 0]
+        sample = torch.tensor([i], device=strong.device)
+        C = compact(selected_rows(program.C[sample], rows))
         part, equality = y[i, rows].clone(), program.equality[i, rows]
         while len(rows):
-            C = program.C[i, rows]
             values, vectors = torch.linalg.eigh(C @ C.T)
             if float(values[0]) > RANK * float(values[-1]):
                 break
@@ -314,7 +325,7 @@ def _independent(program: Program, y: Tensor, strong: Tensor, dependent: Tensor)
                 drop = int(along.abs().argmax())
             keep = torch.arange(len(rows), device=rows.device) != drop
             strong[i, rows[drop]] = False
-            rows, part, equality = rows[keep], part[keep], equality[keep]
+            rows, part, equality, C = rows[keep], part[keep], equality[keep], C[keep]
     return strong
 
 

@@ -1,0 +1,242 @@
+"""One large, sparse KKT system [[H, S'], [S, 0]]: factored with a shift, solved on the matrix itself.
+
+The shifted matrix is quasidefinite, so that LDL' exists for every symmetric order of its rows (Vanderbei, Symmetric
+quasidefinite matrices, 1995) and fill decides alone. GMRES with these factors as a preconditioner takes the shift out
+again (Orban and Arioli, Iterative solution of symmetric quasi-definite linear systems, 2017). numpy and scipy inside.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from foldopt.errors import MissingDependencyError
+
+SHIFT, SMALL, LARGEST_SHIFT = 1e-8, 1e-11, 1e-5
+STEPS = 40  # of GMRES
+EXACT = 1e-14  # relative residual at which nothing is left to do
+SOLVED, SINGULAR = 1e-11, 1e-3  # a residual between these comes from small eigenvalues: less shift may tell
+PROBES = 3  # random vectors that look for a null space
+SIFTINGS = 6  # products with 1 - K / K_shifted, which leave the null space
+GONE = 1e-10  # of a vector that is sifted: nothing of it lies in the null space
+PART = 1e-6  # of a vector in no special position: some of it lies in the null space
+
+
+def packages() -> tuple[Any, Any, Any]:
+    """Return numpy, scipy.sparse and qdldl, or raise MissingDependencyError."""
+    try:
+        import numpy
+        import qdldl
+        import scipy.sparse
+    except ImportError as error:
+        raise MissingDependencyError(
+            "sparse programs need scipy and qdldl: install them with pip install 'foldopt[qp]'."
+        ) from error
+    return numpy, scipy.sparse, qdldl
+
+
+class SparseKKT:
+    """K = [[H, S'], [S, 0]] of an equilibrated program, factored once for any number of right-hand sides.
+
+    Args:
+        H: scipy matrix (n, n), symmetric, both triangles, positive semidefinite. S: scipy matrix (s, n).
+        shift: of the diagonal, + in the first n rows and - in the others; tenfold while a pivot has the wrong sign.
+    """
+
+    def __init__(self, H: Any, S: Any, shift: float = SHIFT) -> None:
+        np, sparse, _ = packages()
+        self.np = np
+        self.H, self.S = sparse.csr_matrix(H), sparse.csr_matrix(S)
+        self.St = self.S.T.tocsr() if self.S.shape[0] else self.S.T
+        self.n, self.s = self.H.shape[0], self.S.shape[0]
+        self.upper, self.diagonal, self.own = upper_triangle(self.H, self.S)
+        self.shift = shift
+        self.factors = self._factored()
+        self._null: Any = None
+        self._finer: SparseKKT | None = None
+
+    def times(self, z: Any) -> Any:
+        """Return K z for z (n + s,)."""
+        x, y = z[: self.n], z[self.n :]
+        if not self.s:
+            return self.H @ x
+        return self.np.concatenate([self.H @ x + self.St @ y, self.S @ x])
+
+    def _factored(self) -> Any:
+        """Return what solves with the shifted matrix; where LDL' breaks down at every shift, its sparse LU."""
+        np, _, qdldl = packages()
+        signs = np.concatenate([np.ones(self.n), -np.ones(self.s)])
+        limit = LARGEST_SHIFT if self.shift >= SHIFT else self.shift
+        while True:
+            self.upper.data[self.diagonal] = self.own + self.shift * signs
+            try:
+                factors = qdldl.Solver(self.upper, upper=True)
+            except RuntimeError:  # a pivot of zero
+                factors = None
+            else:
+                pivots = factors.factors()[1]
+                if np.isfinite(pivots).all() and int((pivots > 0).sum()) == self.n:
+                    return factors
+            if self.shift >= limit:
+                return factors if factors is not None else self._by_lu()
+            self.shift *= 10
+
+    def _by_lu(self) -> Any:
+        from scipy.sparse.linalg import splu
+
+        np, sparse, _ = packages()
+        own = self.upper.data[self.diagonal]
+        whole = self.upper + self.upper.T - sparse.diags(own)
+        try:
+            return splu(sparse.csc_matrix(whole), permc_spec="COLAMD")
+        except RuntimeError:  # singular to the last bit, at the largest shift: only if a number is not finite
+            if not np.isfinite(self.upper.data).all():
+                return _Nothing(np)
+            raise
+
+    def solve(self, r: Any, steps: int = STEPS) -> tuple[Any, Any]:
+        """Return z (n + s,) with K z = r as far as there is one, and the residual r - K z that is left.
+
+        Where K is singular and r in its range, z is one of the solutions, nearly that of least norm; where r is not,
+        the residual stagnates at r's part outside of the range. Right-preconditioned GMRES from zero.
+        """
+        z, left, size = self._gmres(r, steps)
+        worse = SOLVED * size < self.np.linalg.norm(left) < SINGULAR * size
+        if worse and self.shift > SMALL:
+            again, other, _ = self.finer()._gmres(r, steps)
+            if self.np.linalg.norm(other) < self.np.linalg.norm(left):
+                return again, other
+        return z, left
+
+    def finer(self) -> SparseKKT:
+        """Return the same system with a smaller shift, which tells small eigenvalues from none."""
+        if self.shift <= SMALL:
+            return self
+        if self._finer is None:
+            self._finer = SparseKKT(self.H, self.S, SMALL)
+        return self._finer
+
+    def _gmres(self, r: Any, steps: int) -> tuple[Any, Any, float]:
+        np = self.np
+        size = float(np.linalg.norm(r))
+        z = np.zeros_like(r)
+        if size == 0 or not np.isfinite(size):
+            return z, r.copy(), size
+        basis, images, hessenberg = [r / size], [], np.zeros((steps + 1, steps))
+        last = best = 1.0
+        for k in range(steps):
+            image = self.factors.solve(basis[k])
+            w = self.times(image)
+            for _ in range(2):  # twice is enough
+                for j, v in enumerate(basis):
+                    share = v @ w
+                    hessenberg[j, k] += share
+                    w = w - share * v
+            length = float(np.linalg.norm(w))
+            if not np.isfinite(length):
+                break
+            hessenberg[k + 1, k] = length
+            images.append(image)
+            right = np.zeros(k + 2)
+            right[0] = size
+            c, *_ = np.linalg.lstsq(hessenberg[: k + 2, : k + 1], right, rcond=1e-15)
+            best = float(np.linalg.norm(hessenberg[: k + 2, : k + 1] @ c - right)) / size
+            z = c
+            if best < EXACT or length < EXACT or (k > 5 and best > 0.95 * last):
+                break
+            last = best
+            basis.append(w / length)
+        if not images:
+            return np.zeros_like(r), r.copy(), size
+        z = np.column_stack(images) @ z[: len(images)]
+        return z, r - self.times(z), size
+
+    def null_part(self, r: Any) -> Any:
+        """Return the part of r (n + s,) in the null space of K: r - K K_shifted^-1 r, over and over, leaves it.
+
+        Parts along eigenvectors whose eigenvalue is well below the shift are left as well.
+        """
+        norm, out = self.np.linalg.norm, r
+        gone = GONE * norm(r)
+        for _ in range(SIFTINGS):
+            out = out - self.times(self.factors.solve(out))
+            if norm(out) <= gone:
+                return self.np.zeros_like(r)
+        return out
+
+    def null_vectors(self) -> Any:
+        """Return what is left of some vectors in no special position, (n + s, `PROBES`), in the null space.
+
+        All are zero where K is regular. An entry is zero in all of them only where it is zero in the whole null space,
+        but for chance.
+        """
+        if self._null is None:
+            np = self.np
+            k = np.arange(1, self.n + self.s + 1, dtype=float)
+            found = []
+            for i in range(PROBES):
+                found.append(self.null_part(np.sin((0.7 + 0.1 * i) * k * k)))
+                if np.abs(found[-1]).max(initial=0) <= PART:
+                    found = [np.zeros_like(k)] * PROBES
+                    break
+            self._null = np.stack(found, 1)
+        return self._null
+
+    @property
+    def singular(self) -> bool:
+        """Whether K has a null space."""
+        return bool(self.null_vectors().any())
+
+    @property
+    def known_singular(self) -> bool:
+        """Whether a null space was looked for and found."""
+        return self._null is not None and self.singular
+
+
+class _Nothing:
+    """What solves with a matrix of numbers that are not finite: it returns NaN."""
+
+    def __init__(self, np: Any) -> None:
+        self.np = np
+
+    def solve(self, r: Any) -> Any:
+        return self.np.full_like(r, self.np.nan)
+
+
+def positive_definite(H: Any, shift: float) -> bool:
+    """Whether H + shift I is positive definite, for a symmetric scipy matrix: whether all pivots of LDL' are."""
+    _, sparse, qdldl = packages()
+    n = H.shape[0]
+    matrix, diagonal, own = upper_triangle(sparse.csr_matrix(H), sparse.csr_matrix((0, n)))
+    matrix.data[diagonal] = own + shift
+    try:
+        pivots = qdldl.Solver(matrix, upper=True).factors()[1]
+    except RuntimeError:  # a pivot of zero
+        return False
+    return bool((pivots > 0).all())
+
+
+def upper_triangle(H: Any, S: Any) -> tuple[Any, Any, Any]:
+    """Return the upper triangle of [[H, S'], [S, 0]] as a csc matrix, where its diagonal is, and H's diagonal there.
+
+    H: csr (n, n), symmetric. S: csr (s, n), rows sorted. Every diagonal entry is there, also where it is zero, as the
+    last one of its column.
+    """
+    np, sparse, _ = packages()
+    H.sort_indices()
+    S.sort_indices()
+    n, s = H.shape[0], S.shape[0]
+    row = np.repeat(np.arange(n), np.diff(H.indptr))
+    strict = H.indices < row
+    counts = np.bincount(row[strict], minlength=n) if n else np.zeros(0, int)
+    lengths = np.concatenate([counts, np.diff(S.indptr)]) + 1
+    pointers = np.concatenate([[0], np.cumsum(lengths)])
+    diagonal = pointers[1:] - 1
+    data, indices = np.zeros(pointers[-1]), np.empty(pointers[-1], dtype=np.int64)
+    off = np.ones(pointers[-1], bool)
+    off[diagonal] = False
+    indices[diagonal] = np.arange(n + s)
+    indices[off] = np.concatenate([H.indices[strict], S.indices])
+    data[off] = np.concatenate([H.data[strict], S.data])
+    own = np.concatenate([H.diagonal(), np.zeros(s)])
+    matrix = sparse.csc_matrix((data, indices, pointers), shape=(n + s, n + s))
+    return matrix, diagonal, own

@@ -1,0 +1,226 @@
+"""Sparse arguments of a quadratic program: their patterns, found once, and their values, which gradients reach."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from foldopt.errors import InputError
+from foldopt.qp.matrix import Pattern, SparseMatrix
+from foldopt.qp.program import Program
+
+LAYOUTS = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc)
+
+
+def is_sparse_argument(M: Any) -> bool:
+    """Whether M is a sparse matrix of any kind that `taken` understands, or of a kind that it refuses."""
+    if isinstance(M, Tensor):
+        return M.layout != torch.strided
+    return isinstance(M, SparseMatrix) or (hasattr(M, "tocsr") and hasattr(M, "shape"))
+
+
+class Taken(NamedTuple):
+    """A matrix of the caller's: its pattern, and its values (nnz,), shared by the batch, or (B, nnz)."""
+
+    pattern: Pattern
+    values: Tensor
+
+
+def taken(name: str, M: Any, device: torch.device) -> Taken:
+    """Return the pattern and values of a matrix: torch sparse (COO, CSR, CSC), scipy sparse, `SparseMatrix` or dense.
+
+    A gradient with respect to the values comes back to M in its own layout. A batch (B, m, n) of sparse matrices has
+    the entries of all its samples. Of a dense M that needs no gradient the zeros are left out.
+
+    Raises InputError for another layout, or numbers that are not real.
+    """
+    if isinstance(M, SparseMatrix):
+        found = Taken(M.pattern, M.values)
+    elif not isinstance(M, Tensor):
+        found = _of_scipy(name, M, device)
+    elif M.layout == torch.strided:
+        found = _of_dense(M)
+    elif M.layout == torch.sparse_coo:
+        found = _of_coo(name, M)
+    elif M.layout in LAYOUTS:
+        found = _of_compressed(name, M)
+    else:
+        raise InputError(f"{name} is of layout {M.layout}, expected dense, sparse COO, CSR or CSC: {name}.to_sparse().")
+    values = found.values
+    if values.is_complex() or values.dtype == torch.bool:
+        raise InputError(f"{name} is of dtype {values.dtype}, expected real numbers.")
+    if values.device != device:
+        raise InputError(f"{name} is on {values.device}, other arguments are on {device}; move them to one device.")
+    return Taken(found.pattern, values)
+
+
+def _of_scipy(name: str, M: Any, device: torch.device) -> Taken:
+    import numpy as np
+
+    csr = M.tocsr()
+    if not csr.has_canonical_format:
+        csr = csr.copy()
+        csr.sum_duplicates()
+    if not np.issubdtype(csr.dtype, np.number) or np.issubdtype(csr.dtype, np.complexfloating):
+        raise InputError(f"{name} is of dtype {csr.dtype}, expected real numbers.")
+    rows = np.repeat(np.arange(csr.shape[0]), np.diff(csr.indptr))
+    at, columns = (torch.as_tensor(part, dtype=torch.long, device=device) for part in (rows, csr.indices))
+    values = torch.as_tensor(csr.data.astype(np.float64), device=device)
+    return Taken(Pattern(at, columns, (int(csr.shape[0]), int(csr.shape[1]))), values)
+
+
+def _of_dense(M: Tensor) -> Taken:
+    m, n = M.shape[-2:]
+    flat = M.flatten(-2)
+    if M.requires_grad:
+        kept = torch.arange(m * n, device=M.device)
+    else:
+        kept = ((flat != 0) if flat.dim() == 1 else (flat != 0).any(0)).nonzero()[:, 0]
+        flat = flat[..., kept]
+    return Taken(Pattern(kept // max(n, 1), kept % max(n, 1), (m, n)), flat)
+
+
+def _of_coo(name: str, M: Tensor) -> Taken:
+    if M.dense_dim() or M.dim() not in (2, 3):
+        raise InputError(
+            f"{name} of shape {tuple(M.shape)} has {M.sparse_dim()} sparse and {M.dense_dim()} dense dimensions; "
+            "expected a sparse (m, n) or (B, m, n)."
+        )
+    M = M if M.is_coalesced() else M.coalesce()
+    indices, values = M.indices(), M.values()
+    if M.dim() == 2:
+        return Taken(Pattern(indices[0], indices[1], (M.shape[0], M.shape[1])), values)
+    return _united(indices[0], indices[1], indices[2], values, M.shape)
+
+
+def _of_compressed(name: str, M: Tensor) -> Taken:
+    by_rows = M.layout == torch.sparse_csr
+    pointers = M.crow_indices() if by_rows else M.ccol_indices()
+    inner = M.col_indices() if by_rows else M.row_indices()
+    if M.dense_dim() or M.dim() not in (2, 3):
+        raise InputError(f"{name} has shape {tuple(M.shape)}, expected a sparse (m, n) or (B, m, n).")
+    values: Tensor = _Values.apply(M)
+    m, n = M.shape[-2:]
+    if M.dim() == 3 and bool((pointers == pointers[:1]).all()) and bool((inner == inner[:1]).all()):
+        pointers, inner = pointers[0], inner[0]
+    outer = torch.repeat_interleave(
+        torch.arange(m if by_rows else n, device=M.device).expand(*pointers.shape[:-1], -1).flatten(),
+        pointers.diff(dim=-1).flatten().long(),
+    )
+    inner = inner.long()
+    if inner.dim() == 2:
+        batch, count = inner.shape
+        sample = torch.arange(batch, device=M.device).repeat_interleave(count)
+        rows, columns = (outer, inner.flatten()) if by_rows else (inner.flatten(), outer)
+        return _united(sample, rows, columns, values.flatten(), M.shape)
+    rows, columns = (outer, inner) if by_rows else (inner, outer)
+    order = None if by_rows else torch.argsort(rows * n + columns)
+    if order is not None:
+        rows, columns, values = rows[order], columns[order], values[..., order]
+    return Taken(Pattern(rows, columns, (m, n)), values)
+
+
+def _united(sample: Tensor, rows: Tensor, columns: Tensor, values: Tensor, shape: torch.Size) -> Taken:
+    """Return matrices of a batch in the pattern that all their entries together have."""
+    batch, m, n = shape
+    places, at = torch.unique(rows * n + columns, return_inverse=True)
+    pattern = Pattern(places // n, places % n, (m, n))
+    return Taken(pattern, values.new_zeros(batch, len(places)).index_put((sample, at), values))
+
+
+class _Values(torch.autograd.Function):
+    """The values of a compressed sparse tensor; torch's own `values()` has no second derivative there."""
+
+    @staticmethod
+    def forward(M: Tensor) -> Tensor:
+        return M.values().clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        (ctx.like,) = (part.detach() for part in inputs)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return _Filled.apply(g, ctx.like)
+
+
+class _Filled(torch.autograd.Function):
+    """A compressed sparse tensor like another one with these values."""
+
+    @staticmethod
+    def forward(values: Tensor, like: Tensor) -> Tensor:
+        by_rows = like.layout == torch.sparse_csr
+        pointers, inner = (
+            (like.crow_indices(), like.col_indices()) if by_rows else (like.ccol_indices(), like.row_indices())
+        )
+        return torch.sparse_compressed_tensor(
+            pointers, inner, values.contiguous(), like.shape, layout=like.layout, check_invariants=False
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        return _Values.apply(g), None
+
+
+class Structure:
+    """The patterns of Q, G and A, and how their values make the matrices H and C of a `Program`.
+
+    bounded: whether the variables have bounds. H is the symmetric part of Q; the rows of C are those of A, of G, then
+    the bounds.
+    """
+
+    def __init__(self, Q: Pattern, G: Pattern, A: Pattern, bounded: bool) -> None:
+        self.own, self.bounded = (Q, G, A), bounded
+        n = Q.shape[0]
+        places = torch.cat([Q.rows * n + Q.columns, Q.columns * n + Q.rows])
+        found, at = torch.unique(places, return_inverse=True)
+        self.H = Pattern(found // max(n, 1), found % max(n, 1), (n, n))
+        self.direct, self.mirrored = at.split([len(Q.rows)] * 2)
+        blocks = [A, G] + ([Pattern.identity(n, Q.rows.device)] if bounded else [])
+        tops = [0, A.shape[0], A.shape[0] + G.shape[0]]
+        self.C = Pattern(
+            torch.cat([block.rows + top for block, top in zip(blocks, tops, strict=False)]),
+            torch.cat([block.columns for block in blocks]),
+            (sum(block.shape[0] for block in blocks), n),
+        )
+
+    def suits(self, Q: Pattern, G: Pattern, A: Pattern, bounded: bool) -> bool:
+        """Whether it is that of these patterns."""
+        pairs = zip(self.own, (Q, G, A), strict=True)
+        return bounded == self.bounded and all(a is b or a.same_as(b) for a, b in pairs)
+
+    def program(
+        self,
+        Q: Tensor,
+        p: Tensor,
+        G: Tensor,
+        h: Tensor,
+        A: Tensor,
+        b: Tensor,
+        lower: Tensor,
+        upper: Tensor,
+    ) -> Program:
+        """Return a QP as a program l <= Cx <= u; Q, G and A are values, (nnz,) or (B, nnz)."""
+        B = max((len(t) for t in (Q, p, G, h, A, b, lower, upper) if t.dim() == 2), default=1)
+        n, m, k = p.shape[-1], h.shape[-1], b.shape[-1]
+        half = 0.5 * (Q if Q.dim() == 2 else Q[None])
+        H = half.new_zeros(len(half), len(self.H.rows)).index_add(1, self.direct, half)
+        H = H.index_add(1, self.mirrored, half)
+        none = torch.full((B, n if self.bounded else 0), torch.inf, dtype=p.dtype, device=p.device)
+        values = [A.expand(B, -1), G.expand(B, -1), torch.ones_like(none)]
+        low = [b.expand(B, k), torch.full((B, m), -torch.inf, dtype=p.dtype, device=p.device)]
+        low.append(lower.expand(B, n) if lower.shape[-1] else -none)
+        high = [b.expand(B, k), h.expand(B, m), upper.expand(B, n) if upper.shape[-1] else none]
+        return Program(
+            SparseMatrix(self.H, H.expand(B, -1)),
+            p.expand(B, n),
+            SparseMatrix(self.C, torch.cat(values, 1)),
+            torch.cat(low, 1),
+            torch.cat(high, 1),
+        )

@@ -1,0 +1,135 @@
+"""One quadratic program as solvers take it, with bounds and two-sided rows, and the way back for its multipliers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+
+class Answer(NamedTuple):
+    """What a solver returned for min 1/2 x'Hx + q'x subject to lower <= Cx <= upper.
+
+    x: (n,). y: (r,), the multipliers of the rows, > 0 at upper and < 0 at lower, so that Hx + q + C'y = 0 at a
+    solution. found: whether the solver says that it reached its tolerance. Nothing here is checked.
+    """
+
+    x: Any
+    y: Any
+    found: bool
+
+
+class Bounded:
+    """min 1/2 x'Hx + q'x with Ax = b, below <= Gx <= above, low <= x <= high: a program as solvers take it.
+
+    Rows of C with one entry that are no equalities become bounds; of several bounds of a variable the tightest holds.
+    A and G are None where they have no rows. Sparse matrices are CSC; both kinds mixed become sparse.
+    """
+
+    def __init__(self, H: Any, q: Any, C: Any, lower: Any, upper: Any) -> None:
+        import numpy as np
+        import scipy.sparse as sp
+
+        self.sparse = sp.issparse(H) or sp.issparse(C)
+        if self.sparse:
+            H, C = sp.csc_matrix(H), sp.csr_matrix(C)
+            if not C.data.all():
+                C = C.copy()
+                C.eliminate_zeros()
+        self.H, self.q, self.C, self.lower, self.upper = H, q, C, lower, upper
+        self.linear = not (H.data if self.sparse else H).any()
+        entries = np.diff(C.indptr) if self.sparse else np.count_nonzero(C, axis=1)
+        equal = lower == upper
+        self.possible = not ((entries == 0) & ((lower > 0) | (upper < 0))).any()
+        single = np.flatnonzero((entries == 1) & ~equal)
+        self.equal = np.flatnonzero((entries > 0) & equal)
+        self.between = np.flatnonzero((entries > 1) & ~equal & (np.isfinite(lower) | np.isfinite(upper)))
+        self.A, self.b = self._rows(self.equal), lower[self.equal]
+        self.G, self.below, self.above = self._rows(self.between), lower[self.between], upper[self.between]
+        column, entry = self._entries(single)
+        low, high = lower[single] / entry, upper[single] / entry
+        low, high = np.where(entry > 0, low, high), np.where(entry > 0, high, low)
+        self.low, self.high = np.full(len(q), -np.inf), np.full(len(q), np.inf)
+        np.maximum.at(self.low, column, low)
+        np.minimum.at(self.high, column, high)
+        self.bounds = []  # lower and upper: for each variable the row that is its bound, and that row's entry
+        for bound, tightest in ((low, self.low), (high, self.high)):
+            holds = bound == tightest[column]
+            row, factor = np.zeros(len(q), dtype=int), np.ones(len(q))
+            row[column[holds]], factor[column[holds]] = single[holds], entry[holds]
+            self.bounds.append((row, factor))
+
+    def _rows(self, index: Any) -> Any:
+        if not len(index):
+            return None
+        rows = self.C if len(index) == self.C.shape[0] else self.C[index]
+        return rows.tocsc() if self.sparse else rows
+
+    def _entries(self, rows: Any) -> tuple[Any, Any]:
+        """Return column and value of the entry of rows that have one."""
+        if self.sparse:
+            at = self.C.indptr[rows]
+            return self.C.indices[at], self.C.data[at]
+        column = (self.C[rows] != 0).argmax(1) if len(rows) else rows
+        return column, self.C[rows, column]
+
+    def answer(self, x: Any, equal: Any, between: Any, bounds: Any, found: bool) -> Answer | None:
+        """Return x with the multipliers of A, G and the bounds put on the rows of C; None if a number is not finite.
+
+        A multiplier of a side that is no bound is rounding, and becomes zero.
+        """
+        import numpy as np
+
+        y = np.zeros(len(self.lower))
+        if self.A is not None:
+            y[self.equal] = equal
+        if self.G is not None:
+            y[self.between] = between
+        for (row, factor), part in zip(self.bounds, (np.minimum(bounds, 0), np.maximum(bounds, 0)), strict=True):
+            held = np.flatnonzero(part)
+            y[row[held]] += part[held] / factor[held]
+        y = np.minimum(y, np.where(np.isfinite(self.upper), np.inf, 0))
+        y = np.maximum(y, np.where(np.isfinite(self.lower), -np.inf, 0))
+        x = np.array(x, dtype=float)
+        return Answer(x, y, bool(found)) if np.isfinite(x).all() and np.isfinite(y).all() else None
+
+    def one_sided(self) -> tuple[Any, Any, Callable[[Any], tuple[Any, Any]]]:
+        """Return (F, f, split) with Fx <= f for all rows G and bounds that are finite.
+
+        split takes the multipliers of Fx <= f to those of G and of the bounds. F is None where it has no rows.
+        """
+        import numpy as np
+        import scipy.sparse as sp
+
+        n, sides = len(self.q), [np.flatnonzero(np.isfinite(v)) for v in (self.above, self.below, self.high, self.low)]
+        above, below, high, low = sides
+        ends = np.cumsum([len(side) for side in sides])
+
+        def split(z: Any) -> tuple[Any, Any]:
+            between, bounds = np.zeros(len(self.between)), np.zeros(n)
+            of_above, of_below, of_high, of_low, _ = np.split(np.asarray(z), ends)
+            between[above] += of_above
+            between[below] -= of_below
+            bounds[high] += of_high
+            bounds[low] -= of_low
+            return between, bounds
+
+        if not ends[-1]:
+            return None, None, split
+        identity = sp.identity(n, format="csr") if self.sparse else np.eye(n)
+        parts = [identity[high], -identity[low]]
+        if self.G is not None:
+            parts = [self.C[self.between[above]], -self.C[self.between[below]], *parts]
+        f = np.concatenate([self.above[above], -self.below[below], self.high[high], -self.low[low]])
+        return (sp.vstack(parts, format="csc") if self.sparse else np.concatenate(parts)), f, split
+
+    def residual(self, answer: Answer) -> float:
+        """Return the largest violation of stationarity, of the rows or of complementarity."""
+        import numpy as np
+
+        x, y, _ = answer
+        z = self.C @ x
+        slope = np.abs(self.H @ x + self.q + self.C.T @ y)
+        carries = np.flatnonzero(y)
+        gap = np.abs(y * (np.where(y > 0, self.upper, self.lower) - z))[carries]
+        outside = np.maximum(self.lower - z, z - self.upper)
+        return max(slope.max(initial=0), gap.max(initial=0), outside.max(initial=0))
