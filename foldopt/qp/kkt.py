@@ -235,8 +235,12 @@ def _small_solution(system: SparseKKT, r: Any) -> Any:
     z, left = system.solve(r)
     norm = system.np.linalg.norm
     if norm(left) > 1e-9 * norm(r):  # what stagnates lies in the null space
-        z, _ = system.solve(r - left)
-    return z - system.null_part(z) if system.known_singular else z
+        r = r - left
+        z, _ = system.solve(r)
+    if system.known_singular:
+        z = z - system.null_part(z)
+        z = z + system.solve(r - system.times(z))[0]
+    return z
 
 
 def shifted(H: Matrix, C: Matrix, rows: Rows, known: Sequence[Known | None] | None = None) -> Shifted | Factored:

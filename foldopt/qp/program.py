@@ -22,6 +22,7 @@ from foldopt.qp.matrix import (
 ROUNDS = 10  # of equilibration
 INFINITE = 1e19  # a bound this far away, in units of its row, bounds nothing
 TINY = 1e-300
+ROUNDING = 1e-9  # a right-hand side this small beside the largest is rounding in the data
 NOTHING = 1e-10  # an x this small, in units in which its size should be 1, counts as zero
 LANDING = 1e-12  # distance from a bound, relative to x, that is rounding
 
@@ -150,9 +151,15 @@ def _inverse_root(size: Tensor) -> Tensor:
 
 
 def _median(sizes: Tensor) -> Tensor:
-    """Return the median of those sizes (B, k) that are finite and not zero, (B, 1); 0 if there are none."""
-    some = torch.where(sizes.isfinite() & (sizes > TINY), sizes, torch.nan)
-    return some.nanmedian(1, keepdim=True).values.nan_to_num() if sizes.shape[1] else sizes.new_zeros(len(sizes), 1)
+    """Return the median of those sizes (B, k) that are finite and no rounding beside the largest, (B, 1).
+
+    0 if there are none.
+    """
+    if not sizes.shape[1]:
+        return sizes.new_zeros(len(sizes), 1)
+    finite = torch.where(sizes.isfinite(), sizes, 0)
+    least = (ROUNDING * finite.amax(1, keepdim=True)).clamp(min=TINY)
+    return torch.where(finite > least, finite, torch.nan).nanmedian(1, keepdim=True).values.nan_to_num()
 
 
 class Sizes(NamedTuple):

@@ -11,12 +11,13 @@ from typing import Any
 
 from foldopt.errors import MissingDependencyError
 
-SHIFT, SMALL, LARGEST_SHIFT = 1e-8, 1e-11, 1e-5
+SHIFT, SMALL, COARSE, LARGEST_SHIFT = 1e-8, 1e-11, 1e-6, 1e-5
 STEPS = 40  # of GMRES
 EXACT = 1e-14  # relative residual at which nothing is left to do
 SOLVED, SINGULAR = 1e-11, 1e-3  # a residual between these comes from small eigenvalues: less shift may tell
-PROBES = 3  # random vectors that look for a null space
-SIFTINGS = 6  # products with 1 - K / K_shifted, which leave the null space
+PROBES = 3  # vectors in no special position that look for a null space
+SIFTINGS, PATIENCE = 4, 60  # products with 1 - K / K_shifted: to see that there is no null space, to find it
+REFINEMENTS = 3  # of a solution with the shift
 GONE = 1e-10  # of a vector that is sifted: nothing of it lies in the null space
 PART = 1e-6  # of a vector in no special position: some of it lies in the null space
 
@@ -53,6 +54,7 @@ class SparseKKT:
         self.factors = self._factored()
         self._null: Any = None
         self._finer: SparseKKT | None = None
+        self._coarser: SparseKKT | None = None
 
     def times(self, z: Any) -> Any:
         """Return K z for z (n + s,)."""
@@ -151,20 +153,14 @@ class SparseKKT:
         return z, r - self.times(z), size
 
     def null_part(self, r: Any) -> Any:
-        """Return the part of r (n + s,) in the null space of K: r - K K_shifted^-1 r, over and over, leaves it.
+        """Return the part of r (n + s,) in the null space of K; zero where K is regular.
 
-        Parts along eigenvectors whose eigenvalue is well below the shift are left as well.
+        Parts along eigenvectors whose eigenvalue is well below `COARSE` may be left as well.
         """
-        norm, out = self.np.linalg.norm, r
-        gone = GONE * norm(r)
-        for _ in range(SIFTINGS):
-            out = out - self.times(self.factors.solve(out))
-            if norm(out) <= gone:
-                return self.np.zeros_like(r)
-        return out
+        return self._coarse()._sifted(r) if self.singular else self.np.zeros_like(r)
 
     def null_vectors(self) -> Any:
-        """Return what is left of some vectors in no special position, (n + s, `PROBES`), in the null space.
+        """Return the parts of some vectors in no special position, (n + s, `PROBES`), in the null space.
 
         All are zero where K is regular. An entry is zero in all of them only where it is zero in the whole null space,
         but for chance.
@@ -172,14 +168,60 @@ class SparseKKT:
         if self._null is None:
             np = self.np
             k = np.arange(1, self.n + self.s + 1, dtype=float)
-            found = []
-            for i in range(PROBES):
-                found.append(self.null_part(np.sin((0.7 + 0.1 * i) * k * k)))
-                if np.abs(found[-1]).max(initial=0) <= PART:
-                    found = [np.zeros_like(k)] * PROBES
-                    break
+            probes = [np.sin((0.7 + 0.1 * i) * k * k) for i in range(PROBES)]
+            found = [np.zeros_like(k)] * PROBES
+            if not self._regular(probes[0]):
+                found = [self._coarse()._sifted(v) for v in probes]
             self._null = np.stack(found, 1)
+            if np.abs(self._null).max(initial=0) <= PART:
+                self._null[:] = 0
         return self._null
+
+    def _regular(self, r: Any) -> bool:
+        """Whether a few products with 1 - K / K_shifted leave nothing of a vector."""
+        norm = self.np.linalg.norm
+        gone = GONE * norm(r)
+        for _ in range(SIFTINGS):
+            r = r - self.times(self.factors.solve(r))
+            if norm(r) <= gone:
+                return True
+        return False
+
+    def _sifted(self, r: Any) -> Any:
+        """Return r - K K_shifted^-1 r, over and over, which leaves the part of r in the null space.
+
+        With a small shift that part would drown in the error of the factors, which is relative to what is divided by
+        the shift: so the shift is larger here, and the solution refined.
+        """
+        norm, last = self.np.linalg.norm, r
+        gone = GONE * norm(r)
+        for _ in range(PATIENCE):
+            z = self._shifted_solution(last)
+            out = last - self.times(z)
+            if norm(out) <= gone:
+                return self.np.zeros_like(r)
+            if norm(out - last) <= GONE * norm(out):
+                break
+            last = out
+        return out
+
+    def _shifted_solution(self, r: Any) -> Any:
+        """Return the solution of the system with its shift, refined."""
+        np = self.np
+        z = self.factors.solve(r)
+        for _ in range(REFINEMENTS):
+            shift = self.shift * np.concatenate([z[: self.n], -z[self.n :]])
+            left = r - self.times(z) - shift
+            if np.linalg.norm(left) <= EXACT * np.linalg.norm(r):
+                break
+            z = z + self.factors.solve(left)
+        return z
+
+    def _coarse(self) -> SparseKKT:
+        """Return the same system with a larger shift, whose factors are more accurate."""
+        if self._coarser is None:
+            self._coarser = SparseKKT(self.H, self.S, max(self.shift, COARSE))
+        return self._coarser
 
     @property
     def singular(self) -> bool:

@@ -22,7 +22,8 @@ class Bounded:
     """min 1/2 x'Hx + q'x with Ax = b, below <= Gx <= above, low <= x <= high: a program as solvers take it.
 
     Rows of C with one entry that are no equalities become bounds; of several bounds of a variable the tightest holds.
-    A and G are None where they have no rows. Sparse matrices are CSC; both kinds mixed become sparse.
+    A and G are None where they have no rows. Sparse matrices are CSC; both kinds mixed become sparse. possible: False
+    where a row without entries has bounds that exclude zero. linear: whether H is zero.
     """
 
     def __init__(self, H: Any, q: Any, C: Any, lower: Any, upper: Any) -> None:
@@ -51,12 +52,12 @@ class Bounded:
         self.low, self.high = np.full(len(q), -np.inf), np.full(len(q), np.inf)
         np.maximum.at(self.low, column, low)
         np.minimum.at(self.high, column, high)
-        self.bounds = []  # lower and upper: for each variable the row that is its bound, and that row's entry
-        for bound, tightest in ((low, self.low), (high, self.high)):
+        self.at_low, self.at_high = np.zeros(len(q), dtype=int), np.zeros(len(q), dtype=int)  # the rows that hold
+        for bound, tightest, row in ((low, self.low, self.at_low), (high, self.high, self.at_high)):
             holds = bound == tightest[column]
-            row, factor = np.zeros(len(q), dtype=int), np.ones(len(q))
-            row[column[holds]], factor[column[holds]] = single[holds], entry[holds]
-            self.bounds.append((row, factor))
+            row[column[holds]] = single[holds]
+        self.entry = np.ones(len(lower))
+        self.entry[single] = entry
 
     def _rows(self, index: Any) -> Any:
         if not len(index):
@@ -79,17 +80,19 @@ class Bounded:
         """
         import numpy as np
 
+        x = np.array(x, dtype=float)
+        if x.shape != self.q.shape:  # HiGHS has no x where its presolve ends it
+            return None
         y = np.zeros(len(self.lower))
         if self.A is not None:
             y[self.equal] = equal
         if self.G is not None:
             y[self.between] = between
-        for (row, factor), part in zip(self.bounds, (np.minimum(bounds, 0), np.maximum(bounds, 0)), strict=True):
+        for row, part in ((self.at_low, np.minimum(bounds, 0)), (self.at_high, np.maximum(bounds, 0))):
             held = np.flatnonzero(part)
-            y[row[held]] += part[held] / factor[held]
+            y[row[held]] += part[held] / self.entry[row[held]]
         y = np.minimum(y, np.where(np.isfinite(self.upper), np.inf, 0))
         y = np.maximum(y, np.where(np.isfinite(self.lower), -np.inf, 0))
-        x = np.array(x, dtype=float)
         return Answer(x, y, bool(found)) if np.isfinite(x).all() and np.isfinite(y).all() else None
 
     def one_sided(self) -> tuple[Any, Any, Callable[[Any], tuple[Any, Any]]]:
@@ -129,7 +132,7 @@ class Bounded:
         x, y, _ = answer
         z = self.C @ x
         slope = np.abs(self.H @ x + self.q + self.C.T @ y)
-        carries = np.flatnonzero(y)
-        gap = np.abs(y * (np.where(y > 0, self.upper, self.lower) - z))[carries]
         outside = np.maximum(self.lower - z, z - self.upper)
+        carries = np.flatnonzero(y)
+        gap = np.abs(y[carries] * np.where(y > 0, self.upper - z, z - self.lower)[carries])
         return max(slope.max(initial=0), gap.max(initial=0), outside.max(initial=0))

@@ -25,14 +25,14 @@ TIGHT: dict[str, dict[str, Any]] = {
         "dual_feasibility_tolerance": 1e-9,
         "qp_regularization_value": 1e-10,
     },
-    "osqp": {"eps_abs": 1e-9, "eps_rel": 1e-9, "max_iter": 100_000},
+    "osqp": {"eps_abs": 1e-9, "eps_rel": 1e-9, "max_iter": 100_000, "raise_error": False},
     "scs": {"eps_abs": 1e-9, "eps_rel": 1e-9, "max_iters": 100_000},
     "proxqp": {"eps_abs": 1e-9, "check_duality_gap": True, "eps_duality_gap_abs": 1e-9, "eps_duality_gap_rel": 0.0},
     "qpalm": {"eps_abs": 1e-9, "eps_rel": 1e-9, "max_iter": 100_000},
     "daqp": {"primal_tol": 1e-9},
     "gurobi": {"FeasibilityTol": 1e-9, "OptimalityTol": 1e-9, "BarConvTol": 1e-10, "Threads": 1},
     "cvxopt": {"feastol": 1e-9, "abstol": 1e-9, "reltol": 1e-9, "maxiters": 200},
-    "ecos": {"feastol": 1e-12, "abstol": 1e-12, "reltol": 1e-12, "max_iters": 200},
+    "ecos": {"feastol": 1e-10, "abstol": 1e-10, "reltol": 1e-10, "max_iters": 200},
 }
 ENOUGH = 1e-9  # relative residuals at which PIQP may stop short of its tolerance: no other solver is as good
 WARM = ("osqp", "scs", "proxqp", "daqp")  # of qpsolvers' those that begin where they are told
@@ -46,9 +46,10 @@ class QPSolver:
 
     Args:
         solver: None, a name, or a function. None takes HiGHS for linear programs and PIQP for all others, at tight
-            tolerances, and Clarabel where these fail. A name is one of `installed()`. A function gets (H, q, C, lower,
-            upper) as they are and returns x, or (x, y) in the signs of `Answer`, or None where it finds no solution;
-            without y the multipliers are zero.
+            tolerances, and Clarabel where these fail. A name is one of `installed()`; quadprog and ECOS need a
+            positive definite H, CVXOPT independent equalities. A function gets (H, q, C, lower, upper) as they are and
+            returns x, or (x, y) in the signs of `Answer`, or None where it finds no solution; without y the
+            multipliers are zero.
         options: the named solver's own, in place of the tight ones in TIGHT.
 
     Raises InputError for an unknown name or wrong options, MissingDependencyError where a package is not installed and
@@ -83,7 +84,8 @@ class QPSolver:
     def __call__(self, H: Any, q: Any, C: Any, lower: Any, upper: Any, start: Any = None) -> Answer | None:
         """Solve one program; None where the solver has no x to offer, whatever the reason.
 
-        Exceptions of a named solver become warnings, for one program should not stop a batch; those of a function leave.
+        An exception of a named solver becomes a warning, so that one program does not stop a batch; one of a function
+        is raised.
 
         Args:
             H: (n, n) symmetric, both triangles, dense or a scipy matrix; convex, with entries of about 1. q: (n,).
@@ -216,7 +218,7 @@ def _by_qpsolvers(name: str, program: Bounded, options: dict[str, Any], start: A
     if result.x is None:
         return None
     z = np.zeros(0) if F is None else result.z
-    return p.answer(result.x, result.y, *split(z), result.found)
+    return p.answer(result.x, result.y, *split(z), bool(result.found))
 
 
 DIRECT = {"piqp": _piqp, "clarabel": _clarabel, "highs": _highs}
@@ -248,11 +250,10 @@ def _checked(name: str, returned: Any, n: int, r: int) -> Answer | None:
         return None
     x, y = returned if isinstance(returned, tuple) and len(returned) == 2 else (returned, np.zeros(r))
     for part, vector, size in (("x", x, n), ("y", y, r)):
-        shape = getattr(vector, "shape", None)
-        if shape is None or tuple(shape) != (size,):
+        if np.shape(vector) != (size,):
             raise InputError(
-                f"solver={name} returned {part} of type {type(vector).__name__} and shape {shape}; expected an array "
-                f"({size},): return x ({n},), or x and the multipliers y ({r},), or None."
+                f"solver={name} returned {part} of shape {tuple(np.shape(vector))}, expected ({size},): return x "
+                f"({n},), or x and the multipliers y ({r},), or None."
             )
         if not np.isfinite(vector).all():
             raise InputError(f"solver={name} returned NaN or inf in {part}; return None where it finds no solution.")
@@ -267,14 +268,14 @@ def _require_installed(name: str) -> None:
         raise MissingDependencyError(
             f"solver={name!r} needs {' and '.join(missing)}: install with pip install 'foldopt[qp]'."
         )
-    if name in installed():
+    if name in PACKAGES or name in installed():
         return
     others = sorted({*metadata.metadata("qpsolvers").get_all("Provides-Extra", [])} - {*installed(), *GROUPS})
     if name in others:
         raise MissingDependencyError(f"solver={name!r} is not installed: pip install 'qpsolvers[{name}]'.")
     raise InputError(
         f"solver={name!r}: installed are {', '.join(installed())}. Others are installed with pip install "
-        f"'qpsolvers[NAME]' (pip install gurobipy needs a licence too), NAME one of {', '.join(others)}."
+        f"'qpsolvers[NAME]', NAME one of {', '.join(others)}."
     )
 
 
