@@ -18,6 +18,7 @@ from torch import Tensor
 
 from foldopt.errors import LinearSolveError, SolverError
 from foldopt.linear_solve import LinearSolveInfo, LinearSolver, Phi
+from foldopt.linear_solve.dense import compared
 from foldopt.step import Recorded, StateVJP, StepFunction, Tensors, flatten, record, state_jvp, unflatten, vjp_of
 from foldopt.transforms import (
     Pullback,
@@ -69,6 +70,7 @@ def _adjoint_solve(
         g = torch.where(keep[:, None], g, torch.zeros_like(g))
     vjp = StateVJP(recorded, leaves)
     v, info = solver(vjp, g, phi)
+    info = compared(info, phi, v, vjp.last)
     return unflatten(v, recorded.state), info, vjp.kept(v)
 
 
@@ -132,6 +134,7 @@ class FixedPoint:
     _phi: Phi | None = None
     users: ClassVar[bool] = False
     can_judge: bool = False
+    has_jacobian: bool = False
 
     def __call__(self, *params: Tensor) -> Tensors:
         """Return the parts of the state, then residuals (B,) and which samples have a derivative, (B,) bool."""
@@ -286,7 +289,7 @@ class _Linear(FixedPoint):
     forward_mode: ClassVar[bool]
 
     def __init__(self, of: FixedPoint, n: int, asked: Sequence[bool] = (), leaves: Sequence[Tensor] = ()) -> None:
-        super().__init__(of.solver, of.policy, of.degenerate)
+        super().__init__(of.solver, of.policy, of.degenerate, has_jacobian=of.has_jacobian)
         self.of, self.n, self.asked, self.leaves = of, n, asked, leaves
         self.derivative: Verdict | None = None
         self.kept: list[Tensor | None] | None = None  # what the leaves get of the answer, where that is known
@@ -316,6 +319,17 @@ class _Linear(FixedPoint):
         r, x, _, c = self.split(params)
         moved = self.product(_Flat(self.of.step, self.n), tuple(range(self.n)))(*y, *x, *c)
         return tuple(ri + m for ri, m in zip(r, moved, strict=True))
+
+    def phi(self, recorded: Recorded) -> Phi:
+        """Return the Phi of the equation; where there is a closed form, that with what has been factored already."""
+        if not self.of.has_jacobian:
+            return super().phi(recorded)
+        _, x, _, c = self.split(recorded.params)
+        return self.turned(self.of.phi(self.of.recorded or record(self.of.step, x, c, self.of.users)))
+
+    def turned(self, phi: Phi) -> Phi:
+        """Return the Phi of the equation, given that of the point."""
+        raise NotImplementedError
 
     def product(self, function: Callable[..., Tensors], state: tuple[int, ...]) -> Callable[..., Tensors]:
         """Return the function of (y, x, c) that is linear in y."""
@@ -376,6 +390,9 @@ class _Adjoint(_Linear):
     equation = "adjoint equation v = Phi^T v + g"
     forward_mode = False
 
+    def turned(self, phi: Phi) -> Phi:
+        return phi.transposed()
+
     def product(self, function: Callable[..., Tensors], state: tuple[int, ...]) -> Callable[..., Tensors]:
         return Pullback(function, self.n, state)
 
@@ -391,6 +408,9 @@ class _Tangent(_Linear):
     equation = "tangent equation t = Phi t + Psi dc"
     forward_mode = True
 
+    def turned(self, phi: Phi) -> Phi:
+        return phi
+
     def split(self, params: Tensors) -> tuple[Tensors, Tensors, Tensor, Tensors]:
         return super().split(params[:-1])
 
@@ -403,8 +423,9 @@ class _Tangent(_Linear):
 
     def solve(self, recorded: Recorded, r: Tensors, keep: Tensor | None) -> tuple[Tensors, LinearSolveInfo]:
         g = flatten(r) if keep is None else torch.where(keep[:, None], flatten(r), 0)
-        t, info = self.solver(state_jvp(recorded), g, self.of.phi(recorded).transposed())
-        return unflatten(t, recorded.state), info
+        jvp, phi = state_jvp(recorded), self.of.phi(recorded).transposed()
+        t, info = self.solver(jvp, g, phi)
+        return unflatten(t, recorded.state), compared(info, phi, t, jvp)
 
 
 def _solved(linear: _Linear, params: Tensors) -> Tensors:

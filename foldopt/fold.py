@@ -193,6 +193,7 @@ class Solved(FixedPoint):
         self.guarded = transformed()
         self.single = True
         self.can_judge = hasattr(layer.update, "judge")
+        self.has_jacobian = hasattr(layer.update, "jacobian")
 
     def __call__(self, *tensors: Tensor) -> Tensors:
         """Return the state, its residuals and the samples to differentiate."""
@@ -273,9 +274,11 @@ def fold(
         solve: ``solve(*params) -> state``, run without gradients. Any code: a closed form, Gurobi, a nonconvex solver.
         update: ``update(state, *params) -> state``, differentiable PyTorch code, one step of any iteration that
             `solve`'s solution is a fixed point of. The samples of a batch must not interact. If it has a method
-            ``jacobian(state, *params)`` returning Phi of shape (B, N, N), or ``inverse(g, transposed, stepped, state,
-            *params)``, `stepped` the state after the step, returning the v = Phi^T v + g, or v = Phi v + g if
-            `transposed`, of shape (B, N), or None where it has none, that closed form is used; the answer is certified.
+            ``jacobian(state, *params)`` returning Phi, a dense tensor (B, N, N) or a sparse one, (B, N, N) or (N, N)
+            for all samples, of any layout (factored by SuperLU; needs scipy, extra "qp"), or a method ``inverse(g,
+            transposed, stepped, state, *params)``, `stepped` the state after the step, returning the v = Phi^T v + g,
+            or v = Phi v + g if `transposed`, of shape (B, N), or None where it has none, that closed form is used; the
+            answer is certified by the step itself.
         linear_solver: "auto", "direct", "least_squares", "gmres", "bicgstab", "anderson", "lfpi", or an instance with
             settings of its own from `foldopt.linear_solve`, such as ``WarmStart(GMRES(tol=1e-6))``.
         tol: largest accepted ||U(x*, c) - x*|| / (1 + ||x*||) per sample; default 1e-6 in float64, else 1e-3.

@@ -7,142 +7,22 @@ depend on the step; where there is no such range of steps it is not resolved.
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import scipy.optimize
 import scipy.sparse as sp
-import scipy.sparse.linalg as spl
 
-from experiments.benchmark.collection import Arguments, Vector, typical
+from experiments.benchmark.collection import Arguments, Vector
 
-TOLERANCES = (1e-12, 1e-10, 1e-8)
-STEPS: Vector = np.array([10.0 ** float(power) for power in np.arange(-1.5, -8.6, -0.5)], dtype=np.float64)
+Solver = Callable[[Arguments], Vector | None]
+STEPS: Vector = np.array([10.0 ** float(power) for power in np.arange(-8.5, -1.4, 0.5)], dtype=np.float64)
 NOISE: Vector = np.array([1e-12, 2e-12, 3e-12, 4e-12, 5e-12])  # their distance from a line is the solver's error
-RATIOS = (1.0, 1e2, 1e-2, 1e4, 1e-4, 1e6, 1e-6)  # of what a row carries to its slack, above which it is tried as active
 WINDOW = 3  # steps in a row on which a difference has to be the same
 CONTINUOUS = 1e-5  # what is less than this of the scale is no jump
 AGREEMENT = 1e-4  # relative; what is larger than ten times that contradicts
-
-
-def solve(args: Arguments) -> Vector | None:
-    """Return the solution by piqp at a tolerance of 1e-12, sharpened; None where it is not found.
-
-    Where piqp does not reach 1e-12, a looser one will do if the sharpened solution is good to 1e-10.
-    """
-    for tolerance in TOLERANCES:
-        found = _piqp(args, tolerance)
-        if not found.found or found.x is None:
-            continue
-        with np.errstate(all="ignore"):
-            x, error = _sharpened(args, found)
-        if tolerance == TOLERANCES[0] or error < 1e-10:
-            return x
-    return None
-
-
-def _piqp(args: Arguments, tolerance: float) -> Any:
-    import qpsolvers
-
-    some = {
-        "G": args.G.tocsc() if len(args.h) else None,
-        "h": args.h if len(args.h) else None,
-        "A": args.A.tocsc() if len(args.b) else None,
-        "b": args.b if len(args.b) else None,
-    }
-    problem = qpsolvers.Problem(args.Q, args.p, **some, lb=args.lower, ub=args.upper)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return qpsolvers.solve_problem(problem, solver="piqp", eps_abs=tolerance, eps_rel=tolerance, max_iter=200)
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """All inequality rows of a program, and in which units an approximate solution is judged.
-
-    terms: sums of the sizes of the terms of stationarity, one a variable. extent: of the terms of a row. part: what a
-    multiplier of 1 is of the terms of stationarity, where it is the most.
-    """
-
-    matrix: sp.csr_matrix
-    right: Vector
-    terms: Vector
-    extent: Vector
-    part: Vector
-
-    def error(self, args: Arguments, x: Vector, y: Vector, dual: Vector) -> float:
-        """Return the largest relative violation of the optimality conditions."""
-        stationary = (args.Q @ x + args.p + args.A.T @ y + self.matrix.T @ dual) / self.terms
-        equal = (args.A @ x - args.b) / _extent(args.A, args.b, x)
-        slack = (self.right - self.matrix @ x) / self.extent
-        parts = (stationary, equal, np.minimum(slack, 0), np.minimum(dual, 0) * self.part, dual * self.part * slack)
-        return max(float(np.abs(part).max(initial=0.0)) for part in parts)
-
-
-def _rows(args: Arguments, x: Vector, y: Vector, z: Vector, box: Vector) -> tuple[_Rows, Vector]:
-    """Return all inequality rows, G, lower, upper, and their multipliers; box: of the bounds, positive at upper."""
-    eye = sp.identity(len(x), format="csr")
-    lower, upper = np.isfinite(args.lower), np.isfinite(args.upper)
-    rows = sp.csr_matrix(sp.vstack([args.G, -eye[lower], eye[upper]]))
-    right = np.concatenate([args.h, -args.lower[lower], args.upper[upper]])
-    dual = np.concatenate([z, np.maximum(-box[lower], 0), np.maximum(box[upper], 0)])
-    terms = abs(args.Q) @ np.abs(x) + np.abs(args.p) + abs(args.A).T @ np.abs(y) + abs(rows).T @ np.abs(dual)
-    terms = np.maximum(terms, 1e-9 * terms.max(initial=1e-300))
-    part = (abs(rows) @ sp.diags(1 / terms)).max(axis=1).toarray().ravel() if len(right) else np.zeros(0)
-    return _Rows(rows, right, terms, _extent(rows, right, x), part), dual
-
-
-def _extent(rows: sp.csr_matrix, right: Vector, x: Vector) -> Vector:
-    """Return the sums of the sizes of the terms of rows, at least that of one variable of the usual size."""
-    size = abs(rows)
-    usual = typical(x) * size.max(axis=1).toarray().ravel() if len(right) else np.zeros(0)
-    return np.maximum(size @ np.abs(x) + np.abs(right) + usual, 1e-300)
-
-
-def _sharpened(args: Arguments, found: Any) -> tuple[Vector, float]:
-    """Return the solution with its active rows solved as equalities, where that is better, and its error.
-
-    A row is active where its part of the terms of stationarity is above its slack, as a part of the terms of the row;
-    where that is hard to tell, more or fewer rows are tried.
-    """
-    x, y, z = (np.zeros(0) if part is None else np.asarray(part) for part in (found.x, found.y, found.z))
-    rows, dual = _rows(args, x, y, z, np.zeros(len(x)) if found.z_box is None else np.asarray(found.z_box))
-    best, least = x, rows.error(args, x, y, dual)
-    for ratio in RATIOS:
-        active = ratio * dual * rows.part > (rows.right - rows.matrix @ x) / rows.extent
-        start = np.concatenate([y, dual[active]])
-        state = _on_equalities(args, rows.matrix[active], rows.right[active], x, start)
-        if state is None:
-            continue
-        new, (moved, multipliers) = np.zeros(len(dual)), np.split(state, [len(x)])
-        new[active] = multipliers[len(y) :]
-        error = rows.error(args, moved, multipliers[: len(y)], new)
-        if error < least:
-            best, least = moved, error
-        if least < 1e-14:
-            break
-    return best, least
-
-
-def _on_equalities(args: Arguments, rows: sp.csr_matrix, right: Vector, x: Vector, y: Vector) -> Vector | None:
-    """Return (x, multipliers) of the program with Ax = b and these rows as equalities, near the given ones."""
-    kept = sp.vstack([args.A, rows], format="csr")
-    m = kept.shape[0]
-    system = sp.bmat([[args.Q, kept.T], [kept, None]], format="csc") if m else sp.csc_matrix(args.Q)
-    target, state = np.concatenate([-args.p, args.b, right]), np.concatenate([x, y])
-    shift = 1e-9 * np.concatenate([np.ones(len(x)), -np.ones(m)])
-    size = 1 / np.sqrt(np.maximum(abs(system).max(axis=1).toarray().ravel(), 1e-300))
-    scaled = sp.csc_matrix(sp.diags(size) @ system @ sp.diags(size) + sp.diags(shift))
-    try:
-        factors = spl.splu(scaled)
-    except RuntimeError:  # singular
-        return None
-    for _ in range(10):
-        state = state + size * factors.solve(size * (target - system @ state))
-    return state
+SMALL = 1e-3  # a derivative below this part of |weights|'|x| is resolved to `AGREEMENT` of that part
 
 
 @dataclass(frozen=True)
@@ -164,60 +44,79 @@ class Difference:
         return 0.5 * (self.left + self.right)
 
 
-def difference(
-    args: Arguments,
-    name: str,
-    direction: Vector,
-    weights: Vector,
-    scale: float,
-    solver: Callable[[Arguments], Vector | None] = solve,
-) -> Difference:
-    """Return the derivative of weights'x along `direction` of the argument `name`.
+@dataclass(frozen=True)
+class Plateau:
+    """A slope on which several steps agree: its uncertainty, the value at step 0 that it leads to, and its scale."""
 
-    scale: a derivative that is uncertain by less than `AGREEMENT` times this is resolved, however small it is.
-    """
+    slope: float
+    error: float
+    start: float
+    scale: float
 
-    def values(steps: Vector) -> Vector:
-        found = (solver(replace(args, **{name: getattr(args, name) + step * direction})) for step in steps)
-        return np.array([np.nan if x is None else float(weights @ x) for x in found])
 
-    (here,) = values(np.zeros(1))
+def difference(solver: Solver, args: Arguments, name: str, direction: Vector, weights: Vector) -> Difference:
+    """Return the derivative of weights'x along `direction` of the argument `name`."""
+    here = solver(args)
+    if here is None:
+        return Difference("unresolved")
+
+    def solutions(steps: Vector) -> Iterator[Vector | None]:
+        return (solver(replace(args, **{name: getattr(args, name) + step * direction})) for step in steps)
+
     sides = []
-    for sign in (-1, 1):
-        along, near = values(sign * STEPS), values(sign * NOISE)
-        if np.isnan(here) or np.isnan(along[-WINDOW:]).all():
-            return Difference("unresolved" if np.isnan(here) else "infeasible")
-        slope, error, start = plateau(STEPS, along, here, float(np.abs(np.diff(near, 2)).max()), scale)
-        sides.append((sign * slope, error, start))
-    (left, left_error, left_start), (right, right_error, right_start) = sides
-    error = left_error + right_error
-    if np.isnan(error):
-        return Difference("unresolved", left, right, error)
-    if abs(left_start - right_start) > CONTINUOUS * scale:
-        return Difference("jump", left, right, error)
-    apart = abs(left - right) > 10 * error + 10 * AGREEMENT * max(abs(left), abs(right))
-    return Difference("kink" if apart else "smooth", left, right, error)
+    for sign in (-1.0, 1.0):
+        along = solutions(sign * STEPS)
+        nearest = [next(along) for _ in range(WINDOW)]
+        if all(x is None for x in nearest):
+            return Difference("infeasible")
+        near = np.array([np.nan if x is None else float(weights @ x) for x in solutions(sign * NOISE)])
+        noise = float(np.abs(np.diff(near, 2)).max())
+        found = plateau((x for part in (nearest, along) for x in part), here, weights, noise)
+        if found is None:
+            return Difference("unresolved")
+        sides.append(replace(found, slope=sign * found.slope))
+    left, right = sides
+    error, scale = left.error + right.error, max(left.scale, right.scale)
+    if abs(left.start - right.start) > CONTINUOUS * scale:
+        return Difference("jump", left.slope, right.slope, error)
+    apart = abs(left.slope - right.slope) > 10 * error + 10 * AGREEMENT * max(abs(left.slope), abs(right.slope))
+    return Difference("kink" if apart else "smooth", left.slope, right.slope, error)
 
 
-def plateau(steps: Vector, values: Vector, here: float, noise: float, scale: float) -> tuple[float, float, float]:
-    """Return the slope of `values` where several steps agree on it, its uncertainty, and the value at step 0.
+def plateau(along: Iterable[Vector | None], here: Vector, weights: Vector, noise: float) -> Plateau | None:
+    """Return the slope of weights'x where several steps agree on it; None where there is none.
 
-    Of all such ranges it is that of the smallest steps which leads back to `here`, else that of the smallest; NaN where
-    there is none. noise: error of the values.
+    along: the solutions at `STEPS`, of which no more are asked for than it takes. Of all such ranges it is that of the
+    smallest steps which leads back to the solution `here`, else that of the smallest. noise: error of weights'x.
     """
-    slopes, ends = np.diff(values) / np.diff(steps), steps[1:]
-    found = []
-    for start in range(len(ends) - WINDOW, -1, -1):
-        part = slopes[start : start + WINDOW]
-        middle, error = float(part[0]), float(np.ptp(part)) + 3 * noise / float(ends[start])
-        if error <= AGREEMENT * max(abs(middle), scale):
-            found.append((middle, error, float(values[start + 1] - middle * ends[start])))
-            if abs(found[-1][2] - here) <= CONTINUOUS * scale:
-                return found[-1]
-    return found[0] if found else (np.nan, np.nan, np.nan)
+    first, value, reach = None, float(weights @ here), float(np.abs(weights) @ np.abs(here))
+    slopes: list[float] = []
+    extents: list[float] = []
+    values: list[float] = []
+    before: Vector | None = None
+    for number, x in enumerate(along):
+        values.append(np.nan if x is None else float(weights @ x))
+        if number:
+            width = float(STEPS[number] - STEPS[number - 1])
+            slopes.append((values[number] - values[number - 1]) / width)
+            terms = np.nan if x is None or before is None else float(np.abs(weights) @ np.abs(x - before))
+            extents.append(terms / width)
+        before = x
+        if len(slopes) < WINDOW:
+            continue
+        part = slopes[-WINDOW:]
+        scale = max(float(np.median(extents[-WINDOW:])), SMALL * reach)
+        step = float(STEPS[number - 1])  # of the last slope, which solvers disturb the least
+        error = float(np.ptp(part)) + 3 * noise / step
+        if error <= AGREEMENT * scale:
+            found = Plateau(part[-1], error, values[number - 1] - part[-1] * step, scale)
+            first = first or found
+            if abs(found.start - value) <= CONTINUOUS * scale:
+                return found
+    return first
 
 
-def gap(args: Arguments, weights: Vector, unit: float) -> float:
+def gap(solver: Solver, args: Arguments, weights: Vector, unit: float) -> float:
     """Return how much weights'x differs over the solutions: 0 where the solution is unique along `weights`.
 
     A cost of -+t weights, added to the objective, picks the largest and the smallest value, however small t is. NaN
@@ -227,16 +126,18 @@ def gap(args: Arguments, weights: Vector, unit: float) -> float:
     if _recedes(args, weights):
         return float("inf")
     found, reach = [], 0.0
-    for step in 10.0 ** np.arange(-2.0, -9.5, -1.0):
-        ends = [solve(replace(args, p=args.p + sign * step * unit * weights)) for sign in (-1, 1)]
+    for step in 10.0 ** np.arange(-9.0, -1.5):
+        ends = [solver(replace(args, p=args.p + sign * step * unit * weights)) for sign in (-1, 1)]
         if ends[0] is not None and ends[1] is not None:
             found.append(float(weights @ (ends[0] - ends[1])))
-            reach = float(np.abs(weights) @ np.abs(ends[0]))
+            reach = reach or float(np.abs(weights) @ np.abs(ends[0]))
+        if len(found) == WINDOW:
+            break
     if len(found) < WINDOW:
         return float("nan")
-    if found[-1] <= 1e-6 * reach:
+    if found[0] <= 1e-6 * reach:
         return 0.0
-    return found[-1] if found[-1] >= 0.5 * found[-WINDOW] else float("nan")
+    return found[0] if found[0] >= 0.5 * found[-1] else float("nan")
 
 
 def _recedes(args: Arguments, weights: Vector) -> bool:

@@ -18,6 +18,11 @@ from foldopt.linear_solve.iteration import LFPI, Anderson
 from foldopt.linear_solve.krylov import GMRES, BiCGSTAB
 from foldopt.linear_solve.phi import Phi
 
+SINGULAR = (
+    "Check that the fixed point is locally unique; choose linear_solver='least_squares', which takes the nearest to a "
+    "solution where there is none and the matrix is small; or choose on_failure='nan'|'zero'"
+)
+
 
 @dataclass(frozen=True)
 class Auto:
@@ -32,6 +37,9 @@ class Auto:
     GMRES ended before anything is assembled. Then Phi is assembled for as many samples at a time as fit into
     `max_bytes` (1 GiB; factoring takes about three times as much). Where a single one does not (N > 11,585 in float64),
     the samples that are left are not ok, and `info.remedy` says what to do.
+
+    A sparse closed form is factored as it is. Samples where it is singular are solved by GMRES with the factors of
+    I - Phi + 1e-8 I, which finds a solution where there is one; up to N = 2,000, least squares has the last word.
     """
 
     max_bytes: float = 2**30
@@ -53,6 +61,8 @@ class Auto:
                 found = _then(found, self._resumed, vjp, g, *found)
             if phi.nbytes > self.max_bytes and not found[1].ok.all():
                 return self._in_parts(vjp, g, *found)
+        elif phi.sparse and (found is None or not found[1].ok.all()):
+            return self._sparse(g, phi, *_then(found, self.direct, vjp, g, phi))
         return self._dense(vjp, g, phi, found)
 
     def _dense(
@@ -60,6 +70,24 @@ class Auto:
     ) -> tuple[Tensor, LinearSolveInfo]:
         v, info = _then(found, self.direct, vjp, g, phi)
         return (v, info) if info.ok.all() else self._singular(g, v, info, phi)
+
+    def _sparse(self, g: Tensor, phi: Phi, v: Tensor, info: LinearSolveInfo) -> tuple[Tensor, LinearSolveInfo]:
+        """Solve the samples that are left, where a sparse I - Phi is singular or nearly so."""
+        rows = (~info.ok).nonzero()[:, 0]
+        if len(rows):
+            part = phi.at(rows)
+            solver = GMRES(max_iter=self.iterative.max_iter, preconditioner=part.shifted)
+            v_part, new = _then((v[rows], info.at(rows)), solver, part.product, g[rows])
+            v, info = v.index_copy(0, rows, v_part), info.put(rows, new)
+        rows = (~info.ok).nonzero()[:, 0]
+        n = g.shape[1]
+        room = self.max_bytes // (n * n * g.element_size()) if n <= self.iterative_when_large.max_iter else 0
+        if len(rows) and not room:
+            return v, info._replace(remedy=f"The update's sparse Phi, {n} x {n}, makes I - Phi singular. {SINGULAR}")
+        for some in rows.split(int(min(room, len(rows)))) if len(rows) else ():
+            v_part, new = self._singular(g[some], v[some], info.at(some), phi.at(some))
+            v, info = v.index_copy(0, some, v_part), info.put(some, new)
+        return v, info
 
     def _resumed(self, vjp: VJP, g: Tensor, v: Tensor, info: LinearSolveInfo) -> tuple[Tensor, LinearSolveInfo]:
         """Go on from v for the samples that are left; the others cost no iterations."""
@@ -100,8 +128,8 @@ class Auto:
 
     def _singular(self, g: Tensor, v: Tensor, info: LinearSolveInfo, phi: Phi) -> tuple[Tensor, LinearSolveInfo]:
         """Solve the samples that are still left by least squares and take what solves the equation."""
-        matrix = phi.matrix()[~info.ok]
-        v_left, new = self.least_squares.on_matrix(g[~info.ok], Phi(lambda: matrix))
+        rows = (~info.ok).nonzero()[:, 0]
+        v_left, new = self.least_squares.on_matrix(g[rows], phi.at(rows))
         solved = new.residual <= self.least_squares.tolerance(g.dtype)
         take = (~info.ok).masked_scatter(~info.ok, solved)
         if not take.any():

@@ -9,8 +9,13 @@ from torch import Tensor
 
 from foldopt.batched import matvec
 from foldopt.errors import InputError
-from foldopt.linear_solve.base import VJP, LinearSolveInfo, relative, require_relative
+from foldopt.linear_solve.base import VJP, LinearSolveInfo, norm, relative, require_relative
 from foldopt.linear_solve.phi import Phi
+
+WRONG_CLOSED_FORM = (
+    "The matrix that the update's method jacobian returns is not the derivative dU/dx of its step there, whose row i "
+    "is the gradient of the i-th number of the new state: correct it, or delete the method"
+)
 
 
 @dataclass(frozen=True)
@@ -33,23 +38,38 @@ class Dense:
         return self.tol or (1e-8 if dtype == torch.float64 else 1e-4)
 
     def require_small(self, method: str, phi: Phi, g: Tensor) -> None:
-        """Raise InputError, before anything is allocated, if Phi would have to be assembled and is too large."""
-        if phi.nbytes <= self.max_bytes:
-            return
+        """Raise InputError, before anything is allocated, if Phi would become a dense matrix and is too large."""
         batch, n = g.shape
+        nbytes = batch * n * n * g.element_size() if phi.sparse else phi.nbytes
+        if nbytes <= self.max_bytes:
+            return
+        how = "make the sparse Phi dense" if phi.sparse else f"assemble Phi from {n} products"
         raise InputError(
-            f"linear_solver={method!r} would assemble Phi from {n} products: {batch} x {n} x {n} numbers, "
-            f"{gigabytes(phi.nbytes)}, more than the {gigabytes(self.max_bytes)} it may take. For a state of N = {n} "
-            "numbers choose linear_solver='auto', or BiCGSTAB(max_iter=20000) or GMRES() from foldopt.linear_solve, "
-            "which need no matrix; give the update a closed form (`inverse`); or, where there is room for three of "
+            f"linear_solver={method!r} would {how}: {batch} x {n} x {n} numbers, {gigabytes(nbytes)}, more "
+            f"than the {gigabytes(self.max_bytes)} it may take. For a state of N = {n} numbers choose "
+            "linear_solver='auto', or BiCGSTAB(max_iter=20000) or GMRES() from foldopt.linear_solve, which need no "
+            "matrix; give the update a closed form (`inverse`); or, where there is room for three of "
             f"these, choose {type(self).__name__}(max_bytes=...)."
         )
 
     def certified(self, method: str, g: Tensor, v: Tensor, phi: Phi) -> LinearSolveInfo:
         """Return the certificate of `v`."""
-        residual = relative(g + matvec(phi.matrix().mT, v) - v, g).nan_to_num(nan=torch.inf)
+        residual = relative(g + phi.product(v) - v, g).nan_to_num(nan=torch.inf)
         products = torch.full((len(g),), phi.products, device=g.device)
         return LinearSolveInfo.of(method, products, residual, self.tolerance(g.dtype))
+
+
+def compared(info: LinearSolveInfo, phi: Phi | None, v: Tensor, product: VJP) -> LinearSolveInfo:
+    """Return the certificates of v (B, N), not ok where a closed form that was used is not the step's own `product`."""
+    if phi is None or not (phi.closed_form and phi.made):
+        return info
+    off = norm(phi.product(v) - product(v))
+    wrong = info.ok & (off > torch.finfo(v.dtype).eps ** 0.25 * norm(v))
+    if not wrong.any():
+        return info
+    return info._replace(
+        residual=torch.where(wrong, off / norm(v), info.residual), ok=info.ok & ~wrong, remedy=WRONG_CLOSED_FORM
+    )
 
 
 def require_room(owner: object, max_bytes: float) -> None:
@@ -67,14 +87,16 @@ def gigabytes(nbytes: float) -> str:
 class Direct(Dense):
     """LU factorization of I - Phi, with Phi in closed form or assembled from N products with Phi^T.
 
-    Right at any spectral radius. The factorization is kept for further right-hand sides at the same point: a second
-    backward pass, the rows of a Jacobian, tangents. A singular sample is reported as not ok.
+    A closed form may be sparse; it is factored as it is, by SuperLU. Right at any spectral radius. The factorization is
+    kept for further right-hand sides at the same point: a second backward pass, the rows of a Jacobian, tangents. A
+    singular sample is reported as not ok.
     """
 
     def __call__(self, vjp: VJP, g: Tensor, phi: Phi | None = None) -> tuple[Tensor, LinearSolveInfo]:
         """Solve for v; see the docstring of `foldopt.linear_solve`."""
         phi = phi or Phi.assembled(vjp, g)
-        self.require_small("direct", phi, g)
+        if not phi.sparse:
+            self.require_small("direct", phi, g)
         v = phi.solve(g)
         return v, self.certified("direct", g, v, phi)
 
@@ -105,7 +127,7 @@ class LeastSquares(Dense):
     def on_matrix(self, g: Tensor, phi: Phi) -> tuple[Tensor, LinearSolveInfo]:
         """Solve for v with nothing but the matrix."""
         self.require_small("least_squares", phi, g)
-        matrix = phi.matrix()
+        matrix = phi.matrix().expand(len(g), -1, -1)
         finite = matrix.isfinite().all((1, 2)) & g.isfinite().all(1)
         equations = torch.eye(g.shape[1], dtype=g.dtype, device=g.device) - matrix.mT
         U, S, Vh = torch.linalg.svd(torch.where(finite[:, None, None], equations, 0))

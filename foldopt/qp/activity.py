@@ -108,19 +108,20 @@ def touched_somewhere(program: Program, x: Tensor, strong: Tensor, rows: Tensor)
         p = program.at(torch.full((len(ends),), i, device=x.device))
         row = torch.tensor([r for r, _ in ends], device=x.device)
         sign = torch.tensor([side for _, side in ends], dtype=x.dtype, device=x.device)
-        held, here, flat = strong[i], z[i], curvature[i].expand(len(ends), -1)
+        extent = x[i].abs().amax().clamp(min=1e-300)  # the programs are solved for x divided by this
+        held, here, flat = strong[i], z[i] / extent, (curvature[i] / extent).expand(len(ends), -1)
         pick = torch.zeros_like(p.lower).scatter(1, row[:, None], sign[:, None])
         linear = Program(
             zeros(p.H, *p.H.shape[1:]),
             -matvec(p.C.mT, pick),
             assembled([[p.H], [p.C]]),
-            torch.cat([flat, torch.where(held, here, p.lower)], 1),
-            torch.cat([flat, torch.where(held, here, p.upper)], 1),
+            torch.cat([flat, torch.where(held, here, p.lower / extent)], 1),
+            torch.cat([flat, torch.where(held, here, p.upper / extent)], 1),
         )
         found, multipliers = nearby(linear)
         bound = torch.where(sign > 0, program.upper[i, row], program.lower[i, row])
-        slack = sign * bound + (linear.q * found).sum(1)
-        far = slack > 1e-6 * (bound.abs() + x[i].abs().amax().clamp(min=1e-300))
+        slack = sign * bound / extent + (linear.q * found).sum(1)
+        far = slack > 1e-6 * (bound.abs() / extent + 1)
         near = ~(far & (residual(linear, found, multipliers) < 1e-7))
         out[i] = False
         out[i, row[near]] = True

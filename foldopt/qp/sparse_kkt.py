@@ -16,7 +16,8 @@ STEPS = 40  # of GMRES
 EXACT = 1e-14  # relative residual at which nothing is left to do
 SOLVED, SINGULAR = 1e-11, 1e-3  # a residual between these comes from small eigenvalues: less shift may tell
 PROBES = 3  # vectors in no special position that look for a null space
-SIFTINGS, PATIENCE = 4, 60  # products with 1 - K / K_shifted: to see that there is no null space, to find it
+REGULAR = 1e-8  # relative residual of a solution for such a vector that says there is no null space
+PATIENCE = 60  # products with 1 - K / K_shifted, to find the null space
 REFINEMENTS = 3  # of a solution with the shift
 GONE = 1e-10  # of a vector that is sifted: nothing of it lies in the null space
 PART = 1e-6  # of a vector in no special position: some of it lies in the null space
@@ -178,14 +179,9 @@ class SparseKKT:
         return self._null
 
     def _regular(self, r: Any) -> bool:
-        """Whether a few products with 1 - K / K_shifted leave nothing of a vector."""
-        norm = self.np.linalg.norm
-        gone = GONE * norm(r)
-        for _ in range(SIFTINGS):
-            r = r - self.times(self.factors.solve(r))
-            if norm(r) <= gone:
-                return True
-        return False
+        """Whether K z = r has a solution, for a vector r in no special position: whether K is regular."""
+        _, left = self.solve(r)
+        return bool(self.np.linalg.norm(left) <= REGULAR * self.np.linalg.norm(r))
 
     def _sifted(self, r: Any) -> Any:
         """Return r - K K_shifted^-1 r, over and over, which leaves the part of r in the null space.
