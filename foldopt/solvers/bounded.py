@@ -80,10 +80,7 @@ class Bounded:
         """
         import numpy as np
 
-        x = np.array(x, dtype=float)
-        if x.shape != self.q.shape:  # HiGHS has no x where its presolve ends it
-            return None
-        y = np.zeros(len(self.lower))
+        x, y = np.array(x, dtype=float), np.zeros(len(self.lower))
         if self.A is not None:
             y[self.equal] = equal
         if self.G is not None:
