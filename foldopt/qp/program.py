@@ -19,7 +19,7 @@ from foldopt.qp.matrix import (
     single_entries,
 )
 
-ROUNDS = 10  # of equilibration
+ROUNDS, SETTLED = 10, 0.05  # of equilibration; the factors of a round that are none
 INFINITE = 1e19  # a bound this far away, in units of its row, bounds nothing
 TINY = 1e-300
 ROUNDING = 1e-9  # a right-hand side this small beside the largest is rounding in the data
@@ -127,9 +127,13 @@ def equilibrate(program: Program, large: bool = False) -> Units:
         largest = c * d * largest_in_columns(H, d)
         if C.shape[1]:
             largest = torch.maximum(largest, d * largest_in_columns(rows, e))
-            e = e * _inverse_root(e * largest_in_rows(rows, d))
-        d = d * _inverse_root(largest)
+            rows_by = _inverse_root(e * largest_in_rows(rows, d))
+            e = e * rows_by
+        columns_by = _inverse_root(largest)
+        d = d * columns_by
         c = c / cost()
+        if _settled(columns_by) and (not C.shape[1] or _settled(rows_by)):
+            break
     if C.shape[1]:
         own = largest_in_rows(C, d)
         e = torch.where(~several & (own > TINY), 1 / own.clamp(min=TINY), e)
@@ -144,6 +148,12 @@ def equilibrate(program: Program, large: bool = False) -> Units:
     d, e = d * typical, e / typical
     c = c / cost()
     return Units(*(torch.exp2(torch.log2(part).round()) for part in (d, e, c)))
+
+
+def _settled(factors: Tensor) -> bool:
+    """Whether all factors are 1 up to what rounding to powers of 2 does not see."""
+    least, most = torch.aminmax(factors)
+    return bool(least > 1 - SETTLED) and bool(most < 1 + SETTLED)
 
 
 def _inverse_root(size: Tensor) -> Tensor:

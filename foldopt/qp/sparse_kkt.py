@@ -14,11 +14,12 @@ from foldopt.errors import MissingDependencyError
 SHIFT, SMALL, COARSE, LARGEST_SHIFT = 1e-8, 1e-11, 1e-6, 1e-5
 STEPS = 40  # of GMRES
 EXACT = 1e-14  # relative residual at which nothing is left to do
+FAST = 1e-3  # by which a refinement has to take the residual down
 SOLVED, SINGULAR = 1e-11, 1e-3  # a residual between these comes from small eigenvalues: less shift may tell
 PROBES = 3  # vectors in no special position that look for a null space
 REGULAR = 1e-8  # relative residual of a solution for such a vector that says there is no null space
 PATIENCE = 60  # products with 1 - K / K_shifted, to find the null space
-REFINEMENTS = 3  # of a solution with the shift
+REFINEMENTS = 3  # of a solution
 GONE = 1e-10  # of a vector that is sifted: nothing of it lies in the null space
 PART = 1e-6  # of a vector in no special position: some of it lies in the null space
 
@@ -96,16 +97,29 @@ class SparseKKT:
                 return _Nothing(np)
             raise
 
-    def solve(self, r: Any, steps: int = STEPS) -> tuple[Any, Any]:
+    def solve(self, r: Any, tolerance: float = EXACT) -> tuple[Any, Any]:
         """Return z (n + s,) with K z = r as far as there is one, and the residual r - K z that is left.
 
         Where K is singular and r in its range, z is one of the solutions, nearly that of least norm; where r is not,
-        the residual stagnates at r's part outside of the range. Right-preconditioned GMRES from zero.
+        the residual stagnates at r's part outside of the range. Refinement does where the shift is small beside the
+        eigenvalues; else right-preconditioned GMRES, from zero.
         """
-        z, left, size = self._gmres(r, steps)
+        norm = self.np.linalg.norm
+        size = before = norm(r)
+        z, left = self.np.zeros_like(r), r
+        for _ in range(REFINEMENTS):
+            z = z + self.factors.solve(left)
+            left = r - self.times(z)
+            now = norm(left)
+            if now <= tolerance * size:
+                return z, left
+            if not now <= FAST * before:
+                break
+            before = now
+        z, left, size = self._gmres(r, STEPS)
         worse = SOLVED * size < self.np.linalg.norm(left) < SINGULAR * size
         if worse and self.shift > SMALL:
-            again, other, _ = self.finer()._gmres(r, steps)
+            again, other, _ = self.finer()._gmres(r, STEPS)
             if self.np.linalg.norm(other) < self.np.linalg.norm(left):
                 return again, other
         return z, left
@@ -169,19 +183,14 @@ class SparseKKT:
         if self._null is None:
             np = self.np
             k = np.arange(1, self.n + self.s + 1, dtype=float)
-            probes = [np.sin((0.7 + 0.1 * i) * k * k) for i in range(PROBES)]
-            found = [np.zeros_like(k)] * PROBES
-            if not self._regular(probes[0]):
-                found = [self._coarse()._sifted(v) for v in probes]
-            self._null = np.stack(found, 1)
-            if np.abs(self._null).max(initial=0) <= PART:
-                self._null[:] = 0
+            probe = np.sin(0.7 * k * k)
+            _, left = self.solve(probe, REGULAR)
+            self._null = np.zeros((len(k), PROBES))
+            if np.linalg.norm(left) > REGULAR * np.linalg.norm(probe):  # there are right-hand sides without a solution
+                probes = (np.sin((0.7 + 0.1 * i) * k * k) for i in range(PROBES))
+                found = np.stack([self._coarse()._sifted(v) for v in probes], 1)
+                self._null = found if np.abs(found).max(initial=0) > PART else self._null
         return self._null
-
-    def _regular(self, r: Any) -> bool:
-        """Whether K z = r has a solution, for a vector r in no special position: whether K is regular."""
-        _, left = self.solve(r)
-        return bool(self.np.linalg.norm(left) <= REGULAR * self.np.linalg.norm(r))
 
     def _sifted(self, r: Any) -> Any:
         """Return r - K K_shifted^-1 r, over and over, which leaves the part of r in the null space.

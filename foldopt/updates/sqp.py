@@ -12,12 +12,14 @@ from torch.utils.weak import WeakIdKeyDictionary
 from foldopt.batched import lu_factor, matvec
 from foldopt.errors import InputError
 from foldopt.qp.activity import activity, complemented
-from foldopt.qp.kkt import probe
+from foldopt.qp.kkt import Spectral, probe
+from foldopt.qp.matrix import dense
 from foldopt.qp.program import Program, equilibrate, residual, sizes
 from foldopt.qp.systems import System, solved
 from foldopt.solvers.interior_point import largest
 from foldopt.solvers.qp import QPSolution, _kkt_matrix, solve_qp
 from foldopt.transforms import plain
+from foldopt.updates.kept import Kept
 from foldopt.updates.newton import Judge, Point
 from foldopt.verdicts import DEPENDENT, DIFFERENTIABLE, Verdict, require_policy
 
@@ -91,6 +93,14 @@ class SmoothProgram(nn.Module):
                 )
         return f, h, g
 
+    def constraints(self, x: Tensor, *params: Tensor) -> Tensor:
+        """Return h and g at x side by side, (B, p + m)."""
+        return torch.cat([self._constraint("equalities", x, params), self._constraint("inequalities", x, params)], 1)
+
+    def lagrangian(self, x: Tensor, y: Tensor, *params: Tensor) -> Tensor:
+        """Return f + nu.h + lam.g at x, (B,), for y = (nu, lam), (B, p + m)."""
+        return self.objective(x, *params) + (y * self.constraints(x, *params)).sum(1)
+
     def _constraint(self, name: str, x: Tensor, params: tuple[Tensor, ...]) -> Tensor:
         function = getattr(self, name)
         return x.new_zeros(len(x), 0) if function is None else function(x, *params)
@@ -104,11 +114,10 @@ class SmoothProgram(nn.Module):
         def g(z: Tensor) -> Tensor:
             return self._constraint("inequalities", z, params)
 
-        def lagrangian(z: Tensor) -> Tensor:
-            return (self.objective(z, *params) + (nu * h(z)).sum(1) + (lam * g(z)).sum(1)).sum()
-
+        y = torch.cat([nu, lam], 1)
         gradient = torch.func.grad(lambda z: self.objective(z, *params).sum())(x)
-        hessian = _batched_jacobian(torch.func.grad(lagrangian), x, x.shape[1])
+        slope = torch.func.grad(lambda z: self.lagrangian(z, y, *params).sum())
+        hessian = _batched_jacobian(slope, x, x.shape[1])
         return SQPData(
             gradient, hessian, h(x), _batched_jacobian(h, x, nu.shape[1]), g(x), _batched_jacobian(g, x, lam.shape[1])
         )
@@ -200,7 +209,8 @@ class SQP(nn.Module):
         p, m, index, at = state[1].shape[1], state[2].shape[1], known.samples, known.point
 
         def judged(g: Tensor, needed: Sequence[bool], forward: bool) -> tuple[Tensor, Verdict]:
-            part, own = at.judged(g[index].to(known.y), self._moving(state, params, needed), p, m, forward)
+            moved = moving(lambda *c: self.program.sqp_data(*(part.detach() for part in state), *c), params, needed)
+            part, own = at.judged(g[index].to(known.y), moved, p, m, forward)
             curved = (own.code == DIFFERENTIABLE) & self._curved(known, state, params, part, forward)
             code = g.new_full(g.shape[:1], DIFFERENTIABLE, dtype=own.code.dtype)
             rows, variables = (g.new_zeros(len(g), t.shape[1], dtype=torch.bool) for t in (own.rows, own.variables))
@@ -219,9 +229,9 @@ class SQP(nn.Module):
 
         data, qp: the quadratic model and its solution, if they are known. The answer is kept as long as x is.
         """
-        kept: _Kept | None = self._kept.get(state[0])
+        kept: Kept | None = self._kept.get(state[0])
         if kept is not None and kept.suits(*state, *params):
-            return kept.known
+            return kept.found
         with torch.no_grad():
             if data is None or qp is None:
                 data = SQPData(*self.program.sqp_data(*state, *params))
@@ -233,8 +243,7 @@ class SQP(nn.Module):
 
     def keep(self, known: Known | None, state: SQPState, params: Sequence[Tensor]) -> None:
         """Keep what is known of a state (None: all is regular) as long as its x is."""
-        if not any(t.is_inference() for t in (*state, *params)):  # which keep no version
-            self._kept[state[0]] = _Kept.of(known, *state, *params)
+        self._kept[state[0]] = Kept.of(known, *state, *params)
 
     def _on_strong_rows(self, known: Known, state: SQPState, params: Sequence[Tensor], data: SQPData) -> SQPState:
         """Return the state of the known samples after a Newton step on the KKT conditions of their strong rows.
@@ -261,35 +270,6 @@ class SQP(nn.Module):
         new = new + (value - new).detach()
         return new[:, :n], new[:, n : n + p], new[:, n + p :]
 
-    def _moving(self, state: SQPState, params: Sequence[Tensor], needed: Sequence[bool]) -> list[bool]:
-        """Return which of Q, p, G, h, A, b, lower and upper of the model move with the parameters that are needed."""
-        explicit, weights = needed[: len(params)], any(needed[len(params) :])
-        with torch.enable_grad():
-            leaves = [
-                c.detach().requires_grad_(need and c.is_floating_point())
-                for c, need in zip(params, explicit, strict=True)
-            ]
-            data = SQPData(*self.program.sqp_data(*(part.detach() for part in state), *leaves))
-            wanted = [leaf for leaf in leaves if leaf.requires_grad]
-
-            def reached(part: Tensor) -> list[Tensor]:
-                if not wanted or not part.requires_grad or not part.numel():
-                    return []
-                some = probe(part.numel(), part).view_as(part)
-                found = torch.autograd.grad(part, wanted, some, retain_graph=True, allow_unused=True)
-                return [one for one in found if one is not None]
-
-            of_h, of_g = (bool(reached(part)) for part in (data.h, data.g))
-            parts = data.hessian, data.jacobian_h, data.jacobian_g
-            hessian, jacobian_h, jacobian_g = (any(bool(one.any()) for one in reached(part)) for part in parts)
-            if weights:  # of modules, out of sight here
-                of_h, of_g = of_h or data.h.requires_grad, of_g or data.g.requires_grad
-                hessian, jacobian_h, jacobian_g = (
-                    known or part.requires_grad
-                    for known, part in zip((hessian, jacobian_h, jacobian_g), parts, strict=True)
-                )
-        return [hessian, True, jacobian_g, of_g, jacobian_h, of_h, False, False]
-
     def _curved(self, known: Known, state: SQPState, params: Sequence[Tensor], g: Tensor, forward: bool) -> Tensor:
         """Return at which of the known samples, (b,) bool, dependent rows' choice of multipliers enters the derivative.
 
@@ -297,7 +277,7 @@ class SQP(nn.Module):
         """
         index, at, y = known
         rows = at.dependent.any(1) & (g != 0).any(1)
-        if at.base is None or not rows.any():
+        if at.base is None or not isinstance(at.base.kkt, Spectral) or not rows.any():
             return rows & False
         p, n, r = state[1].shape[1], state[0].shape[1], y.shape[1]
         d, e, c = at.units
@@ -316,11 +296,46 @@ class SQP(nn.Module):
             u = torch.cat([mixed[:n].expand(len(g), n), torch.zeros_like(u[:, n:])], 1)
         rhs = torch.cat([u[:, :n], held.take(u[:, n:])], 1)
         w = (at.restrained.found(rhs) if at.restrained else kkt.solve(rhs))[:, :n]
-        S = held.take_rows(at.program.C)
+        S = held.take_rows(dense(at.program.C))
         felt = matvec(difference, w)
         felt = felt - matvec(torch.linalg.pinv(S, rtol=1e-10), matvec(S, felt))
-        scale = at.program.H.abs().amax((1, 2)) + difference.abs().amax((1, 2))
+        scale = dense(at.program.H).abs().amax((1, 2)) + difference.abs().amax((1, 2))
         return rows & (largest(felt) > CURVED * scale * torch.maximum(largest(w), largest(u)))
+
+
+def moving(
+    model: Callable[..., SQPData | tuple[Tensor, ...]], params: Sequence[Tensor], needed: Sequence[bool]
+) -> list[bool]:
+    """Return which of Q, p, G, h, A, b, lower and upper of a model move with the parameters that are needed.
+
+    model: of the params, its parts as of `SQPData`; of matrices, products with them will do. needed: which of the
+    params, and of modules' weights after them, a derivative is asked for.
+    """
+    explicit, weights = needed[: len(params)], any(needed[len(params) :])
+    with torch.enable_grad():
+        leaves = [
+            c.detach().requires_grad_(need and c.is_floating_point()) for c, need in zip(params, explicit, strict=True)
+        ]
+        data = SQPData(*model(*leaves))
+        wanted = [leaf for leaf in leaves if leaf.requires_grad]
+
+        def reached(part: Tensor) -> list[Tensor]:
+            if not wanted or not part.requires_grad or not part.numel():
+                return []
+            some = probe(part.numel(), part).view_as(part)
+            found = torch.autograd.grad(part, wanted, some, retain_graph=True, allow_unused=True)
+            return [one for one in found if one is not None]
+
+        of_h, of_g = (bool(reached(part)) for part in (data.h, data.g))
+        parts = data.hessian, data.jacobian_h, data.jacobian_g
+        hessian, jacobian_h, jacobian_g = (any(bool(one.any()) for one in reached(part)) for part in parts)
+        if weights:  # of modules, out of sight here
+            of_h, of_g = of_h or data.h.requires_grad, of_g or data.g.requires_grad
+            hessian, jacobian_h, jacobian_g = (
+                known or part.requires_grad
+                for known, part in zip((hessian, jacobian_h, jacobian_g), parts, strict=True)
+            )
+    return [hessian, True, jacobian_g, of_g, jacobian_h, of_h, False, False]
 
 
 class Known(NamedTuple):
@@ -329,26 +344,6 @@ class Known(NamedTuple):
     samples: Tensor
     point: Point
     y: Tensor
-
-
-class _Kept(NamedTuple):
-    """What is known of a state, and the tensors that it belongs to as they were."""
-
-    known: Known | None
-    tensors: tuple[Tensor, ...]
-    versions: tuple[int, ...]
-
-    @classmethod
-    def of(cls, known: Known | None, *tensors: Tensor) -> _Kept:
-        return cls(known, tuple(t.detach() for t in tensors), tuple(t._version for t in tensors))
-
-    def suits(self, *tensors: Tensor) -> bool:
-        """Whether these are the same memory, not written to since."""
-        return len(tensors) == len(self.tensors) and all(
-            not t.is_inference()
-            and (t.data_ptr(), t._version, t.shape, t.stride()) == (own.data_ptr(), version, own.shape, own.stride())
-            for t, own, version in zip(tensors, self.tensors, self.versions, strict=True)
-        )
 
 
 def _same(old: Tensor, new: Tensor) -> bool:
