@@ -161,7 +161,8 @@ class QPLayer(nn.Module):
         params, answer, fold = given.params, given.dtype, self._fold_for(given)
         fold.call.curvature = given.curvature
         if self.closest_feasible is not None:
-            params, self.shifts = shifted(params, self.closest_feasible, QPLayer)
+            patterns = (None, None, None) if given.patterns is None else given.patterns[:3]
+            params, self.shifts = shifted(params, patterns, self.closest_feasible, QPLayer)
         self._latest[0] = fold
         x, y = fold(*params)
         if not self.return_duals:

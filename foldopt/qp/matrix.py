@@ -65,7 +65,7 @@ class Pattern:
 class SparseMatrix:
     """A batch of sparse matrices (B, m, n) with one pattern: values (B, nnz).
 
-    It has of a tensor's methods those that the engine uses.
+    It has of a tensor's methods those that the engine uses. As an argument of `QPLayer` it may have values (nnz,).
     """
 
     def __init__(self, pattern: Pattern, values: Tensor) -> None:
@@ -73,8 +73,8 @@ class SparseMatrix:
 
     @property
     def shape(self) -> torch.Size:
-        """The shape (B, m, n)."""
-        return torch.Size((len(self.values), *self.pattern.shape))
+        """The shape (B, m, n); (m, n) with values (nnz,)."""
+        return torch.Size((*self.values.shape[:-1], *self.pattern.shape))
 
     @property
     def device(self) -> torch.device:
@@ -274,11 +274,18 @@ def zeros(like: Matrix, m: int, n: int) -> Matrix:
     return like.new_zeros(len(like), m, n)
 
 
-def identity(like: Matrix, n: int) -> Matrix:
-    """Return identities (B, n, n) of the kind of `like`."""
+def identity(like: Matrix, n: int, times: float = 1.0) -> Matrix:
+    """Return multiples of the identity, (B, n, n), of the kind of `like`."""
     if isinstance(like, SparseMatrix):
-        return SparseMatrix(Pattern.identity(n, like.device), like.values.new_ones(len(like), n))
-    return torch.eye(n, dtype=like.dtype, device=like.device).expand(len(like), n, n)
+        return SparseMatrix(Pattern.identity(n, like.device), like.values.new_full((len(like), n), times))
+    return (times * torch.eye(n, dtype=like.dtype, device=like.device)).expand(len(like), n, n)
+
+
+def diagonal(like: Matrix, entries: Tensor) -> Matrix:
+    """Return diagonal matrices with these entries (B, n), of the kind of `like`."""
+    if isinstance(like, SparseMatrix):
+        return SparseMatrix(Pattern.identity(entries.shape[1], like.device), entries)
+    return torch.diag_embed(entries)
 
 
 def column(like: Matrix, values: Tensor) -> Matrix:

@@ -108,8 +108,9 @@ def equilibrate(program: Program, large: bool = False) -> Units:
     A bound of a single variable says nothing of that variable's unit and follows it. The cost is scaled by the columns
     of H alone (by q in a linear program), so that neither a penalty in q nor a unit of the objective pushes H below
     what the linear solves can tell from zero. The one number that is left free is set by the size that x will have:
-    that of equalities, else the lesser (or with `large` the larger) of what q and the bounds suggest. Ruiz, A scaling
-    algorithm to equilibrate both rows and columns norms in matrices (2001), as in OSQP (Stellato et al., 2020, 5.1).
+    that of equalities, else the lesser of what q and the bounds suggest. `large` is another guess: 1 where there are
+    equalities, else the larger of the two. Ruiz, A scaling algorithm to equilibrate both rows and columns norms in
+    matrices (2001), as in OSQP (Stellato et al., 2020, 5.1).
     """
     H, q, C = program.H.abs(), program.q.abs(), program.C.abs()
     several = several_entries(C)
@@ -144,7 +145,8 @@ def equilibrate(program: Program, large: bool = False) -> Units:
     both = torch.where(both > TINY, both, both.amax(1, keepdim=True))
     size = both.amax(1, keepdim=True) if large else both.amin(1, keepdim=True)
     typical = _median(torch.where(program.equality, ends[1], 0))
-    typical = torch.where(typical > TINY, typical, torch.where(size > TINY, size, 1.0))
+    given = torch.ones_like(typical) if large else typical
+    typical = torch.where(typical > TINY, given, torch.where(size > TINY, size, 1.0))
     d, e = d * typical, e / typical
     c = c / cost()
     return Units(*(torch.exp2(torch.log2(part).round()) for part in (d, e, c)))
