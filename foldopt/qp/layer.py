@@ -76,11 +76,18 @@ class QPLayer(nn.Module):
         closest_feasible: "l1" or "l2": where no point satisfies the rows, shift h and b by the least violation in that
             norm and solve for these, differentiably; the shifts are in ``layer.shifts``. None refuses such samples.
             Bounds of the variables are kept.
+        solver: what finds the first point, which is then polished to rounding: None, the own interior point for dense
+            programs, PIQP or HiGHS with Clarabel behind them for sparse ones; the name of a solver that is installed
+            (`foldopt.solvers.qp_solvers.installed()`), or a function: see `QPSolver`. options: of a named solver.
+            warm_start: let it begin at the solutions of the last call, if that had the same shape; not all can.
         linear_solver: as for `foldopt.fold`; there is nothing to solve, as Phi = 0. dtype: of the computation, float64.
 
     Every argument may lack the batch dimension; the gradient of one that does is the sum over the batch. Either pair,
     G, h or A, b, may be None or empty; lower and upper are numbers, (n,) or (B, n); where h, lower or upper is infinite
-    there is no bound. Integers are converted to float64. x comes back in the dtype of the first floating argument.
+    there is no bound. Q, G and A may be torch sparse tensors (COO, CSR, CSC), scipy sparse matrices or a
+    `foldopt.qp.matrix.SparseMatrix`; gradients come on their entries and in their layout, and if one of the three is
+    sparse none is made dense. Integers are converted to float64. x comes back in the dtype of the first floating
+    argument.
 
     ``layer.last`` holds per sample: ``status`` ("solved", "infeasible", ...), ``residual`` (worst relative violation of
     the KKT conditions), ``ok``, and after a backward pass ``verdict`` ("differentiable", "kink", "not unique",
