@@ -17,11 +17,14 @@ from foldopt.solvers.multipliers import recover_multipliers
 from foldopt.solvers.nlp import solve_nlp
 from foldopt.solvers.qp import solve_qp
 from foldopt.solvers.qpth import solve_qpth
+from foldopt.sparsity import Sparsity
 from foldopt.step import State, as_tuple
 from foldopt.updates.admm import PrimalADMM, PrimalState, batched_qp, symmetric
 from foldopt.updates.dual_proximal_gradient import DualProximalGradient
 from foldopt.updates.gradient import ProjectedGradient
+from foldopt.updates.sparse_sqp import SparseSQP
 from foldopt.updates.sqp import SQP, SmoothProgram, SQPData, SQPProgram, SQPState
+from foldopt.verdicts import require_policy
 
 Polyhedron = Callable[..., tuple[Tensor, Tensor, Tensor | None, Tensor | None]]
 
@@ -119,6 +122,7 @@ def f_sqp(
     dtype: torch.dtype | None = torch.float64,
     degenerate: str = "raise",
     on_failure: str = "raise",
+    sparsity: bool | Sparsity = False,
     **options: Any,
 ) -> FoldedLayer:
     """f-SQP: any smooth program, solved by any black box, folded through one SQP step (paper section 6, eqs. 31-32).
@@ -133,6 +137,10 @@ def f_sqp(
             `NotUniqueError`, `DependentRowsError`), "warn" (and go on as "one_sided"), "one_sided" (the derivative of
             one of the smooth pieces that meet; of active constraints that depend on each other some independent ones
             carry), "least_norm" (they share), "nan" or "zero" (the gradient of that sample).
+        sparsity: True, or a `foldopt.Sparsity`, for thousands of variables: the KKT system is sparse, its entries come
+            from a few products with the derivatives of the program, a `SmoothProgram` (`foldopt.updates.SparseSQP`,
+            whose stepsize is 1). True finds out which entries there are, by a product for every variable and
+            constraint at the first call. Needs scipy and qdldl (extra "qp").
         on_failure, options: as for `foldopt.fold`.
 
     Returns:
@@ -141,7 +149,13 @@ def f_sqp(
         parameters that the constraints use, and where their curvatures differ. ``layer.last.verdict`` says after a
         backward pass what became of each sample.
     """
-    step = SQP(program, stepsize, degenerate, nan="nan" in (degenerate, on_failure))
+    nan = "nan" in (degenerate, on_failure)
+    step: SQP | SparseSQP = SQP(program, stepsize, degenerate, nan)
+    if sparsity is not False:
+        require_policy(degenerate)
+        if stepsize != 1:
+            raise InputError(f"stepsize={stepsize}: with sparsity= the step is a full one, stepsize=1.")
+        step = SparseSQP(program, None if sparsity is True else sparsity, nan)
     return fold(solve, step, dtype=dtype, degenerate=degenerate, on_failure=on_failure, **options)
 
 
@@ -188,6 +202,8 @@ class NLPLayer(nn.Module):
         polish: SQP steps taken on the solver's answer, which square its error. A sample that they move by more than
             1e-3 (relative) was no KKT point; it is left as it was and falls under `on_failure`.
         dtype: float64 by default whatever the network's; x comes back in that of the first parameter.
+        sparsity: as for `f_sqp`, for thousands of variables; the solver is then a function, for the built-in ones are
+            dense.
         options: as for `f_sqp`: degenerate, on_failure and so on.
 
     A program of several local minima has the derivative of the one that the solver found. ``layer.last`` holds the
@@ -205,9 +221,15 @@ class NLPLayer(nn.Module):
         solver: str | Callable[..., State] = "sqp",
         polish: int = 1,
         dtype: torch.dtype | None = torch.float64,
+        sparsity: bool | Sparsity = False,
         **options: Any,
     ) -> None:
         super().__init__()
+        if isinstance(solver, str) and sparsity is not False:
+            raise InputError(
+                f"solver={solver!r} works with dense matrices: with sparsity= pass a function solver(*params) -> x or "
+                "-> (x, nu, lam)."
+            )
         if isinstance(solver, str) and solver not in ("sqp", *scipy_nlp.METHODS):
             raise InputError(
                 f"solver={solver!r} is unknown; choose one of {('sqp', *scipy_nlp.METHODS)} or pass a function."
@@ -219,7 +241,7 @@ class NLPLayer(nn.Module):
         require_whole("polish", polish, 0)
         self.program = SmoothProgram(objective, equalities, inequalities)
         self.start, self.solver, self.polish = start, solver, polish
-        self.fold = f_sqp(self.program, self._solve, dtype=dtype, **options)
+        self.fold = f_sqp(self.program, self._solve, dtype=dtype, sparsity=sparsity, **options)
         self.multipliers: tuple[Tensor, Tensor] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -258,6 +280,8 @@ class NLPLayer(nn.Module):
         return state
 
     def _multipliers(self, x: Tensor, params: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        if isinstance(self.fold.update, SparseSQP):
+            return self.fold.update.multipliers(x, *params)
         _, h, g = self.program.values(x, *params)
         data = SQPData(*self.program.sqp_data(x, torch.zeros_like(h), torch.zeros_like(g), *params))
         return recover_multipliers(data.gradient, data.jacobian_h, g, data.jacobian_g)
