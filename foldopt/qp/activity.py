@@ -27,6 +27,7 @@ TOUCHING = 1e-9  # slack relative to the terms of its row
 CARRYING = 1e-6  # multiplier times entry, relative to the terms of some column
 PROGRAMS = 200  # to find which rows are active at some solution, for each sample
 NUMBERS = 500_000  # in all these programs together
+SMALL = 1e-7  # cost of a multiplier beside that of having one
 NOISE = 1e-12  # least error of x that is reckoned with
 
 
@@ -148,7 +149,8 @@ def _independent(rows: Matrix) -> bool:
 def _shifted(p: Program, x: Tensor, y: Tensor, strong: Tensor, weak: Tensor) -> Tensor:
     """Move y of one sample along multipliers of 0 that are positive on as many weak rows as there can be.
 
-    max sum t over a free on the strong rows and b >= t, 0 <= t <= 1 on the weak ones with C_S'a + C_W'(sign b) = 0.
+    max sum t over a free on the strong rows and b >= t, 0 <= t <= 1 on the weak ones with C_S'a + C_W'(sign b) = 0. A
+    small cost keeps b from being large for nothing, which would leave little of the others.
     """
     held, touched = strong[0].nonzero()[:, 0], weak[0].nonzero()[:, 0]
     z = matvec(p.C, x)
@@ -162,7 +164,7 @@ def _shifted(p: Program, x: Tensor, y: Tensor, strong: Tensor, weak: Tensor) -> 
     C = assembled([[S.mT, W.mT, zeros(W, n, w)], [zeros(W, w, s), eye, minus], [None, None, eye], [None, eye, None]])
     low = torch.cat([y.new_zeros(1, n), none, none, none], 1)
     high = torch.cat([y.new_zeros(1, n), none + torch.inf, none + 1, none + 1e6], 1)
-    linear = Program(zeros(W, total, total), torch.cat([y.new_zeros(1, s + w), none - 1], 1), C, low, high)
+    linear = Program(zeros(W, total, total), torch.cat([y.new_zeros(1, s), none + SMALL, none - 1], 1), C, low, high)
     found, multipliers = nearby(linear, tol=1e-9)
     a, b, t = found.split([s, w, w], 1)
     supported = t > 0.5

@@ -131,7 +131,7 @@ def refine(best: Point, program: Program, good: float = EXACT) -> None:
     """
     share = torch.full_like(best.residual, 1e-4)
     for _ in range(ROUNDS):
-        left = (best.residual > good).nonzero()[:, 0]
+        left = ((best.residual > good) & best.residual.isfinite()).nonzero()[:, 0]
         if not len(left):
             return
         p, x, y, tau = program.at(left), best.x[left], best.y[left], share[left][:, None]

@@ -85,8 +85,9 @@ class Bounded:
             y[self.equal] = equal
         if self.G is not None:
             y[self.between] = between
-        for row, part in ((self.at_low, np.minimum(bounds, 0)), (self.at_high, np.maximum(bounds, 0))):
-            held = np.flatnonzero(part)
+        sides = (self.at_low, self.low, np.minimum(bounds, 0)), (self.at_high, self.high, np.maximum(bounds, 0))
+        for row, bound, part in sides:
+            held = np.flatnonzero((part != 0) & np.isfinite(bound))
             y[row[held]] += part[held] / self.entry[row[held]]
         y = np.minimum(y, np.where(np.isfinite(self.upper), np.inf, 0))
         y = np.maximum(y, np.where(np.isfinite(self.lower), -np.inf, 0))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from foldopt.batched import matvec
+from foldopt.errors import LimitError
 from foldopt.qp.activity import Activity, activity, touched_somewhere
 from foldopt.qp.kkt import Known, probe
 from foldopt.qp.matrix import compact, matmul, numbers, selected_rows, where_samples
@@ -24,6 +25,7 @@ UNSOLVED = 1e-3  # KKT residual of what is no solution
 UNIQUE = 1e-8  # share of a cotangent along directions in which x is free that counts as none
 MOVED = 1e-6  # movement of a weakly active row, relative to that of x, that counts as one
 RANK = 1e-13  # eigenvalue of CC' relative to the largest at which rows depend on each other
+MANY = 2_000  # rows that depend on each other, from which no independent ones are chosen: a matter of hours
 PART = 1e-6  # of a unit vector in the null space: the row, or variable, takes part
 
 
@@ -308,6 +310,12 @@ def _independent(program: Program, y: Tensor, strong: Tensor, dependent: Tensor)
     strong = strong.clone()
     for i in dependent.any(1).nonzero()[:, 0].tolist():
         rows = (strong[i] & dependent[i]).nonzero()[:, 0]
+        if len(rows) > MANY:
+            raise LimitError(
+                f"{len(rows)} active rows depend on each other at sample {i}; degenerate='one_sided' and 'warn' choose "
+                f"independent ones among at most {MANY}. Choose degenerate='least_norm', or drop redundant rows.",
+                [i],
+            )
         sample = torch.tensor([i], device=strong.device)
         C = compact(selected_rows(program.C[sample], rows))
         part, equality = y[i, rows].clone(), program.equality[i, rows]

@@ -1,0 +1,31 @@
+"""What has been found out about some tensors, kept for as long as they are the same."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+
+class Kept(NamedTuple):
+    """What was found, and the tensors that it belongs to as they were."""
+
+    found: Any
+    tensors: tuple[Tensor, ...]
+    versions: tuple[int, ...]
+
+    @classmethod
+    def of(cls, found: Any, *tensors: Tensor) -> Kept | None:
+        """Return what was found about these tensors; None for inference tensors, which keep no version."""
+        if any(t.is_inference() for t in tensors):
+            return None
+        return cls(found, tuple(t.detach() for t in tensors), tuple(t._version for t in tensors))
+
+    def suits(self, *tensors: Tensor) -> bool:
+        """Whether these are the same memory, not written to since."""
+        return len(tensors) == len(self.tensors) and all(
+            not t.is_inference()
+            and (t.data_ptr(), t._version, t.dtype, t.shape, t.stride())
+            == (own.data_ptr(), version, own.dtype, own.shape, own.stride())
+            for t, own, version in zip(tensors, self.tensors, self.versions, strict=True)
+        )

@@ -1,0 +1,263 @@
+"""The SQP step of large programs, of which the derivatives are sparse matrices (paper eqs. 31-32)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from foldopt.batched import matvec
+from foldopt.errors import InputError
+from foldopt.qp.activity import activity, complemented
+from foldopt.qp.kkt import Factored, probe
+from foldopt.qp.matrix import SparseMatrix, numbers, rescaled
+from foldopt.qp.program import Program, equilibrate, residual, sizes
+from foldopt.qp.sparse_kkt import SparseKKT, packages
+from foldopt.qp.systems import Equilibrated, solved
+from foldopt.solvers.interior_point import largest
+from foldopt.sparsity import Model, Sparsity
+from foldopt.updates.kept import Kept
+from foldopt.updates.newton import Judge, Point
+from foldopt.updates.sqp import CURVED, SmoothProgram, SQPData, SQPProgram, SQPState, moving
+from foldopt.verdicts import DEPENDENT, DIFFERENTIABLE, Verdict
+
+RECENT = 2  # states of which the factors are kept
+TOUCHING = 1e-6  # slack, relative to the size of its row, of what is taken for active where multipliers are missing
+NEGATIVE = 1e-9  # multiplier, relative to the largest, that is not rounding
+
+
+class SparseSQP(nn.Module):
+    """One SQP step on a program whose derivatives are sparse: ``step((x, nu, lam), *params) -> (x, nu, lam)``.
+
+    The Newton step on the KKT conditions, on the constraints whose multiplier exceeds their slack, with one sparse KKT
+    matrix for each sample. That matrix is read off a few products with the derivatives (see `foldopt.Sparsity`) and
+    passes no gradient: the step z - K^-1 R(z, c) on the conditions R = 0 has the same fixed points for every matrix K,
+    and so the same derivatives of these to any order; with K = dR/dz, Phi = 0. Only R itself is recorded, so that
+    memory is that of a few vectors and of K's factors.
+
+    `judge` tells which cotangents have a derivative, as for `foldopt.SQP`. It is careful where active constraints
+    depend on each other: if what their multipliers can move by changes the Hessian along the adjoint solution, no
+    derivative is claimed, and "one_sided" is as "least_norm" there.
+
+    Args:
+        program: a `SmoothProgram`. sparsity: where its derivatives have entries; None to find them at the first call.
+        nan: let a cotangent of NaN reach what enters inactive constraints only.
+
+    State: x (B, n), nu (B, p) for the equalities, lam (B, m) for the inequalities. Needs scipy and qdldl (extra "qp").
+    """
+
+    def __init__(self, program: SQPProgram, sparsity: Sparsity | None = None, nan: bool = False) -> None:
+        super().__init__()
+        if not isinstance(program, SmoothProgram):
+            raise InputError(f"program={program!r}: sparse derivatives are those of a foldopt.SmoothProgram.")
+        packages()
+        self.program: SmoothProgram = program
+        self.sparsity, self.nan = sparsity, nan
+        self._detects = sparsity is None
+        self._kept: list[Kept] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": []}
+
+    def forward(self, state: SQPState, *params: Tensor) -> SQPState:
+        """Return the state after one step."""
+        x, nu = state[:2]
+        known = self.at(state, params)
+        value = torch.cat([known.x, known.y], 1).to(x)
+        if torch.is_grad_enabled():
+            value = self._differentiable(known, state, params, value)
+        n, p = x.shape[1], nu.shape[1]
+        return value[:, :n], value[:, n : n + p], value[:, n + p :]
+
+    def _differentiable(self, known: Known, state: SQPState, params: Sequence[Tensor], value: Tensor) -> Tensor:
+        """Return `value` with the derivative of a Newton step on the strongly active constraints."""
+        x, y = state[0], torch.cat(state[1:], 1)
+        model, at = known.model, known.point
+        strong, sound = at.strong.to(x.device), at.sound.to(x.device)[:, None]
+        carried = torch.where(strong, y, 0)
+        slope = torch.func.grad(lambda z: self.program.lagrangian(z, carried, *params).sum())(x)
+        c = self.program.constraints(x, *params)
+        r1, r2 = torch.where(sound, -slope, 0), torch.where(strong & sound, -c, 0)
+        dx, dy = solved(at.system, model.H, model.C, r1.double().cpu(), r2.double().cpu())
+        new = torch.cat([x + dx.to(x), carried + dy.to(x)], 1)
+        if self.nan:
+            parts = self.program.objective(x, *params)[:, None], c
+            new = new + 0 * sum(part.nan_to_num(0, 0, 0).sum(1, keepdim=True) for part in parts)
+        return new + (value - new).detach()
+
+    def inverse(self, g: Tensor, transposed: bool, stepped: SQPState, state: SQPState, *params: Tensor) -> Tensor:
+        """Return v = Phi^T v + g, which is g."""
+        return g
+
+    def weights(self, state: SQPState, *params: Tensor) -> Tensor:
+        """Return the units of the state, (B, n + p + m), in which its size and that of an error are to be measured."""
+        d, e, c = self.at(state, params).point.units
+        return torch.cat([d, e / c], 1).to(state[0])
+
+    def judge(self, state: SQPState, *params: Tensor) -> Judge | None:
+        """Return what judges cotangents and tangents at this state; None where every sample has every derivative."""
+        known = self.at(state, params)
+        at = known.point
+        if not at.degenerate.any():
+            return None
+        p, m = state[1].shape[1], state[2].shape[1]
+
+        def judged(g: Tensor, needed: Sequence[bool], forward: bool) -> tuple[Tensor, Verdict]:
+            moved = moving(lambda *c: self._products(state, c), params, needed)
+            part, own = at.judged(g.double().cpu(), moved, p, m, forward)
+            asked = (own.code == DIFFERENTIABLE) & at.degenerate & (g != 0).any(1).cpu()
+            curved = asked & self._curved(known, state, params, part, forward) if asked.any() else asked
+            device = g.device
+            return part.to(g), Verdict(
+                torch.where(curved, DEPENDENT, own.code).to(device),
+                torch.where(curved[:, None], at.dependent, own.rows).to(device),
+                own.variables.to(device),
+                lambda row: f"equalities[{row}]" if row < p else f"inequalities[{row - p}]",
+            )
+
+        return judged
+
+    def multipliers(self, x: Tensor, *params: Tensor) -> tuple[Tensor, Tensor]:
+        """Return multipliers (nu, lam) that make the gradient of the Lagrangian at x (B, n) small in the 2-norm.
+
+        Least squares on the constraints that are active, without those whose multiplier comes out negative.
+        """
+        np, sparse, _ = packages()
+        h, g = self.program.values(x, *params)[1:]
+        model = self.model(x, torch.cat([h, g], 1) * 0, params)
+        p, n = h.shape[1], x.shape[1]
+        out = torch.zeros_like(model.c)
+        for i, (c, gradient) in enumerate(zip(model.c.numpy(), model.gradient.numpy(), strict=True)):
+            C = model.C.to_scipy(i)
+            size = np.sqrt(np.asarray(C.multiply(C).sum(1)).ravel())
+            inequality = np.arange(len(c)) >= p
+            active = np.flatnonzero(~inequality | (c >= -TOUCHING * np.maximum(size, 1)))
+            y = np.zeros(0)
+            while len(active):
+                unit = 1 / np.where(size[active] > 0, size[active], 1)
+                system = SparseKKT(sparse.identity(n, format="csr"), sparse.diags(unit) @ C[active])
+                y = system.solve(np.concatenate([-gradient, np.zeros(len(active))]))[0][n:]
+                wrong = inequality[active] & (y < -NEGATIVE * np.abs(y).max())
+                if not wrong.any():
+                    y = np.where(inequality[active], np.maximum(y, 0), y) * unit
+                    break
+                active = active[~wrong]
+            out[i, torch.from_numpy(active)] = torch.from_numpy(y[: len(active)])
+        out = out.to(x)
+        return out[:, :p], out[:, p:]
+
+    def model(self, x: Tensor, y: Tensor, params: Sequence[Tensor]) -> Model:
+        """Return the quadratic model at x (B, n) and y (B, p + m).
+
+        Raises InputError if the places of its entries were given and are not all.
+        """
+        params = [part.detach() for part in params]
+        if self.sparsity is None:
+            self.sparsity = Sparsity.detected(self.program, x, *params)
+        model, complete = self.sparsity.model(self.program, x, y, params)
+        if not complete and self._detects:  # entries that were zero where it was looked for them
+            self.sparsity = self.sparsity.united(Sparsity.detected(self.program, x, *params))
+            model, complete = self.sparsity.model(self.program, x, y, params)
+        if not complete:
+            raise InputError(
+                "sparsity= misses entries of the Hessian of the Lagrangian or of the constraints' Jacobian: products "
+                "with the matrices are not those with the derivatives. Add the entries, or choose sparsity=True."
+            )
+        return model
+
+    def at(self, state: SQPState, params: Sequence[Tensor]) -> Known:
+        """Return what is known of a state; kept for the last ones."""
+        for kept in self._kept:
+            if kept.suits(*state, *params):
+                return kept.found
+        with torch.no_grad():
+            x, y = state[0].detach(), torch.cat(state[1:], 1).detach()
+            known = _examined(self.model(x, y, params), x.double().cpu(), y.double().cpu(), state[1].shape[1])
+        new = Kept.of(known, *state, *params)
+        if new is not None:
+            self._kept = [new, *self._kept[: RECENT - 1]]
+        return known
+
+    def _products(self, state: SQPState, params: Sequence[Tensor]) -> SQPData:
+        """Return the parts of the quadratic model, with products in the place of the matrices."""
+        x, nu, lam = (part.detach() for part in state)
+        y = torch.cat([nu, lam], 1)
+        _, h, g = self.program.values(x, *params)
+        p = nu.shape[1]
+
+        def slope(z: Tensor, w: Tensor) -> Tensor:
+            return torch.func.grad(lambda v: self.program.lagrangian(v, w, *params).sum())(z)
+
+        along = probe(x.shape[1], x).expand_as(x)
+        hessian = torch.func.vjp(lambda z: slope(z, y), x)[1](along)[0]
+        mixed = probe(y.shape[1], y)
+        of_h, of_g = (
+            torch.func.vjp(lambda z: self.program.constraints(z, *params), x)[1](part.expand_as(y))[0]
+            for part in (torch.where(torch.arange(len(mixed), device=y.device) < p, mixed, 0), mixed)
+        )
+        return SQPData(slope(x, 0 * y), hessian, h, of_h, g, of_g - of_h)
+
+    def _curved(self, known: Known, state: SQPState, params: Sequence[Tensor], g: Tensor, forward: bool) -> Tensor:
+        """Return in which samples, (B,) bool, the choice of multipliers of dependent rows enters the derivative.
+
+        It may where it changes the Hessian along the direction w that x's part of the adjoint solution has.
+        """
+        at = known.point
+        if at.base is None or not at.dependent.any():
+            return at.degenerate & False
+        n, r = known.x.shape[1], known.y.shape[1]
+        d, e, c = at.units
+        u = g * torch.cat([d, torch.where(at.strong, e / c, 0)], 1)
+        if forward:
+            u = torch.cat([probe(n, u).expand(len(u), n), torch.zeros_like(u[:, n:])], 1)
+        rhs = torch.cat([u[:, :n], at.base.rows.take(u[:, n:])], 1)
+        w = (at.restrained.found(rhs) if at.restrained else at.base.kkt.solve(rhs))[:, :n]
+        x, y = state[0].detach(), torch.cat(state[1:], 1).detach()
+        length = torch.where(known.y.any(1, keepdim=True), largest(known.y)[:, None], 1)
+        curved = at.degenerate & False
+        for along in at.base.kkt.null_vectors()[:, n:].unbind(2):
+            along = at.base.rows.put(along, r) * e / c
+            size = largest(along)[:, None]
+            along = along * (length / torch.where(size > 0, size, 1))
+            H, other = (self.model(x, v, params).H for v in (y, y + along.to(y)))
+            if H.pattern is not other.pattern:
+                return at.dependent.any(1)
+            change = rescaled(SparseMatrix(H.pattern, c * (other.values - H.values)), d, d)
+            scale = largest(numbers(at.program.H)) + largest(numbers(change))
+            felt = largest(matvec(change, w))
+            curved |= felt > CURVED * scale * torch.maximum(largest(w), largest(u))
+        return curved & at.dependent.any(1)
+
+
+class Known(NamedTuple):
+    """What is known of a state: its quadratic model, the model's solution (x, y) nearby, and that seen as a point."""
+
+    model: Model
+    x: Tensor
+    y: Tensor
+    point: Point
+
+
+def _examined(model: Model, x: Tensor, y: Tensor, p: int) -> Known:
+    """Take a Newton step from (x, y) and examine where it leads, of which the error is about the square."""
+    gradient, H, c, C = model
+    upper = C.matvec(x) - c
+    lower = torch.cat([upper[:, :p], torch.full_like(upper[:, p:], -torch.inf)], 1)
+    program = Program(H, gradient - H.matvec(x), C, lower, upper)
+    units = equilibrate(program)
+    d, e, unit = units
+    scaled, to_y = units.scaled(program), e / unit
+    active = program.equality | (y / to_y > -e * c)
+    base = Equilibrated(scaled, units, active)
+    carried = torch.where(active, y, 0)
+    dx, dy = base.solve(-(gradient + C.mT.matvec(carried)), torch.where(active, -c, 0))
+    x, y = x + dx, torch.where(active, carried + dy, 0)
+    x_s, y_s = x / d, y / to_y
+    error = residual(scaled, x_s, y_s) + (largest(dx / d) / sizes(scaled, x_s, y_s).x[:, 0]).square()
+    supported = y
+    if activity(scaled, x_s, y_s, error).weak.any():
+        supported = complemented(scaled, x_s, y_s, error) * to_y
+    systems = [base.kkt.known(i) for i in range(len(x))] if isinstance(base.kkt, Factored) else None
+    return Known(model, x, y, Point.of(program, x, supported, "least_norm", units, error, systems))
