@@ -1,0 +1,111 @@
+"""A solution of conic programs seen through the derivative of the projection there: what its verdicts stand on."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from foldopt.cones import BlockDiagonal
+from foldopt.conic.form import Data, Form, Matrices, Units, equilibrate, products
+from foldopt.conic.systems import Jacobian, System
+from foldopt.qp.kkt import probe
+
+UNSOLVED = 1e-3  # relative residual of what is no solution
+TOUCHING = 1e-9  # distance to a kink, relative to the point, that counts as none
+CARRYING = 1e-7  # multiplier of a row without slack, relative to the terms of the stationarity condition
+TAKES_PART = 1e-6  # entry of a null vector, relative to its largest, that counts as one
+
+
+def conditions(form: Form, data: Data, units: Units, x: Tensor, y: Tensor) -> Tensor:
+    """Return [Px + q + A'y; s - Pi(s - y)], s = b - Ax, (B, n + m), in the units of an equilibrated program.
+
+    data, x and y in the caller's units; differentiable to any order that the projection is.
+    """
+    Px, Ax, pulled = products(form, data.P, data.A, x, y)
+    s = units.e * (data.b - Ax)
+    return torch.cat([units.c * units.d * (Px + data.q + pulled), s - form.cone.project(s - units.c / units.e * y)], 1)
+
+
+class Measure(NamedTuple):
+    """How well the optimality conditions of equilibrated programs hold at (x, y).
+
+    v: s - y (B, m). s: Ax's slack b - Ax. residual: (B,), worst violation relative to the largest terms. reach: (B, m),
+    what the slack of each row is relative to. force: (B, 1), what multipliers are relative to.
+    """
+
+    v: Tensor
+    s: Tensor
+    residual: Tensor
+    reach: Tensor
+    force: Tensor
+
+    @classmethod
+    def of(cls, form: Form, scaled: Data, x: Tensor, y: Tensor) -> Measure:
+        """scaled, x and y in equilibrated units; NaN makes the residual infinite."""
+        Px, Ax, pulled = Matrices(form, scaled).times(x, y)
+        s = scaled.b - Ax
+        stationarity = Px + scaled.q + pulled
+        violation = s - form.cone.split(s - y)[0]
+        force = _largest(Px, scaled.q, pulled)
+        size = _largest(Ax, scaled.b, s)
+        residual = torch.maximum(_largest(stationarity) / force, _largest(violation) / size)[:, 0]
+        reach = torch.maximum(Ax.abs() + scaled.b.abs(), 1e-3 * size)
+        return cls(s - y, s, torch.where(residual.isfinite(), residual, torch.inf), reach, force)
+
+
+def _largest(*parts: Tensor) -> Tensor:
+    """Return the largest entry of the parts, (B, 1); 1 where all are zero, unless there is one part only."""
+    size = torch.cat([p.abs() for p in parts], 1)
+    size = size.amax(1, keepdim=True) if size.shape[1] else size.new_zeros(len(size), 1)
+    return size if len(parts) == 1 else torch.where(size > 0, size, 1.0)
+
+
+class Point:
+    """A state in equilibrated units: derivative of the projection, linear system, and where it is degenerate.
+
+    scale: (B, n + m), the units of the state. D: the derivative of the projection, at a kink that on the side where the
+    cone's rows do not hold x. kinks: (B, m) bool. jump: D minus the derivative on the other side. sound: (B,) bool,
+    samples that are finite and near a solution. degenerate: (B,) bool, those that may lack a derivative. null: (B,
+    n + m), a null vector of the system in no special position, 0 where it is regular.
+    """
+
+    def __init__(self, form: Form, data: Data, x: Tensor, y: Tensor, units: Units | None = None) -> None:
+        finite = torch.stack([part.isfinite().all(1) for part in (*data, x, y)]).all(0)
+        if not finite.all():
+            data = Data(*(torch.where(finite[:, None], part, 0) for part in data))
+            x, y = (torch.where(finite[:, None], part, 0) for part in (x, y))
+        self.units = units = equilibrate(form, data) if units is None else units
+        scaled = units.scaled(form, data)
+        self.scale = torch.cat([units.d, units.e / units.c], 1)
+        measure = Measure.of(form, scaled, x / units.d, y * units.c / units.e)
+        self.residual = torch.where(finite, measure.residual, torch.inf)
+        self.sound = self.residual <= UNSOLVED
+        self.kinks, self.D, self.jump = _pieces(form, measure, y * units.c / units.e)
+        self.system = System(Jacobian(form, scaled, self.D))
+        self.degenerate = self.sound & (self.system.singular | self.kinks.any(1))
+        self.null = torch.zeros_like(self.scale)
+        if self.system.singular.any():
+            null = self.system.null_part(probe(form.n + form.m, x).expand_as(self.scale))
+            largest = null.abs().amax(1, keepdim=True)
+            self.null = torch.where(null.abs() > TAKES_PART * largest, null / largest, 0)
+
+
+def _pieces(form: Form, measure: Measure, y: Tensor) -> tuple[Tensor, BlockDiagonal, BlockDiagonal | None]:
+    """Return the rows at a kink, and the derivatives of the projection there: on its inner side, and how that jumps."""
+    v = measure.v
+    noise = torch.clamp(100 * measure.residual, max=1e-5)[:, None]
+    size = v.abs().amax(1, keepdim=True) if form.m else v.new_zeros(len(v), 1)
+    near = torch.clamp(noise, min=TOUCHING) * size
+    kinks = form.cone.kinks(v, near[:, 0])
+    orthant = slice(form.zero, form.zero + form.nonneg)
+    slack = measure.s.abs() <= torch.maximum(TOUCHING * measure.reach, noise * size)
+    idle = y.abs() <= torch.clamp(noise, min=CARRYING) * measure.force
+    kinks[:, orthant] = (slack & idle)[:, orthant]
+    if not kinks.any():
+        return kinks, form.cone.derivative(v), None
+    step = torch.where(kinks, 2 * (near + torch.where(idle, v.abs(), 0)) * form.cone.centre(), 0)
+    inner, outer = form.cone.derivative(v + step), form.cone.derivative(v - step)
+    pairs = zip(inner.groups, outer.groups, strict=True)
+    return kinks, inner, BlockDiagonal(tuple((rows, a - b) for (rows, a), (_, b) in pairs), inner.size)
