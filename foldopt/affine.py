@@ -35,7 +35,7 @@ class SparseMap:
         if plain(p):
             return _Times.apply(p, self)
         return through_autograds_vmap(
-            (p,), lambda p: (_Times.apply(p, self),), lambda size, dims, p: ((self(p[0].movedim(dims[0], 0)),), (0,))
+            (p,), lambda p: (_Times.apply(p, self),), lambda size, dims, p: ((self(p[0]),), (0,))
         )[0]
 
 

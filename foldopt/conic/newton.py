@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from foldopt.cones import BlockDiagonal
 from foldopt.conic.form import Data, Form
 from foldopt.conic.point import Point, conditions
-from foldopt.conic.systems import solved
+from foldopt.conic.systems import DENSE, solved
 from foldopt.qp.kkt import probe
 from foldopt.verdicts import DEPENDENT, DIFFERENTIABLE, KINK, NOT_UNIQUE, Verdict
 
@@ -18,6 +19,7 @@ ConeState = tuple[Tensor, Tensor]
 Judge = Callable[[Tensor, Sequence[bool], bool], tuple[Tensor, Verdict]]
 UNIQUE = 1e-8  # share of a cotangent along the null space that counts as none
 MOVED = 1e-6  # what the derivative's jump at a kink does to the adjoint solution, relative to that
+NULL = 1e-9  # singular value, relative to the largest, that counts as zero
 ROUNDING = 1e-9  # entry of an adjoint solution, relative to its largest, that counts as none
 SHARE = 1e-6  # part of a derivative, relative to its terms, that depends on a choice between solutions
 
@@ -33,7 +35,8 @@ class ConeNewton(nn.Module):
         form: patterns and cone. theta: ``theta(*params) -> (B, entries)``, differentiable, linear with a constant part.
         pull: ``pull(g, needed) -> (v, size)``, what the needed params get of the cotangent g of the entries in one
             row (B, k), and the sum of the absolute values of its terms.
-        read: (n,) bool, the variables that anybody looks at. nan: let a cotangent of NaN reach all params of its sample.
+        read: (n,) bool, the variables that anybody looks at. nan: let a cotangent of NaN reach all params of its
+            sample. row_names: how a row of A is called.
 
     Robinson, Strongly regular generalized equations (1980); Ali, Wong and Kolter, A semismooth Newton method for fast,
     generic convex programming (2017).
@@ -61,9 +64,8 @@ class ConeNewton(nn.Module):
         theta = self.theta(*params)
         point = self.at(state, params, theta)
         x, y = state
-        n = self.form.n
-        r = torch.where(point.sound[:, None], conditions(self.form, self.form.data(theta), point.units, x, y), 0)
-        dx, dy = solved(point.system, r).split([n, self.form.m], 1)
+        r = conditions(self.form, self.form.data(theta), point.units, x, y, point.aside)
+        dx, dy = solved(point.system, torch.where(point.sound[:, None], r, 0)).split([self.form.n, self.form.m], 1)
         d, e, c = point.units
         x, y = x - d * dx, y - e / c * dy
         return (x + 0 * theta.nan_to_num(0, 0, 0).sum(1, keepdim=True) if self.nan else x), y
@@ -120,10 +122,11 @@ class ConeNewton(nn.Module):
         loose = point.system.null_part(u)
         free = torch.linalg.vector_norm(loose, dim=1) > UNIQUE * size
         w = point.system.solve(torch.where(free[:, None], u - loose, u), True)
-        hit = torch.zeros_like(point.kinks)
-        if point.jump is not None:
-            reach = torch.maximum(w.abs().amax(1), 1e-6 * size)[:, None]
-            hit = point.kinks & ((point.jump @ w[:, n:]).abs() > MOVED * reach)
+        hit = self._hit(point, w, size)
+        todo = (asked & hit.any(1) & point.system.singular).nonzero()[:, 0]
+        for i in todo.tolist() if n + form.m <= DENSE else []:
+            w[i] += self._calming(point, w, i)
+        hit = self._hit(point, w, size) if len(todo) else hit
         lies, wandering = self._depends_on_choice(point, state, w, needed)
         code = torch.full(g.shape[:1], DIFFERENTIABLE, device=g.device)
         for kind, mask in ((DEPENDENT, lies), (KINK, hit.any(1)), (NOT_UNIQUE, free | wandering)):
@@ -133,6 +136,34 @@ class ConeNewton(nn.Module):
         if not forward:
             g = torch.where((asked & free)[:, None], g - loose / point.scale, g)
         return g, Verdict(code, rows, loose_x & (code == NOT_UNIQUE)[:, None], self.row_names)
+
+    def _hit(self, point: Point, w: Tensor, size: Tensor) -> Tensor:
+        """Return the rows, (B, m) bool, at a kink that the adjoint w moves: it solves the system of one side only."""
+        if point.jump is None:
+            return torch.zeros_like(point.kinks)
+        reach = torch.maximum(w.abs().amax(1), 1e-6 * size)[:, None]
+        return point.kinks & ((point.jump @ w[:, self.form.n :]).abs() > MOVED * reach)
+
+    def _calming(self, point: Point, w: Tensor, i: int) -> Tensor:
+        """Return the null vector of J', (n + m,), that added to w moves the rows at a kink least, in one sample.
+
+        A variable that is not unique, such as an unused bound on an absolute value, may touch rows where the solver
+        left it; the derivative does not depend on that.
+        """
+        form, data = self.form, point.system.J.data
+        P, A = data.P.new_zeros(form.n, form.n), data.P.new_zeros(form.m, form.n)
+        P[form.P_row, form.P_column], A[form.A_row, form.A_column] = data.P[i], data.A[i]
+        one = torch.tensor([i])
+        D, jump = (
+            BlockDiagonal(tuple((r, v[one]) for r, v in M.groups), form.m) for M in (point.D, point.jump or point.D)
+        )
+        held = A - (D @ A.T[:, None])[:, 0].T
+        _, values, V = torch.linalg.svd(torch.cat([P, held]))
+        basis = V[int((values > NULL * values.amax()).sum()) :].T
+        seen = (jump @ (A @ basis).T[:, None])[:, 0].T * point.kinks[i][:, None]
+        moved = (jump @ w[one, form.n :])[0] * point.kinks[i]
+        u = basis @ (torch.linalg.pinv(seen, rtol=NULL) @ moved)
+        return torch.cat([u, -A @ u])
 
     def _depends_on_choice(
         self, point: Point, state: ConeState, w: Tensor, needed: Sequence[bool]

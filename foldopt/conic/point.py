@@ -18,14 +18,20 @@ CARRYING = 1e-7  # multiplier of a row without slack, relative to the terms of t
 TAKES_PART = 1e-6  # entry of a null vector, relative to its largest, that counts as one
 
 
-def conditions(form: Form, data: Data, units: Units, x: Tensor, y: Tensor) -> Tensor:
+def conditions(form: Form, data: Data, units: Units, x: Tensor, y: Tensor, aside: Tensor | None = None) -> Tensor:
     """Return [Px + q + A'y; s - Pi(s - y)], s = b - Ax, (B, n + m), in the units of an equilibrated program.
 
-    data, x and y in the caller's units; differentiable to any order that the projection is.
+    data, x and y in the caller's units; differentiable to any order that the projection is. aside: (B, m), take the
+    derivatives of Pi that far away, those on one side of a kink.
     """
     Px, Ax, pulled = products(form, data.P, data.A, x, y)
     s = units.e * (data.b - Ax)
-    return torch.cat([units.c * units.d * (Px + data.q + pulled), s - form.cone.project(s - units.c / units.e * y)], 1)
+    v = s - units.c / units.e * y
+    projected = form.cone.project(v)
+    if aside is not None:
+        beside = form.cone.project(v + aside)
+        projected = projected.detach() + (beside - beside.detach())
+    return torch.cat([units.c * units.d * (Px + data.q + pulled), s - projected], 1)
 
 
 class Measure(NamedTuple):
@@ -65,10 +71,10 @@ def _largest(*parts: Tensor) -> Tensor:
 class Point:
     """A state in equilibrated units: derivative of the projection, linear system, and where it is degenerate.
 
-    scale: (B, n + m), the units of the state. D: the derivative of the projection, at a kink that on the side where the
-    cone's rows do not hold x. kinks: (B, m) bool. jump: D minus the derivative on the other side. sound: (B,) bool,
-    samples that are finite and near a solution. degenerate: (B,) bool, those that may lack a derivative. null: (B,
-    n + m), a null vector of the system in no special position, 0 where it is regular.
+    scale: (B, n + m), the units of the state. kinks: (B, m) bool, rows of cones whose projection has a kink there.
+    D: the derivative of the projection, `aside` of a kink, where the cone's rows do not hold x. jump: D minus that on
+    the other side. sound: (B,) bool, samples that are finite and near a solution. degenerate: (B,) bool, those that may
+    lack a derivative. null: (B, n + m), a null vector of the system in no special position, 0 where it is regular.
     """
 
     def __init__(self, form: Form, data: Data, x: Tensor, y: Tensor, units: Units | None = None) -> None:
@@ -82,7 +88,8 @@ class Point:
         measure = Measure.of(form, scaled, x / units.d, y * units.c / units.e)
         self.residual = torch.where(finite, measure.residual, torch.inf)
         self.sound = self.residual <= UNSOLVED
-        self.kinks, self.D, self.jump = _pieces(form, measure, y * units.c / units.e)
+        self.kinks, self.aside = _kinks(form, measure, y * units.c / units.e)
+        self.D, self.jump = _pieces(form, measure.v, self.aside)
         self.system = System(Jacobian(form, scaled, self.D))
         self.degenerate = self.sound & (self.system.singular | self.kinks.any(1))
         self.null = torch.zeros_like(self.scale)
@@ -92,8 +99,8 @@ class Point:
             self.null = torch.where(null.abs() > TAKES_PART * largest, null / largest, 0)
 
 
-def _pieces(form: Form, measure: Measure, y: Tensor) -> tuple[Tensor, BlockDiagonal, BlockDiagonal | None]:
-    """Return the rows at a kink, and the derivatives of the projection there: on its inner side, and how that jumps."""
+def _kinks(form: Form, measure: Measure, y: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return the rows at a kink, (B, m) bool, and the way from there to a point beside it, on its inner side."""
     v = measure.v
     noise = torch.clamp(100 * measure.residual, max=1e-5)[:, None]
     size = v.abs().amax(1, keepdim=True) if form.m else v.new_zeros(len(v), 1)
@@ -104,8 +111,15 @@ def _pieces(form: Form, measure: Measure, y: Tensor) -> tuple[Tensor, BlockDiago
     idle = y.abs() <= torch.clamp(noise, min=CARRYING) * measure.force
     kinks[:, orthant] = (slack & idle)[:, orthant]
     if not kinks.any():
-        return kinks, form.cone.derivative(v), None
-    step = torch.where(kinks, 2 * (near + torch.where(idle, v.abs(), 0)) * form.cone.centre(), 0)
-    inner, outer = form.cone.derivative(v + step), form.cone.derivative(v - step)
+        return kinks, None
+    far = torch.where(torch.arange(form.m) < orthant.stop, v.abs(), 0)
+    return kinks, torch.where(kinks, 2 * (near + far) * form.cone.centre(), 0)
+
+
+def _pieces(form: Form, v: Tensor, aside: Tensor | None) -> tuple[BlockDiagonal, BlockDiagonal | None]:
+    """Return the derivatives of the projection, on the inner side of a kink, and how they jump there."""
+    if aside is None:
+        return form.cone.derivative(v), None
+    inner, outer = form.cone.derivative(v + aside), form.cone.derivative(v - aside)
     pairs = zip(inner.groups, outer.groups, strict=True)
-    return kinks, inner, BlockDiagonal(tuple((rows, a - b) for (rows, a), (_, b) in pairs), inner.size)
+    return inner, BlockDiagonal(tuple((rows, a - b) for (rows, a), (_, b) in pairs), inner.size)

@@ -29,13 +29,14 @@ from foldopt.errors import InputError
 Array = np.ndarray[Any, Any]
 
 
-class Form(ConicSolver):  # type: ignore[misc]
+class Form(ConicSolver):
     """Tells CVXPY which form to canonicalize for, whatever solvers are installed; it solves nothing."""
 
     MIP_CAPABLE, BOUNDED_VARIABLES = False, False
-    SUPPORTED_CONSTRAINTS = [*ConicSolver.SUPPORTED_CONSTRAINTS, SOC, ExpCone, SvecPSD]
-    EXP_CONE_ORDER = [0, 1, 2]
-    PSD_TRIANGLE_KIND, PSD_SQRT2_SCALING = TriangleKind.UPPER, True
+    SUPPORTED_CONSTRAINTS: Any = [*ConicSolver.SUPPORTED_CONSTRAINTS, SOC, ExpCone, SvecPSD]  # noqa: RUF012
+    EXP_CONE_ORDER: Any = [0, 1, 2]  # noqa: RUF012
+    PSD_TRIANGLE_KIND: Any = TriangleKind.UPPER
+    PSD_SQRT2_SCALING: Any = True
 
     def __init__(self, quadratic: bool = True) -> None:
         self.quadratic = quadratic
@@ -227,7 +228,7 @@ def _input(parameter: Any, program: Any, chain: Any, gp: bool) -> Input:
     final = next(iter(chain.compose_param_id_map().get(parameter.id, [parameter.id])))
     index = np.arange(parameter.size).reshape(parameter.shape)
     if program.param_id_to_size[final] != parameter.size:  # symmetric, PSD, diagonal, sparse: a shorter vector
-        lowered = lower_value(parameter, index.astype(float))
+        lowered: Any = lower_value(parameter, index.astype(float))
         index = np.asarray(lowered.toarray() if sp.issparse(lowered) else lowered)
     named = [name for name, value in parameter.attributes.items() if value is True]
     return Input(
@@ -250,7 +251,7 @@ def _variable(variable: Any, program: Any, chain: Any, gp: bool) -> Output:
     start, size = program.var_id_to_col[final], program.id_to_var[final].size
     index = start + 1 + np.arange(variable.size).reshape(variable.shape, order="F")
     if size != variable.size:  # symmetric, diagonal, sparse: 0 stands for an entry that is always zero
-        coded = recover_value_for_leaf(variable, np.arange(1.0, size + 1), project=False)
+        coded: Any = recover_value_for_leaf(variable, np.arange(1.0, size + 1), project=False)
         coded = np.asarray(coded.toarray() if sp.issparse(coded) else coded).round().astype(int)
         index = np.where(coded > 0, coded + start, 0)
     return Output(variable.name(), index, np.ones(index.shape), False, gp)

@@ -80,8 +80,9 @@ def stacked(canonical: Canonical) -> Callable[..., Tensor]:
 class ConicEngine(FoldedLayer):
     """The folded layer of (x, y), multipliers in the dual cone: ``engine(*params) -> (x, y)``, (B, n) and (B, m).
 
-    solver: solves programs, see `Front`. read: (n,) bool, the entries of x that outputs are made of. warm_start: begin at the solution of the last call, and ask the solver only about samples where Newton steps from
-    there do not end in one.
+    solver: solves programs, see `Front`. read: (n,) bool, the entries of x that outputs are made of. warm_start: begin
+    at the solution of the last call, and ask the solver only about samples where Newton steps from there do not end in
+    one.
     """
 
     def __init__(
