@@ -15,6 +15,7 @@ from foldopt.qp.kkt import probe
 UNSOLVED = 1e-3  # relative residual of what is no solution
 TOUCHING = 1e-9  # distance to a kink, relative to the point, that counts as none
 CARRYING = 1e-7  # multiplier of a row without slack, relative to the terms of the stationarity condition
+FLOOR = 1e-6  # of the size of terms that cancel, relative to the data
 TAKES_PART = 1e-6  # entry of a null vector, relative to its largest, that counts as one
 
 
@@ -54,18 +55,19 @@ class Measure(NamedTuple):
         s = scaled.b - Ax
         stationarity = Px + scaled.q + pulled
         violation = s - form.cone.split(s - y)[0]
-        force = _largest(Px, scaled.q, pulled)
-        size = _largest(Ax, scaled.b, s)
+        data = _largest(scaled.q, scaled.b)
+        least = FLOOR * torch.where(data > 0, data, 1.0)
+        force = torch.maximum(_largest(Px, scaled.q, pulled), least)
+        size = torch.maximum(_largest(Ax, scaled.b, s), least)
         residual = torch.maximum(_largest(stationarity) / force, _largest(violation) / size)[:, 0]
         reach = torch.maximum(Ax.abs() + scaled.b.abs(), 1e-3 * size)
         return cls(s - y, s, torch.where(residual.isfinite(), residual, torch.inf), reach, force)
 
 
 def _largest(*parts: Tensor) -> Tensor:
-    """Return the largest entry of the parts, (B, 1); 1 where all are zero, unless there is one part only."""
+    """Return the largest entry of the parts, (B, 1)."""
     size = torch.cat([p.abs() for p in parts], 1)
-    size = size.amax(1, keepdim=True) if size.shape[1] else size.new_zeros(len(size), 1)
-    return size if len(parts) == 1 else torch.where(size > 0, size, 1.0)
+    return size.amax(1, keepdim=True) if size.shape[1] else size.new_zeros(len(size), 1)
 
 
 class Point:

@@ -18,7 +18,7 @@ def polish(form: Form, data: Data, units: Units, x: Tensor, y: Tensor) -> tuple[
     A step is kept in the samples where it makes the residual smaller, and halved once where it does not.
     """
     point = Point(form, data, x, y, units)
-    todo = point.sound & (point.residual > EXACT)
+    todo = point.residual.isfinite() & (point.residual > EXACT)
     scaled = units.scaled(form, data)
     for _ in range(STEPS):
         if not todo.any():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -14,7 +14,7 @@ from foldopt.affine import SparseMap
 from foldopt.conic.form import Data, Form, equilibrate
 from foldopt.conic.newton import ConeNewton, ConeState
 from foldopt.conic.polish import polish
-from foldopt.cvxpy.canonical import Canonical
+from foldopt.cvxpy.canonical import Canonical, Input
 from foldopt.cvxpy.solver import FAILED, INFEASIBLE, NONCONVEX, SOLVED, UNBOUNDED
 from foldopt.errors import InfeasibleError, LimitError, NonconvexError, SolverError, UnboundedError
 from foldopt.fixed_point import FoldInfo
@@ -62,19 +62,20 @@ class OwnQP:
         return found.x, found.y, [STATUS[code] for code in found.status.tolist()]
 
 
-def stacked(canonical: Canonical) -> Callable[..., Tensor]:
-    """Return the function that puts the parameters' entries, (B, k) or (k,) each, in the order of M's columns, then 1.
+class Stack:
+    """Puts the parameters' entries, (B, k) or (k,) each, in the order of M's columns, and a 1 behind them.
 
-    (B, width); B is 1 if no parameter has a batch.
+    ``stack(*params) -> (B, width)``; B is 1 if no parameter has a batch.
     """
-    order = sorted(range(len(canonical.inputs)), key=lambda i: canonical.inputs[i].column)
 
-    def stack(*params: Tensor) -> Tensor:
+    def __init__(self, inputs: Sequence[Input]) -> None:
+        self.order = sorted(range(len(inputs)), key=lambda i: inputs[i].column)
+
+    def __call__(self, *params: Tensor) -> Tensor:
+        """Return the stacked entries."""
         B = max((len(p) for p in params if p.dim() == 2), default=1)
         one = torch.ones(B, 1, dtype=torch.float64)
-        return torch.cat([*(params[i].expand(B, -1) for i in order), one], 1)
-
-    return stack
+        return torch.cat([*(params[i].expand(B, -1) for i in self.order), one], 1)
 
 
 class ConicEngine(FoldedLayer):
@@ -95,7 +96,7 @@ class ConicEngine(FoldedLayer):
         degenerate: str,
         on_failure: str,
     ) -> None:
-        self.stack, self.map = stacked(canonical), SparseMap(canonical.M)
+        self.stack, self.map = Stack(canonical.inputs), SparseMap(canonical.M)
         self.form, self.solver, self.warm_start = form, solver, warm_start
         self.columns = [(one.column, one.column + len(one.index)) for one in canonical.inputs]
         self.absolute = self.map.transposed.size

@@ -43,6 +43,7 @@ class ConeSolver:
     """
 
     def __init__(self, canonical: Canonical, name: str, options: dict[str, Any]) -> None:
+        self.made_of = canonical, name, options
         self.pattern, self.program, self.name = canonical.pattern, canonical.program, name
         conic, quadratic = dict(defines.SOLVER_MAP_CONIC), dict(defines.SOLVER_MAP_QP)
         known = conic | quadratic if self.pattern.linear else conic
@@ -73,8 +74,8 @@ class ConeSolver:
             "is_LP": not len(self.pattern.P_rows),
         }
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "cache": {}}
+    def __reduce__(self) -> Any:
+        return ConeSolver, self.made_of  # CVXPY's constraints get new ids when they are copied
 
     def __call__(self, data: Data) -> tuple[Tensor, Tensor, list[str]]:
         """Return x (B, n) and y (B, m), NaN where there is none, and a status for each sample."""

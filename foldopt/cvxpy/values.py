@@ -45,7 +45,7 @@ def lowered(inputs: Sequence[Input], indices: Sequence[Tensor], tensors: Sequenc
             require_attributes(one, value.detach())
         if one.symmetric:
             value = (value + value.mT) / 2
-        value = value.flatten(int(batched))[..., index]
+        value = value.reshape(*value.shape[:batched], -1)[..., index]
         out.append(value.log() if one.logged else value)
     if len(set(sizes.values())) > 1:
         raise InputError(f"parameters have different batch sizes: {sizes}.")
