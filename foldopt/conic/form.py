@@ -11,7 +11,7 @@ from torch import Tensor
 
 from foldopt.cones import ProductCone
 
-ROUNDS = 6  # of equilibration
+ROUNDS = 4  # of equilibration
 TINY = 1e-300
 
 
@@ -169,3 +169,29 @@ def _largest(values: Tensor, index: Tensor, size: int) -> Tensor:
 
 def _inverse_root(size: Tensor) -> Tensor:
     return torch.where(size > TINY, size, 1.0).rsqrt()
+
+
+class Program:
+    """A batch of programs in equilibrated units.
+
+    units: these. data: the programs in them, zero in samples that are not finite. finite: (B,) bool. matrices: to
+    multiply with. scale: (B, n + m), the units of (x, y).
+    """
+
+    def __init__(self, form: Form, data: Data) -> None:
+        self.form = form
+        self.finite = torch.stack([part.isfinite().all(1) for part in data]).all(0)
+        if not self.finite.all():
+            data = Data(*(torch.where(self.finite[:, None], part, 0) for part in data))
+        self.units = equilibrate(form, data)
+        self.data = self.units.scaled(form, data)
+        self.matrices = Matrices(form, self.data)
+        self.scale = torch.cat([self.units.d, self.units.e / self.units.c], 1)
+
+    def inside(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Return a point in these units."""
+        return x / self.units.d, y * self.units.c / self.units.e
+
+    def outside(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Return a point of these units in the caller's."""
+        return x * self.units.d, y * self.units.e / self.units.c

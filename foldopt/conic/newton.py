@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from foldopt.cones import BlockDiagonal
-from foldopt.conic.form import Data, Form
+from foldopt.conic.form import Data, Form, Program
 from foldopt.conic.point import Point, conditions
 from foldopt.conic.systems import DENSE, solved
 from foldopt.qp.kkt import probe
@@ -95,8 +95,9 @@ class ConeNewton(nn.Module):
         if self._kept is not None and self._kept.suits(tensors):
             return self._kept.point
         with torch.no_grad():
-            data = self.form.data(self.theta(*params) if theta is None else theta.detach())
-            point = Point(self.form, data, state[0].detach(), state[1].detach())
+            theta = self.theta(*params) if theta is None else theta.detach()
+            program = Program(self.form, self.form.data(theta))
+            point = Point(program, *program.inside(state[0].detach(), state[1].detach()))
         self.keep(state, params, point)
         return point
 
@@ -150,7 +151,7 @@ class ConeNewton(nn.Module):
         A variable that is not unique, such as an unused bound on an absolute value, may touch rows where the solver
         left it; the derivative does not depend on that.
         """
-        form, data = self.form, point.system.J.data
+        form, data = self.form, point.program.data
         P, A = data.P.new_zeros(form.n, form.n), data.P.new_zeros(form.m, form.n)
         P[form.P_row, form.P_column], A[form.A_row, form.A_column] = data.P[i], data.A[i]
         one = torch.tensor([i])

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from foldopt.cones import BlockDiagonal
-from foldopt.conic.form import Data, Form, Matrices, Units, equilibrate, products
+from foldopt.conic.form import Data, Form, Program, Units, products
 from foldopt.conic.systems import Jacobian, System
 from foldopt.qp.kkt import probe
 
@@ -36,12 +36,14 @@ def conditions(form: Form, data: Data, units: Units, x: Tensor, y: Tensor, aside
 
 
 class Measure(NamedTuple):
-    """How well the optimality conditions of equilibrated programs hold at (x, y).
+    """How well the optimality conditions of equilibrated programs hold at (x, y), all in their units.
 
-    v: s - y (B, m). s: Ax's slack b - Ax. residual: (B,), worst violation relative to the largest terms. reach: (B, m),
-    what the slack of each row is relative to. force: (B, 1), what multipliers are relative to.
+    r: the conditions as in `conditions` (B, n + m). v: s - y, s: b - Ax, (B, m). residual: (B,), worst violation
+    relative to the largest terms; infinite where something is not finite. reach: (B, m), what the slack of each row is
+    relative to. force: (B, 1), what multipliers are relative to.
     """
 
+    r: Tensor
     v: Tensor
     s: Tensor
     residual: Tensor
@@ -49,19 +51,21 @@ class Measure(NamedTuple):
     force: Tensor
 
     @classmethod
-    def of(cls, form: Form, scaled: Data, x: Tensor, y: Tensor) -> Measure:
-        """scaled, x and y in equilibrated units; NaN makes the residual infinite."""
-        Px, Ax, pulled = Matrices(form, scaled).times(x, y)
-        s = scaled.b - Ax
-        stationarity = Px + scaled.q + pulled
-        violation = s - form.cone.split(s - y)[0]
-        data = _largest(scaled.q, scaled.b)
-        least = FLOOR * torch.where(data > 0, data, 1.0)
-        force = torch.maximum(_largest(Px, scaled.q, pulled), least)
-        size = torch.maximum(_largest(Ax, scaled.b, s), least)
+    def of(cls, program: Program, x: Tensor, y: Tensor) -> Measure:
+        """Measure a point."""
+        data = program.data
+        Px, Ax, pulled = program.matrices.times(x, y)
+        s = data.b - Ax
+        stationarity = Px + data.q + pulled
+        violation = s - program.form.cone.split(s - y)[0]
+        typical = _largest(data.q, data.b)
+        least = FLOOR * torch.where(typical > 0, typical, 1.0)
+        force = torch.maximum(_largest(Px, data.q, pulled), least)
+        size = torch.maximum(_largest(Ax, data.b, s), least)
         residual = torch.maximum(_largest(stationarity) / force, _largest(violation) / size)[:, 0]
-        reach = torch.maximum(Ax.abs() + scaled.b.abs(), 1e-3 * size)
-        return cls(s - y, s, torch.where(residual.isfinite(), residual, torch.inf), reach, force)
+        residual = torch.where(residual.isfinite() & program.finite, residual, torch.inf)
+        reach = torch.maximum(Ax.abs() + data.b.abs(), 1e-3 * size)
+        return cls(torch.cat([stationarity, violation], 1), s - y, s, residual, reach, force)
 
 
 def _largest(*parts: Tensor) -> Tensor:
@@ -73,26 +77,25 @@ def _largest(*parts: Tensor) -> Tensor:
 class Point:
     """A state in equilibrated units: derivative of the projection, linear system, and where it is degenerate.
 
-    scale: (B, n + m), the units of the state. kinks: (B, m) bool, rows of cones whose projection has a kink there.
-    D: the derivative of the projection, `aside` of a kink, where the cone's rows do not hold x. jump: D minus that on
-    the other side. sound: (B,) bool, samples that are finite and near a solution. degenerate: (B,) bool, those that may
-    lack a derivative. null: (B, n + m), a null vector of the system in no special position, 0 where it is regular.
+    kinks: (B, m) bool, rows of cones whose projection has a kink there. D: the derivative of the projection, `aside` of
+    a kink, where the cone's rows do not hold x. jump: D minus that on the other side. sound: (B,) bool, samples that
+    are finite and near a solution. degenerate: (B,) bool, those that may lack a derivative. null: (B, n + m), a null
+    vector of the system in no special position, 0 where it is regular.
     """
 
-    def __init__(self, form: Form, data: Data, x: Tensor, y: Tensor, units: Units | None = None) -> None:
-        finite = torch.stack([part.isfinite().all(1) for part in (*data, x, y)]).all(0)
-        if not finite.all():
-            data = Data(*(torch.where(finite[:, None], part, 0) for part in data))
+    def __init__(self, program: Program, x: Tensor, y: Tensor, measure: Measure | None = None) -> None:
+        """x, y: in the program's units. measure: of that point, if it is known."""
+        form = program.form
+        if measure is None or not measure.residual.isfinite().all():
+            finite = torch.cat([x, y], 1).isfinite().all(1) & program.finite
             x, y = (torch.where(finite[:, None], part, 0) for part in (x, y))
-        self.units = units = equilibrate(form, data) if units is None else units
-        scaled = units.scaled(form, data)
-        self.scale = torch.cat([units.d, units.e / units.c], 1)
-        measure = Measure.of(form, scaled, x / units.d, y * units.c / units.e)
-        self.residual = torch.where(finite, measure.residual, torch.inf)
-        self.sound = self.residual <= UNSOLVED
-        self.kinks, self.aside = _kinks(form, measure, y * units.c / units.e)
+            measure = Measure.of(program, x, y)
+            measure = measure._replace(residual=torch.where(finite, measure.residual, torch.inf))
+        self.program, self.units, self.scale = program, program.units, program.scale
+        self.sound = measure.residual <= UNSOLVED
+        self.kinks, self.aside = _kinks(form, measure, y)
         self.D, self.jump = _pieces(form, measure.v, self.aside)
-        self.system = System(Jacobian(form, scaled, self.D))
+        self.system = System(Jacobian(form, program.data, program.matrices, self.D))
         self.degenerate = self.sound & (self.system.singular | self.kinks.any(1))
         self.null = torch.zeros_like(self.scale)
         if self.system.singular.any():

@@ -5,36 +5,38 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from foldopt.conic.form import Data, Form, Units
-from foldopt.conic.point import Measure, Point, conditions
+from foldopt.conic.form import Program
+from foldopt.conic.point import Measure
+from foldopt.conic.systems import Jacobian, System
 
 STEPS = 8
 EXACT = 1e-14  # relative residual that no step is expected to improve
+LENGTHS = (1.0, 0.5)  # of a step, where the whole one does not help
 
 
-def polish(form: Form, data: Data, units: Units, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Point]:
-    """Return x and y after Newton steps, and what is known of that point; samples that are not finite stay as they are.
+def polish(program: Program, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Measure]:
+    """Return x and y after Newton steps, and their measure; all in the program's units.
 
-    A step is kept in the samples where it makes the residual smaller, and halved once where it does not.
+    A step is kept in the samples where it makes the residual smaller; those that are not finite stay as they are.
     """
-    point = Point(form, data, x, y, units)
-    todo = point.residual.isfinite() & (point.residual > EXACT)
-    scaled = units.scaled(form, data)
+    form = program.form
+    measure = Measure.of(program, x, y)
+    todo = measure.residual.isfinite() & (measure.residual > EXACT)
     for _ in range(STEPS):
         if not todo.any():
             break
-        dx, dy = point.system.solve(conditions(form, data, units, x, y).nan_to_num(), False).split([form.n, form.m], 1)
-        better = torch.zeros_like(todo)
-        best = point.residual.clone()
-        for length in (1.0, 0.5):
-            near_x, near_y = x - length * units.d * dx, y - length * units.e / units.c * dy
-            residual = Measure.of(form, scaled, near_x / units.d, near_y * units.c / units.e).residual
-            good = todo & ~better & (residual < best)
+        system = System(Jacobian(form, program.data, program.matrices, form.cone.derivative(measure.v.nan_to_num())))
+        dx, dy = system.solve(measure.r.nan_to_num(), False).split([form.n, form.m], 1)
+        before, better = measure.residual, torch.zeros_like(todo)
+        for length in LENGTHS:
+            near_x, near_y = x - length * dx, y - length * dy
+            near = Measure.of(program, near_x, near_y)
+            good = todo & ~better & (near.residual < before)
             x, y = torch.where(good[:, None], near_x, x), torch.where(good[:, None], near_y, y)
+            parts = zip(near, measure, strict=True)
+            measure = Measure(*(torch.where(good.view(-1, *[1] * (a.dim() - 1)), a, b) for a, b in parts))
             better |= good
-        if not better.any():
-            break
-        before = point.residual
-        point = Point(form, data, x, y, units)
-        todo = better & (point.residual > EXACT) & (point.residual < 0.5 * before)
-    return x, y, point
+            if not (todo & ~better).any():
+                break
+        todo = better & (measure.residual > EXACT) & (measure.residual < 0.5 * before)
+    return x, y, measure

@@ -29,16 +29,16 @@ REFINEMENTS = 6
 
 
 class Jacobian:
-    """J of a batch of equilibrated programs."""
+    """J of a batch of equilibrated programs, with the entries of P and A."""
 
-    def __init__(self, form: Form, data: Data, D: BlockDiagonal) -> None:
-        self.form, self.data, self.D = form, data, D
-        self.matrices = Matrices(form, data)
+    def __init__(self, form: Form, data: Data, matrices: Matrices, D: BlockDiagonal) -> None:
+        self.form, self.data, self.matrices, self.D = form, data, matrices, D
 
     def at(self, index: Tensor) -> Jacobian:
         """Return that of some samples."""
         groups = tuple((rows, values[index]) for rows, values in self.D.groups)
-        return Jacobian(self.form, self.data.at(index), BlockDiagonal(groups, self.D.size))
+        data = self.data.at(index)
+        return Jacobian(self.form, data, Matrices(self.form, data), BlockDiagonal(groups, self.D.size))
 
     def times(self, z: Tensor, transposed: bool) -> Tensor:
         """Return Jz, or J'z, (B, n + m)."""
@@ -191,7 +191,7 @@ class System:
         grown = torch.linalg.vector_norm(self.factor.solve(r, False), dim=1) / torch.linalg.vector_norm(r, dim=1)
         self.singular = ~(grown < SUSPECT)
         self.index = self.singular.nonzero()[:, 0]
-        self.part = J.at(self.index)
+        self.part = J.at(self.index) if len(self.index) else J
         self.shifted: Factor | None = kind(self.part, SHIFT) if len(self.index) else None
 
     def solve(self, r: Tensor, transposed: bool) -> Tensor:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from foldopt.affine import SparseMap
-from foldopt.conic.form import Data, Form, equilibrate
+from foldopt.conic.form import Data, Form, Program
 from foldopt.conic.newton import ConeNewton, ConeState
+from foldopt.conic.point import Point
 from foldopt.conic.polish import polish
 from foldopt.cvxpy.canonical import Canonical, Input
 from foldopt.cvxpy.solver import FAILED, INFEASIBLE, NONCONVEX, SOLVED, UNBOUNDED
@@ -21,7 +22,7 @@ from foldopt.fixed_point import FoldInfo
 from foldopt.fold import FoldedLayer
 from foldopt.linear_solve import linear_solver
 from foldopt.qp.engine import STATUS, solve
-from foldopt.qp.program import Program
+from foldopt.qp.program import Program as QuadraticProgram
 from foldopt.step import Tensors
 
 ACCURATE = 1e-7  # largest relative residual of the optimality conditions that counts as solved
@@ -58,7 +59,7 @@ class OwnQP:
         H[:, form.P_row, form.P_column] = data.P
         C[:, form.A_row, form.A_column] = data.A
         lower = torch.where(torch.arange(form.m) < form.zero, data.b, -torch.inf)
-        found = solve(Program(H, data.q, C, lower, data.b))
+        found = solve(QuadraticProgram(H, data.q, C, lower, data.b))
         return found.x, found.y, [STATUS[code] for code in found.status.tolist()]
 
 
@@ -132,27 +133,31 @@ class ConicEngine(FoldedLayer):
 
     def _solved(self, *params: Tensor) -> ConeState:
         data = self.form.data(self._theta(*params))
-        units = equilibrate(self.form, data)
+        program = Program(self.form, data)
         status = [SOLVED] * len(data.q)
         left = torch.arange(len(data.q))
         x, y = torch.full_like(data.q, torch.nan), torch.full_like(data.b, torch.nan)
-        if self.warm_start and self.call.start is not None and len(self.call.start[0]) == len(x):
-            x, y, point = polish(self.form, data, units, *self.call.start)
-            left = (~(point.residual <= ACCURATE)).nonzero()[:, 0]
-        if len(left) or not len(x):
-            x[left], y[left], found = self.solver(data.at(left))
+        start = self.call.start if self.warm_start else None
+        if start is not None and len(start[0]) == len(x):
+            x, y, measure = polish(program, *program.inside(*start))
+            left = (~(measure.residual <= ACCURATE)).nonzero()[:, 0]
+        if len(left) or start is None:
+            found_x, found_y, found = self.solver(data.at(left))
             for i, outcome in zip(left.tolist(), found, strict=True):
                 status[i] = outcome
-            x, y, point = polish(self.form, data, units, x, y)
-        accurate = (point.residual <= ACCURATE).tolist()
+            scale_x, scale_y = program.scale[left].split([self.form.n, self.form.m], 1)
+            x[left], y[left] = found_x / scale_x, found_y / scale_y
+            x, y, measure = polish(program, x, y)
+        accurate = (measure.residual <= ACCURATE).tolist()
         status = [FAILED if s == SOLVED and not good else s for s, good in zip(status, accurate, strict=True)]
-        self._explain(status, point.residual)
+        self._explain(status, measure.residual)
         good = torch.tensor([s == SOLVED for s in status], dtype=torch.bool)[:, None]
         x, y = torch.where(good, x, torch.nan), torch.where(good, y, torch.nan)
+        state = program.outside(x, y)
         if good.all():
-            self.newton.keep((x, y), params, point)
-        self.call.found, self.call.start = (point.residual, status), (x, y)
-        return x, y
+            self.newton.keep(state, params, Point(program, x, y, measure))
+        self.call.found, self.call.start = (measure.residual, status), state
+        return state
 
     def _explain(self, status: Sequence[str], residual: Tensor) -> None:
         """Raise or warn about the samples that were not solved, by cause."""

@@ -62,7 +62,7 @@ def test_float32_in_float32_out_computed_in_float64():
 def test_one_bad_sample_spoils_no_other(solver):
     c = torch.tensor([1.0, 1, -1, 2], dtype=F64, requires_grad=True)
     low = torch.tensor([0.5, 3, 0, 0.25], dtype=F64, requires_grad=True)
-    with pytest.raises(InfeasibleError, match="infeasible at 1 of 4 samples, first .1.; unbounded at 1") as caught:
+    with pytest.raises(InfeasibleError, match=r"infeasible at 1 of 4 samples, first .1.; unbounded at 1") as caught:
         interval(solver=solver)(c, low)
     assert caught.value.indices == (1, 2)
     with pytest.raises(UnboundedError):
@@ -133,7 +133,7 @@ def test_symmetric_parameters_get_a_symmetric_gradient():
     layer = foldopt.CvxpyLayer(k.problem, k.parameters, k.variables)
     (gradient,) = torch.autograd.grad(layer(Q, q)[0][0], Q)
     torch.testing.assert_close(gradient, gradient.mT)
-    with pytest.raises(InputError, match="not PSD.*as it was declared"):
+    with pytest.raises(InputError, match=r"not PSD.*as it was declared"):
         layer(-Q, q)
     with pytest.raises(InputError, match="not PSD"):
         layer(Q + torch.eye(5, dtype=F64).roll(1, 0), q)
