@@ -10,7 +10,8 @@ from foldopt.conic.point import Measure
 from foldopt.conic.systems import Jacobian, System
 
 STEPS = 8
-EXACT = 1e-14  # relative residual that no step is expected to improve
+EXACT = 1e-13  # relative residual that no step is expected to improve
+CLOSE = 1e-3  # reduction of the residual after which the same Jacobian is good for another step
 LENGTHS = (1.0, 0.5)  # of a step, where the whole one does not help
 
 
@@ -22,10 +23,13 @@ def polish(program: Program, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Meas
     form = program.form
     measure = Measure.of(program, x, y)
     todo = measure.residual.isfinite() & (measure.residual > EXACT)
+    system: System | None = None
     for _ in range(STEPS):
         if not todo.any():
             break
-        system = System(Jacobian(form, program.data, program.matrices, form.cone.derivative(measure.v.nan_to_num())))
+        if system is None:
+            D = form.cone.derivative(measure.v.nan_to_num())
+            system = System(Jacobian(form, program.data, program.matrices, D))
         dx, dy = system.solve(measure.r.nan_to_num(), False).split([form.n, form.m], 1)
         before, better = measure.residual, torch.zeros_like(todo)
         for length in LENGTHS:
@@ -39,4 +43,6 @@ def polish(program: Program, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Meas
             if not (todo & ~better).any():
                 break
         todo = better & (measure.residual > EXACT) & (measure.residual < 0.5 * before)
+        if (todo & (measure.residual > CLOSE * before)).any():
+            system = None
     return x, y, measure

@@ -82,23 +82,23 @@ class Stack:
 class ConicEngine(FoldedLayer):
     """The folded layer of (x, y), multipliers in the dual cone: ``engine(*params) -> (x, y)``, (B, n) and (B, m).
 
-    solver: solves programs, see `Front`. read: (n,) bool, the entries of x that outputs are made of. warm_start: begin
-    at the solution of the last call, and ask the solver only about samples where Newton steps from there do not end in
-    one.
+    solvers: see `Front`; each is asked about the samples that those before it did not solve. read: (n,) bool, the
+    entries of x that outputs are made of. warm_start: begin at the solution of the last call, and ask the solvers only
+    about samples where Newton steps from there do not end in one.
     """
 
     def __init__(
         self,
         canonical: Canonical,
         form: Form,
-        solver: Front,
+        solvers: Sequence[Front],
         read: Tensor,
         warm_start: bool,
         degenerate: str,
         on_failure: str,
     ) -> None:
         self.stack, self.map = Stack(canonical.inputs), SparseMap(canonical.M)
-        self.form, self.solver, self.warm_start = form, solver, warm_start
+        self.form, self.solvers, self.warm_start = form, solvers, warm_start
         self.columns = [(one.column, one.column + len(one.index)) for one in canonical.inputs]
         self.absolute = self.map.transposed.size
         nan = "nan" in (degenerate, on_failure)
@@ -135,14 +135,15 @@ class ConicEngine(FoldedLayer):
         data = self.form.data(self._theta(*params))
         program = Program(self.form, data)
         status = [SOLVED] * len(data.q)
-        left = torch.arange(len(data.q))
         x, y = torch.full_like(data.q, torch.nan), torch.full_like(data.b, torch.nan)
-        start = self.call.start if self.warm_start else None
-        if start is not None and len(start[0]) == len(x):
-            x, y, measure = polish(program, *program.inside(*start))
+        if self.warm_start and self.call.start is not None and len(self.call.start[0]) == len(x):
+            x, y = program.inside(*self.call.start)
+        x, y, measure = polish(program, x, y)
+        for solver in self.solvers:
             left = (~(measure.residual <= ACCURATE)).nonzero()[:, 0]
-        if len(left) or start is None:
-            found_x, found_y, found = self.solver(data.at(left))
+            if not len(left):
+                break
+            found_x, found_y, found = solver(data.at(left))
             for i, outcome in zip(left.tolist(), found, strict=True):
                 status[i] = outcome
             scale_x, scale_y = program.scale[left].split([self.form.n, self.form.m], 1)
@@ -169,8 +170,9 @@ class ConicEngine(FoldedLayer):
             at = f", relative residual {float(residual[bad[0]]):.1e}" if cause == FAILED else ""
             said.append(f"{cause}{at} at {len(bad)} of {len(status)} samples, first {bad[:10]}")
         message = (
-            f"{self.solver.name} found no solution of the CVXPY problem: {'; '.join(said)}. Mend these samples, give "
-            "the solver other options=, take another solver=, or choose on_failure='nan'|'zero'."
+            f"{' and '.join(one.name for one in self.solvers)} found no solution of the CVXPY problem: "
+            f"{'; '.join(said)}. Mend these samples, give the solver other options=, take another solver=, or choose "
+            "on_failure='nan'|'zero'."
         )
         if self.on_failure == "raise":
             error = next((error for cause, error in _CAUSES if cause in status), LimitError)

@@ -29,8 +29,8 @@ class CvxpyLayer(nn.Module):
         problem: a ``cvxpy.Problem``, DCP and DPP (see ``problem.is_dpp()``), without integer and complex variables.
         parameters: all its parameters, in the order of the layer's arguments.
         variables: those of its variables to return; also dual variables, ``constraint.dual_variables[0]``.
-        solver: name of a solver that CVXPY has installed, such as "CLARABEL", "SCS", "ECOS" or "MOSEK". None: small
-            problems with linear constraints by foldopt's own engine (see `QPLayer`), all others by Clarabel.
+        solver: name of a solver that CVXPY has installed, such as "CLARABEL", "SCS", "ECOS" or "MOSEK". None: Clarabel,
+            and small problems with linear constraints that it does not solve by the engine of `QPLayer`.
         gp: whether the problem is a geometric program (DGP).
         dual: constraints of the problem whose dual values are returned too, after the variables, as CVXPY's
             ``constraint.dual_value`` has them; for a constraint with several dual variables (SOC, ExpCone), each.
@@ -40,7 +40,7 @@ class CvxpyLayer(nn.Module):
         on_failure: what happens to samples that are infeasible, unbounded or not solved: "raise" (each cause its own
             error), "warn", or make their gradient "nan" or "zero"; their outputs are NaN then.
         warm_start: begin at the solutions of the last call of the same batch size; the solver is only asked where
-            Newton steps from there fail. Ignored by foldopt's own engine.
+            Newton steps from there fail.
         options: of the solver, by its own names.
         quadratic: False: canonicalize a quadratic objective to a second-order cone. For solvers without quadratic
             objectives, and for parametrized quadratic forms so large that their matrix does not fit in memory.
@@ -48,8 +48,8 @@ class CvxpyLayer(nn.Module):
 
     A tensor has its parameter's shape, or one dimension more, (B, ...): tensors without are shared by the batch and get
     the sum of its gradients. The outputs have a batch dimension if any tensor has one. They come back in the dtype and
-    on the device of the first floating-point tensor; the computation is in float64, on the CPU but for foldopt's own
-    engine. A symmetric or PSD parameter gets a symmetric gradient.
+    on the device of the first floating-point tensor; the computation is in float64, on the CPU. A symmetric or PSD
+    parameter gets a symmetric gradient.
 
     ``layer.last`` holds the certificates per sample: ``status``, ``residual``, ``ok`` and after a backward pass
     ``verdict``. Needs the extra "cvxpy". Raises InputError for problems, parameters and values that do not fit.
@@ -83,7 +83,7 @@ class CvxpyLayer(nn.Module):
         from foldopt.cvxpy.canonical import canonicalize
         from foldopt.cvxpy.checks import dual_variables, require_problem
         from foldopt.cvxpy.engine import ConicEngine, Front, OwnQP
-        from foldopt.cvxpy.solver import ConeSolver
+        from foldopt.cvxpy.solver import Clarabel, ConeSolver
 
         require_policy(degenerate)
         if on_failure not in POLICIES:
@@ -97,15 +97,15 @@ class CvxpyLayer(nn.Module):
         self._scale = [torch.as_tensor(one.scale) for one in self.outputs]
         pattern = canonical.pattern
         form = Form(**vars(pattern))
+        name, given = solver or "CLARABEL", {**(solver_args or {}), **(options or {})}
+        fronts: list[Front] = [(Clarabel if name == "CLARABEL" else ConeSolver)(canonical, name, given)]
         if solver is None and pattern.linear and pattern.n + pattern.m <= LARGEST_QP:
-            front: Front = OwnQP(form)
-        else:
-            front = ConeSolver(canonical, solver or "CLARABEL", {**(solver_args or {}), **(options or {})})
+            fronts.append(OwnQP(form))
         read = torch.zeros(pattern.n + 1, dtype=torch.bool)
         for one, index in zip(self.outputs, self._index, strict=True):
             if not one.dual:
                 read[index.flatten()] = True
-        self.engine = ConicEngine(canonical, form, front, read[1:], warm_start, degenerate, on_failure)
+        self.engine = ConicEngine(canonical, form, fronts, read[1:], warm_start, degenerate, on_failure)
 
     @property
     def last(self) -> FoldInfo | None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import clarabel
 import cvxpy as cp
 import numpy as np
 import scipy.sparse as sp
 import torch
 from cvxpy.reductions.solvers import defines
+from cvxpy.reductions.solvers.conic_solvers.clarabel_conif import CLARABEL, dims_to_solver_cones
 from cvxpy.reductions.solvers.solver import Solver
 from cvxpy.utilities.psd_utils import TriangleKind
 from torch import Tensor
@@ -25,9 +27,6 @@ _STATUS = {
     cp.INFEASIBLE_INACCURATE: INFEASIBLE,
     cp.UNBOUNDED: UNBOUNDED,
     cp.UNBOUNDED_INACCURATE: UNBOUNDED,
-}
-_IN_PLACE = {  # keeps ordering and symbolic factorization from sample to sample
-    "CLARABEL": {"presolve_enable": False, "chordal_decomposition_enable": False, "input_sparse_dropzeros": False}
 }
 _TIGHT: dict[str, dict[str, Any]] = {
     "SCS": {"eps_abs": 1e-9, "eps_rel": 1e-9, "max_iters": 100_000},
@@ -54,8 +53,7 @@ class ConeSolver:
             )
         self.is_qp = name in quadratic and self.pattern.linear
         self.interface = type(known[name])()
-        self.options = _IN_PLACE.get(name, {}) | _TIGHT.get(name, {}) | options
-        self.cache: dict[str, Any] = {}
+        self.options = _TIGHT.get(name, {}) | options
         self.order = np.arange(self.pattern.m)
         if not self.is_qp:
             self._require_conic()
@@ -93,10 +91,12 @@ class ConeSolver:
         if not all(np.isfinite(part).all() for part in (P, q, A, b)):
             return None, None, "not finite"
         try:
-            solution = self._solved(*self._matrices(P, A), q, b)
+            return self._solved(P, q, A, b)
         except Exception as error:  # solvers raise errors of their own kinds, and no other sample may suffer from one
-            self.cache.clear()
             return None, None, f"{self.name} raised {type(error).__name__}: {error}"
+
+    def _solved(self, P: Any, q: Any, A: Any, b: Any) -> tuple[Any, Any, str]:
+        solution = self._by_cvxpy(*self._matrices(P, A), q, b)
         outcome = _STATUS.get(solution.status, FAILED)
         if outcome != SOLVED or not solution.primal_vars:
             return None, None, outcome
@@ -106,7 +106,7 @@ class ConeSolver:
         y[self.order] = np.concatenate(parts) if parts else np.zeros(0)
         return x, y, outcome
 
-    def _solved(self, P: Any, A: Any, q: Any, b: Any) -> Any:
+    def _by_cvxpy(self, P: Any, A: Any, q: Any, b: Any) -> Any:
         k, m = self.pattern.cones["zero"], self.pattern.m
         data: dict[str, Any] = {"dims": self.dims, "bool_vars_idx": [], "int_vars_idx": []}
         data |= {"lower_bounds": None, "upper_bounds": None, "dir_cones": []}
@@ -118,8 +118,7 @@ class ConeSolver:
             data |= {"c": q, "A": A, "b": b, "param_prob": self.program}
             if len(self.pattern.P_rows):
                 data["P"] = P
-        warm = self.name in _IN_PLACE
-        raw = self.interface.solve_via_data(data, warm, False, dict(self.options), self.cache if warm else {})
+        raw = self.interface.solve_via_data(data, False, False, dict(self.options), {})
         return self.interface.invert(raw, self.inverse)
 
     def _matrices(self, P: Any, A: Any) -> tuple[Any, Any]:
@@ -149,6 +148,43 @@ class ConeSolver:
 
     def _cones(self) -> str:
         return ", ".join(kind for kind, size in self.pattern.cones.items() if size)
+
+
+class Clarabel(ConeSolver):
+    """Clarabel without CVXPY in between: one solver, whose numbers are replaced from sample to sample."""
+
+    def __init__(self, canonical: Canonical, name: str, options: dict[str, Any]) -> None:
+        super().__init__(canonical, name, options)
+        self.settings = clarabel.DefaultSettings()
+        self.settings.verbose, self.settings.max_threads = False, 1
+        self.settings.presolve_enable = self.settings.chordal_decomposition_enable = False
+        self.settings.input_sparse_dropzeros = False
+        for key, value in options.items():
+            try:
+                setattr(self.settings, key, value)
+            except (AttributeError, TypeError) as error:
+                raise InputError(f"options={{{key!r}: {value!r}}}: Clarabel has no such setting.") from error
+        p = self.pattern
+        columns = np.repeat(np.arange(p.n), np.diff(p.P_ptr))
+        self.upper = p.P_rows <= columns
+        self.P_rows = p.P_rows[self.upper]
+        self.P_ptr = np.searchsorted(columns[self.upper], np.arange(p.n + 1))
+        self.kept: Any = None
+
+    def __reduce__(self) -> Any:
+        return Clarabel, self.made_of
+
+    def _solved(self, P: Any, q: Any, A: Any, b: Any) -> tuple[Any, Any, str]:
+        p = self.pattern
+        if self.kept is None:
+            upper = sp.csc_array((P[self.upper], self.P_rows, self.P_ptr), (p.n, p.n))
+            rows = sp.csc_array((A, p.A_rows, p.A_ptr), (p.m, p.n))
+            self.kept = clarabel.DefaultSolver(upper, q, rows, b, dims_to_solver_cones(self.dims), self.settings)
+        else:
+            self.kept.update(P=P[self.upper], q=q, A=A, b=b)
+        found = self.kept.solve()
+        outcome = _STATUS.get(CLARABEL.STATUS_MAP.get(str(found.status), ""), FAILED)
+        return (np.array(found.x), np.array(found.z), outcome) if outcome == SOLVED else (None, None, outcome)
 
 
 def _lower_triangles(cones: dict[str, Any], m: int) -> Any:

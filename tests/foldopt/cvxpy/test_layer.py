@@ -119,8 +119,8 @@ def test_warm_start_gives_the_same_answer_without_the_solver():
     c, r = torch.tensor([[3.0, 0, 4], [1, 2, 2]], dtype=F64), torch.tensor(2.0, dtype=F64)
     warm(c, r)
     calls = []
-    front = warm.engine.solver.solve
-    warm.engine.solver.solve = lambda *data: calls.append(data) or front(*data)
+    front = warm.engine.solvers[0].solve
+    warm.engine.solvers[0].solve = lambda *data: calls.append(data) or front(*data)
     near = c + 0.01 * torch.sin(torch.arange(6.0, dtype=F64)).view(2, 3)
     torch.testing.assert_close(warm(near, r)[0], cold(near, r)[0], rtol=1e-12, atol=1e-12)
     assert not calls
