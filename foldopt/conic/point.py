@@ -15,6 +15,7 @@ from foldopt.qp.kkt import probe
 UNSOLVED = 1e-3  # relative residual of what is no solution
 TOUCHING = 1e-9  # distance to a kink, relative to the point, that counts as none
 CARRYING = 1e-7  # multiplier of a row without slack, relative to the terms of the stationarity condition
+ROUNDING = 1e-12  # relative residual that is no matter of accuracy
 FLOOR = 1e-6  # of the size of terms that cancel, relative to the data
 TAKES_PART = 1e-6  # entry of a null vector, relative to its largest, that counts as one
 
@@ -79,7 +80,7 @@ class Point:
 
     kinks: (B, m) bool, rows of cones whose projection has a kink there. D: the derivative of the projection, `aside` of
     a kink, where the cone's rows do not hold x. jump: D minus that on the other side. sound: (B,) bool, samples that
-    are finite and near a solution. degenerate: (B,) bool, those that may lack a derivative. null: (B, n + m), a null
+    are finite and near a solution. size: (B,), that of x. degenerate: (B,) bool, those that may lack a derivative. null: (B, n + m), a null
     vector of the system in no special position, 0 where it is regular.
     """
 
@@ -93,6 +94,7 @@ class Point:
             measure = measure._replace(residual=torch.where(finite, measure.residual, torch.inf))
         self.program, self.units, self.scale = program, program.units, program.scale
         self.sound = measure.residual <= UNSOLVED
+        self.size = torch.linalg.vector_norm(x, dim=1)
         self.kinks, self.aside = _kinks(form, measure, y)
         self.D, self.jump = _pieces(form, measure.v, self.aside)
         self.system = System(Jacobian(form, program.data, program.matrices, self.D))
@@ -102,6 +104,18 @@ class Point:
             null = self.system.null_part(probe(form.n + form.m, x).expand_as(self.scale))
             largest = null.abs().amax(1, keepdim=True)
             self.null = torch.where(null.abs() > TAKES_PART * largest, null / largest, 0)
+
+    def error(self, measure: Measure) -> Tensor:
+        """Return an estimate of the error of (x, y), (B,), relative to them: how far a Newton step would go.
+
+        A small residual says little where the system is badly conditioned. 0 where the residual is rounding.
+        """
+        settled = measure.residual <= ROUNDING
+        if settled.all():
+            return torch.zeros_like(measure.residual)
+        step = torch.linalg.vector_norm(self.system.solve(measure.r.nan_to_num(), False), dim=1)
+        size = torch.linalg.vector_norm(measure.v.nan_to_num(), dim=1) + self.size
+        return torch.where(settled, 0, step / torch.where(size > 0, size, 1.0))
 
 
 def _kinks(form: Form, measure: Measure, y: Tensor) -> tuple[Tensor, Tensor | None]:

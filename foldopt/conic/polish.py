@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,6 @@ from foldopt.conic.systems import Jacobian, System
 STEPS = 8
 EXACT = 1e-13  # relative residual that no step is expected to improve
 CLOSE = 1e-3  # reduction of the residual after which the same Jacobian is good for another step
-LENGTHS = (1.0, 0.5)  # of a step, where the whole one does not help
 
 
 def polish(program: Program, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Measure]:
@@ -30,13 +31,12 @@ def polish(program: Program, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Meas
         if system is None:
             D = form.cone.derivative(measure.v.nan_to_num())
             system = System(Jacobian(form, program.data, program.matrices, D))
-        dx, dy = system.solve(measure.r.nan_to_num(), False).split([form.n, form.m], 1)
-        before, better = measure.residual, torch.zeros_like(todo)
-        for length in LENGTHS:
-            near_x, near_y = x - length * dx, y - length * dy
-            near = Measure.of(program, near_x, near_y)
+        r, before, better = measure.r.nan_to_num(), measure.residual, torch.zeros_like(todo)
+        for step in (system.regular, system.solve, halved(system.solve)):
+            dx, dy = step(r, False).split([form.n, form.m], 1)
+            near = Measure.of(program, x - dx, y - dy)
             good = todo & ~better & (near.residual < before)
-            x, y = torch.where(good[:, None], near_x, x), torch.where(good[:, None], near_y, y)
+            x, y = torch.where(good[:, None], x - dx, x), torch.where(good[:, None], y - dy, y)
             parts = zip(near, measure, strict=True)
             measure = Measure(*(torch.where(good.view(-1, *[1] * (a.dim() - 1)), a, b) for a, b in parts))
             better |= good
@@ -46,3 +46,8 @@ def polish(program: Program, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Meas
         if (todo & (measure.residual > CLOSE * before)).any():
             system = None
     return x, y, measure
+
+
+def halved(solve: Callable[[Tensor, bool], Tensor]) -> Callable[[Tensor, bool], Tensor]:
+    """Return the function that takes half of a step."""
+    return lambda r, transposed: 0.5 * solve(r, transposed)

@@ -196,8 +196,7 @@ class System:
 
     def solve(self, r: Tensor, transposed: bool) -> Tensor:
         """Return z with Jz = r, or J'z = r, (B, n + m); where J is singular, a solution for what is consistent of r."""
-        z = self.factor.solve(r, transposed)
-        z = z + self.factor.solve(r - self.J.times(z, transposed), transposed)
+        z = self.regular(r, transposed)
         if self.shifted is not None:
             part = r[self.index]
             found = self._refined(self.shifted, part, transposed)
@@ -205,6 +204,11 @@ class System:
             stuck = torch.linalg.vector_norm(left, dim=1) > 1e-9 * torch.linalg.vector_norm(part, dim=1)
             z[self.index] = torch.where(stuck[:, None], self._refined(self.shifted, part - left, transposed), found)
         return z
+
+    def regular(self, r: Tensor, transposed: bool) -> Tensor:
+        """Return the solution by the factors of J itself, refined once, however close to singular J is."""
+        z = self.factor.solve(r, transposed)
+        return z + self.factor.solve(r - self.J.times(z, transposed), transposed)
 
     def null_part(self, r: Tensor) -> Tensor:
         """Return the part of r (B, n + m) along the null space of J, for which J'z = r has no solution; else 0."""

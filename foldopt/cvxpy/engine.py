@@ -26,6 +26,7 @@ from foldopt.qp.program import Program as QuadraticProgram
 from foldopt.step import Tensors
 
 ACCURATE = 1e-7  # largest relative residual of the optimality conditions that counts as solved
+NEAR = 1e-5  # largest estimate of the error of (x, y), relative to them
 _CAUSES: tuple[tuple[str, type[SolverError]], ...] = (
     (INFEASIBLE, InfeasibleError),
     (UNBOUNDED, UnboundedError),
@@ -149,14 +150,15 @@ class ConicEngine(FoldedLayer):
             scale_x, scale_y = program.scale[left].split([self.form.n, self.form.m], 1)
             x[left], y[left] = found_x / scale_x, found_y / scale_y
             x, y, measure = polish(program, x, y)
-        accurate = (measure.residual <= ACCURATE).tolist()
+        point = Point(program, x, y, measure)
+        accurate = ((measure.residual <= ACCURATE) & (point.error(measure) <= NEAR)).tolist()
         status = [FAILED if s == SOLVED and not good else s for s, good in zip(status, accurate, strict=True)]
         self._explain(status, measure.residual)
         good = torch.tensor([s == SOLVED for s in status], dtype=torch.bool)[:, None]
         x, y = torch.where(good, x, torch.nan), torch.where(good, y, torch.nan)
         state = program.outside(x, y)
         if good.all():
-            self.newton.keep(state, params, Point(program, x, y, measure))
+            self.newton.keep(state, params, point)
         self.call.found, self.call.start = (measure.residual, status), state
         return state
 
