@@ -80,8 +80,8 @@ class Point:
 
     kinks: (B, m) bool, rows of cones whose projection has a kink there. D: the derivative of the projection, `aside` of
     a kink, where the cone's rows do not hold x. jump: D minus that on the other side. sound: (B,) bool, samples that
-    are finite and near a solution. size: (B,), that of x. degenerate: (B,) bool, those that may lack a derivative. null: (B, n + m), a null
-    vector of the system in no special position, 0 where it is regular.
+    are finite and near a solution. size: (B,), that of x. degenerate: (B,) bool, those that may lack a derivative.
+    null: (B, n + m), a null vector of the system in no special position, 0 where it is regular.
     """
 
     def __init__(self, program: Program, x: Tensor, y: Tensor, measure: Measure | None = None) -> None:
