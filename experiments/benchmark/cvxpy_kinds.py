@@ -229,6 +229,15 @@ def log_utility(draw: np.random.Generator) -> Kind:
     return _kind(cp.Maximize(cost), [cp.sum(X, axis=0) <= supply, X >= 0], values, [X])
 
 
+def weighted_geometric_mean(draw: np.random.Generator) -> Kind:
+    """The largest weighted geometric mean of two outputs of shared inputs (power cones)."""
+    rate, x, z = cp.Parameter((2, 3), nonneg=True), cp.Variable(3), cp.Variable()
+    outputs = rate @ x
+    constraints = [cp.PowCone3D(outputs[0], outputs[1], z, 0.3), x >= 0]
+    cost = z - 0.1 * cp.sum_squares(x)
+    return _kind(cp.Maximize(cost), constraints, {rate: 0.2 + draw.random((2, 3))}, [x, z])
+
+
 def vertex(draw: np.random.Generator) -> Kind:
     """A linear program at a vertex: the derivative in the cost is zero, that in the rows is not."""
     c, b, x = cp.Parameter(3), cp.Parameter(3), cp.Variable(3)
@@ -273,6 +282,7 @@ KINDS: dict[str, Callable[[np.random.Generator], Kind]] = {
         lasso, ridge_with_bounds, regulator, portfolio, logistic, soft_top_k, maximum_entropy, quadratic_program, relu,
         smoothed_linear, support_vectors, huber, quantiles, network_flow, geometric, nearest_semidefinite,
         matrix_completion, semidefinite_form, robust_least_squares, total_variation, diagonal_metric, log_utility,
+        weighted_geometric_mean,
         vertex, relu_at_zero, norm_ball_from_its_rim, semidefinite_at_zero, tied_costs, doubled_rows,
     )
 }  # fmt: skip

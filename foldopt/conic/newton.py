@@ -21,6 +21,7 @@ UNIQUE = 1e-8  # share of a cotangent along the null space that counts as none
 MOVED = 1e-6  # what the derivative's jump at a kink does to the adjoint solution, relative to that
 NULL = 1e-9  # singular value, relative to the largest, that counts as zero
 ROUNDING = 1e-9  # entry of an adjoint solution, relative to its largest, that counts as none
+TURN = 1e-4  # of a point, the way along a null vector on which the projection's derivative is looked at
 SHARE = 1e-6  # part of a derivative, relative to its terms, that depends on a choice between solutions
 
 
@@ -187,7 +188,25 @@ class ConeNewton(nn.Module):
         lies = self._moved(self._gradient(point, loose_y, *state), needed)
         wandering = self._moved(self._gradient(point, loose_x, *state), needed)
         bent = self._gradient(point, w, x, y)._replace(q=torch.zeros_like(x), b=torch.zeros_like(y))
-        return lies, wandering | self._moved(bent, needed)
+        return lies | self._turned(point, w), wandering | self._moved(bent, needed)
+
+    def _turned(self, point: Point, w: Tensor) -> Tensor:
+        """Return in which samples another choice of multipliers, or of x, turns a curved cone's derivative under w.
+
+        Where multipliers are not unique the curvature of the boundary may count as much or as little as one likes.
+        Rows at a kink are left to `_hit`.
+        """
+        form, v = self.form, point.v
+        if all(rows.shape[1] == 1 for rows, _ in point.D.groups):
+            return point.sound & False
+        null_x, null_y = point.null.split([form.n, form.m], 1)
+        way = -point.program.matrices.times(null_x, null_y)[1] - null_y
+        largest, size = (part.abs().amax(1, keepdim=True) for part in (way, v))
+        way = torch.where(largest > 0, TURN * size * way / largest, 0)
+        pairs = zip(form.cone.derivative(v + way).groups, form.cone.derivative(v - way).groups, strict=True)
+        curved = tuple((rows, (a - b) / (2 * TURN)) for (rows, a), (_, b) in pairs if rows.shape[1] > 1)
+        change = BlockDiagonal(curved, form.m) @ w[:, form.n :]
+        return (~point.kinks & (change.abs() > MOVED * w.abs().amax(1, keepdim=True))).any(1)
 
     def _gradient(self, point: Point, w: Tensor, x: Tensor, y: Tensor) -> Data:
         """Return the gradient of the program's entries for an adjoint w (B, n + m), in equilibrated units."""

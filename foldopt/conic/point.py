@@ -78,10 +78,10 @@ def _largest(*parts: Tensor) -> Tensor:
 class Point:
     """A state in equilibrated units: derivative of the projection, linear system, and where it is degenerate.
 
-    kinks: (B, m) bool, rows of cones whose projection has a kink there. D: the derivative of the projection, `aside` of
-    a kink, where the cone's rows do not hold x. jump: D minus that on the other side. sound: (B,) bool, samples that
-    are finite and near a solution. size: (B,), that of x. degenerate: (B,) bool, those that may lack a derivative.
-    null: (B, n + m), a null vector of the system in no special position, 0 where it is regular.
+    v: s - y (B, m). kinks: (B, m) bool, rows of cones whose projection has a kink there. D: the derivative of the
+    projection, `aside` of a kink, where the cone's rows do not hold x. jump: D minus that on the other side. sound:
+    (B,) bool, samples that are finite and near a solution. size: (B,), that of x. degenerate: (B,) bool, those that may
+    lack a derivative. null: (B, n + m), a null vector of the system in no special position, 0 where it is regular.
     """
 
     def __init__(self, program: Program, x: Tensor, y: Tensor, measure: Measure | None = None) -> None:
@@ -96,6 +96,7 @@ class Point:
         self.sound = measure.residual <= UNSOLVED
         self.size = torch.linalg.vector_norm(x, dim=1)
         self.kinks, self.aside = _kinks(form, measure, y)
+        self.v = measure.v if self.aside is None else measure.v + self.aside
         self.D, self.jump = _pieces(form, measure.v, self.aside)
         self.system = System(Jacobian(form, program.data, program.matrices, self.D))
         self.degenerate = self.sound & (self.system.singular | self.kinks.any(1))

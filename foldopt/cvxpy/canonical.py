@@ -17,7 +17,7 @@ from typing import Any
 import cvxpy as cp
 import numpy as np
 import scipy.sparse as sp
-from cvxpy.constraints import SOC, ExpCone, SvecPSD
+from cvxpy.constraints import SOC, ExpCone, PowCone3D, SvecPSD
 from cvxpy.reductions.cvx_attr2constr import lower_value, recover_value_for_leaf
 from cvxpy.reductions.solution import Solution
 from cvxpy.reductions.solvers.conic_solvers.conic_solver import ConicSolver
@@ -33,7 +33,7 @@ class Form(ConicSolver):
     """Tells CVXPY which form to canonicalize for, whatever solvers are installed; it solves nothing."""
 
     MIP_CAPABLE, BOUNDED_VARIABLES = False, False
-    SUPPORTED_CONSTRAINTS: Any = [*ConicSolver.SUPPORTED_CONSTRAINTS, SOC, ExpCone, SvecPSD]  # noqa: RUF012
+    SUPPORTED_CONSTRAINTS: Any = [*ConicSolver.SUPPORTED_CONSTRAINTS, SOC, ExpCone, PowCone3D, SvecPSD]  # noqa: RUF012
     EXP_CONE_ORDER: Any = [0, 1, 2]  # noqa: RUF012
     PSD_TRIANGLE_KIND: Any = TriangleKind.UPPER
     PSD_SQRT2_SCALING: Any = True
@@ -74,7 +74,8 @@ class Pattern:
     """Sparsity patterns of P (n by n, symmetric, in full) and A (m by n), by columns, and the sizes of the cones.
 
     P_rows, A_rows: rows of the entries. P_ptr, A_ptr: where each column starts, (n + 1,).
-    cones: rows of zero and nonneg, then lists of the sizes of soc and psd (sides), then the number of exp cones.
+    cones: rows of zero and nonneg, then lists of the sizes of soc and psd (sides), the number of exp
+    cones, and the exponents of pow cones.
     """
 
     n: int
@@ -199,14 +200,15 @@ def _stuffed(program: Any) -> tuple[Pattern, sp.csr_array]:
     )
     M = sp.vstack([P_map, sp.csr_array(program.q)[:-1], -A_map[:split], place @ A_map[split:]], format="csr")
     dims = program.cone_dims
-    cones = {"zero": dims.zero, "nonneg": dims.nonneg, "soc": list(dims.soc), "psd": list(dims.psd), "exp": dims.exp}
+    cones = {"zero": dims.zero, "nonneg": dims.nonneg, "soc": list(dims.soc), "psd": list(dims.psd)}
+    cones |= {"exp": dims.exp, "pow": [float(alpha) for alpha in dims.p3d]}
     return Pattern(n, m, P_rows, np.asarray(P_ptr[: n + 1]), rows[:split], ptr[:-1], cones), M
 
 
 def _sorted_rows(constraints: Sequence[Any]) -> tuple[Array, Array]:
     """Return where each row of the stuffed matrix goes in Ax + s = b, s in K, and its sign.
 
-    A second-order cone constraint comes as all t, then all z; an exponential one as all x, all y, all z.
+    A second-order cone constraint comes as all t, then all z; exponential and power ones as all x, all y, all z.
     """
     to, sign, at = [np.zeros(0, dtype=int)], [np.zeros(0)], 0
     for constraint in constraints:
@@ -216,7 +218,7 @@ def _sorted_rows(constraints: Sequence[Any]) -> tuple[Array, Array]:
             k = constraint.args[0].size
             d = size // k
             rows = np.concatenate([np.arange(k) * d, (np.arange(k)[:, None] * d + np.arange(1, d)).ravel()])
-        elif isinstance(constraint, ExpCone):
+        elif isinstance(constraint, ExpCone | PowCone3D):
             rows = np.arange(size).reshape(-1, 3).T.ravel()
         to.append(at + rows)
         sign.append(np.full(size, -1.0 if isinstance(constraint, cp.constraints.Zero) else 1.0))

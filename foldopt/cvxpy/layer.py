@@ -21,8 +21,8 @@ class CvxpyLayer(nn.Module):
     ``CvxpyLayer(problem, parameters=[A, b], variables=[x])(A_tensor, b_tensor) -> (x_tensor,)``
 
     The problem is canonicalized once to min 1/2 x'Px + q'x, Ax + s = b, s in a product of zero, nonnegative, second-
-    order, semidefinite and exponential cones, solved in float64, polished to rounding and differentiated by one Newton
-    step on the optimality conditions: to second order, forward and reverse, certified per sample and cotangent.
+    order, semidefinite, exponential and power cones, solved in float64, polished to rounding and differentiated by one
+    Newton step on the optimality conditions: to second order, forward and reverse, certified per sample and cotangent.
     Agrawal, Amos, Barratt, Boyd, Diamond and Kolter, Differentiable convex optimization layers (2019).
 
     Args:
