@@ -164,7 +164,7 @@ class ConeNewton(nn.Module):
         basis = V[int((values > NULL * values.amax()).sum()) :].T
         seen = (jump @ (A @ basis).T[:, None])[:, 0].T * point.kinks[i][:, None]
         moved = (jump @ w[one, form.n :])[0] * point.kinks[i]
-        u = basis @ (torch.linalg.pinv(seen, rtol=NULL) @ moved)
+        u = basis @ (torch.linalg.pinv(seen, atol=NULL) @ moved)
         return torch.cat([u, -A @ u])
 
     def _depends_on_choice(
