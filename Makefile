@@ -7,7 +7,7 @@ TRACKED = $(if $(TRACKING),--tracking $(TRACKING))
 UV_VERSION := 0.13.9
 
 .PHONY: help test endurance coverage lint format reproduce sweep slurm figures report verify bilinear-kappa bilinear-certificates figure-3 figure-4a figure-4b figure-4c figure-6 \
-	figure-7 topk-layers layer-share portfolio-settings solver-table linear-solvers scaling forward-tolerance denoising-cost unrolling-cost bench bench-qp verdicts peers clean lock
+	figure-7 topk-layers layer-share portfolio-settings solver-table linear-solvers scaling forward-tolerance denoising-cost unrolling-cost bench bench-qp bench-cvxpy verdicts peers clean lock
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -115,6 +115,9 @@ bench: .venv/peers/.installed ## time, memory and accuracy of every layer beside
 
 bench-qp: .venv/peers/.installed ## QPLayer on Maros-Meszaros programs and every library on hard cases (some 6 minutes; DATA=folder, LARGEST=n)
 	OMP_NUM_THREADS=1 .venv/peers/bin/python -m scripts.bench_qp $(if $(DATA),--data $(DATA)) $(if $(LARGEST),--largest $(LARGEST))
+
+bench-cvxpy: .venv/peers/.installed ## CvxpyLayer beside cvxpylayers on 28 kinds of problems: errors of gradients, milliseconds (2 minutes)
+	OMP_NUM_THREADS=1 .venv/peers/bin/python -m scripts.bench_cvxpy
 
 verdicts: .venv/.installed ## QPLayer's verdicts and gradients against exact arithmetic on random integer programs (some 5 minutes; a table)
 	OMP_NUM_THREADS=1 $(PY) -m scripts.verdicts

@@ -10,6 +10,7 @@ the docstrings are the paper's.
 """
 
 from foldopt import diagnostics, errors, linear_solve, projections, prox, updates, verdicts
+from foldopt.cvxpy.layer import CvxpyLayer
 from foldopt.diagnostics import check
 from foldopt.fixed_point import FoldInfo, fixed_point_vjp
 from foldopt.fold import FoldedLayer, fold
@@ -21,6 +22,7 @@ from foldopt.updates import ADMM, SQP, DualProximalGradient, ProjectedGradient, 
 __all__ = [
     "ADMM",
     "SQP",
+    "CvxpyLayer",
     "DualProximalGradient",
     "FoldInfo",
     "FoldedLayer",

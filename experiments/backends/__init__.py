@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Protocol
 from torch import Tensor
 
 from foldopt.errors import InputError
+from foldopt.fixed_point import FoldInfo
 from foldopt.fold import FixedPointLayer
 
 Parameters = Tensor | tuple[Tensor, ...]
@@ -57,10 +58,15 @@ class LayerBackend:
         last, self.layer.last = self.layer.last, None
         backward = None if last is None else last.backward
         self.products = 0 if backward is None else int(backward.iterations.sum())
-        if last is None:
-            return 0
-        ok = last.ok if last.backward is None else last.ok & last.backward.ok
-        return int((~ok).sum())
+        return failures(last)
+
+
+def failures(last: FoldInfo | None) -> int:
+    """Return how many samples failed, forward or backward, by the certificates of a layer's last call."""
+    if last is None:
+        return 0
+    ok = last.ok if last.backward is None else last.ok & last.backward.ok
+    return int((~ok).sum())
 
 
 def optimizer_of(problem: Any, name: str) -> str:

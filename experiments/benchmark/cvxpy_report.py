@@ -1,0 +1,166 @@
+"""The tables of `make bench-cvxpy`: CvxpyLayer beside cvxpylayers, errors of gradients and seconds per call."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import foldopt
+from experiments.benchmark.cvxpy_differences import directions, slopes, weights
+from experiments.benchmark.cvxpy_kinds import KINDS, Kind, kind
+from foldopt.errors import DegenerateError
+
+RIGHT = 1e-7  # error of a derivative along one direction, relative to 1 plus its size
+TIMED = ("quadratic program", "portfolio", "logistic", "nearest semidefinite")
+BATCHES = (1, 32, 128)
+ROUNDS = 5
+Call = Callable[..., Sequence[Tensor]]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """How a library makes a layer of a kind of problem."""
+
+    title: str
+    make: Callable[[Kind], Call]
+
+
+def _ours(k: Kind) -> Call:
+    return foldopt.CvxpyLayer(k.problem, k.parameters, k.variables, gp=k.gp)
+
+
+def _theirs(solver: str | None = None, **options: Any) -> Callable[[Kind], Call]:
+    def make(k: Kind) -> Call:
+        from cvxpylayers.torch import CvxpyLayer
+
+        layer = CvxpyLayer(k.problem, k.parameters, k.variables, solver=solver, gp=k.gp)
+        return lambda *values: layer(*values, solver_args=options)
+
+    return make
+
+
+CONTENDERS: dict[str, Contender] = {
+    "foldopt": Contender("foldopt", _ours),
+    "scs": Contender("cvxpylayers, SCS", _theirs(solve_method="SCS", n_jobs_forward=1)),
+    "clarabel": Contender("cvxpylayers, Clarabel", _theirs(solve_method="Clarabel", n_jobs_forward=1)),
+    "moreau": Contender("cvxpylayers, moreau", _theirs("MOREAU")),
+}
+
+
+def installed() -> list[str]:
+    """Return the contenders whose solvers are there."""
+    import cvxpy
+
+    return [name for name in CONTENDERS if name != "moreau" or "MOREAU" in cvxpy.installed_solvers()]
+
+
+def answered(k: Kind, contender: Contender, truth: Iterable[tuple[float, float]]) -> str:
+    """Return what a contender says of a kind: its largest error along the parameters' directions, or its refusal."""
+    values = [torch.tensor(value, requires_grad=True) for value in k.values]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            outputs = contender.make(k)(*values)
+            parts = zip(outputs, weights(k), strict=True)
+            gradients = torch.autograd.grad(sum((x * torch.tensor(w)).sum() for x, w in parts), values)
+        except DegenerateError as error:
+            return f"says {type(error).__name__}"
+        except Exception as error:  # of another library: whatever it raises is its answer
+            return f"raises {type(error).__name__}"
+    if k.verdict != "differentiable":
+        return "answers without a word"
+    slope = zip(gradients, directions(k), truth, strict=True)
+    worst = max(abs(float((g.numpy() * d).sum()) - true) / (1 + abs(true)) for g, d, (true, _) in slope)
+    return f"{worst:.0e}" if worst < RIGHT else f"**{worst:.0e}**"
+
+
+def compared(names: Sequence[str], contenders: Sequence[str], say: Callable[[str], None]) -> list[list[str]]:
+    """Return one row for each kind of problem: its name, what is true, and every contender's answer."""
+    rows = []
+    for name in names:
+        k = kind(name)
+        truth = slopes(k) if k.verdict == "differentiable" else []
+        answers = [answered(kind(name), CONTENDERS[who], truth) for who in contenders]
+        doubt = f" ± {max(error for _, error in truth):.0e}" if truth else ""
+        rows.append([name, k.verdict + doubt, *answers])
+        say(", ".join(rows[-1]))
+    return rows
+
+
+def batch(k: Kind, size: int, seed: int = 1) -> list[Tensor]:
+    """Return values near those of a kind for a batch, of the parameters' attributes."""
+    draw, out = np.random.default_rng(seed), []
+    for parameter, value in zip(k.parameters, k.values, strict=True):
+        noise = 0.05 * np.abs(value).max() * draw.normal(size=(size, *value.shape))
+        if parameter.attributes["symmetric"] or parameter.attributes["PSD"]:
+            noise = (noise + noise.transpose(0, 2, 1)) / 2
+        if parameter.attributes["nonneg"]:
+            noise = np.abs(noise)
+        out.append(torch.tensor(value + noise, requires_grad=True))
+    return out
+
+
+def seconds(call: Call, values: Sequence[Tensor]) -> tuple[float, float]:
+    """Return the seconds of one forward and one backward pass, those of the fastest of some rounds."""
+    best = np.inf, np.inf
+    for _ in range(ROUNDS):
+        start = time.perf_counter()
+        outputs = call(*values)
+        middle = time.perf_counter()
+        torch.autograd.grad(sum((x**2).sum() for x in outputs), values)
+        both = middle - start, time.perf_counter() - middle
+        best = min(best, both, key=sum)
+    return best
+
+
+def timed(contenders: Sequence[str], say: Callable[[str], None]) -> list[list[str]]:
+    """Return one row for each kind and batch: milliseconds of all, and how many times foldopt's that is."""
+    rows = []
+    for name in TIMED:
+        calls = {who: CONTENDERS[who].make(kind(name)) for who in contenders}
+        for size in BATCHES:
+            found = {who: seconds(call, batch(kind(name), size)) for who, call in calls.items()}
+            own = sum(found["foldopt"])
+            cells = [
+                f"{1e3 * forward:.1f} + {1e3 * backward:.1f} ({(forward + backward) / own:.1f}×)"
+                for forward, backward in found.values()
+            ]
+            rows.append([name, str(size), *cells])
+            say(", ".join(rows[-1]))
+    return rows
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table in Markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def report(errors: list[list[str]], times: list[list[str]], contenders: Sequence[str], note: str) -> str:
+    """Return the page."""
+    titles = [CONTENDERS[who].title for who in contenders]
+    return f"""# CvxpyLayer beside cvxpylayers
+
+{note}
+
+## Errors of gradients
+
+{len(KINDS)} kinds of problems. The largest error of the derivative along one direction for each parameter, relative to
+1 plus its size, against extrapolated differences of tight solves by SCS and Clarabel (± what the last extrapolation
+changed). Bold: above {RIGHT:.0e}. At degenerate points there is no derivative along the incoming gradient.
+
+{table(["problem", "true", *titles], errors)}
+
+## Milliseconds, forward + backward
+
+The fastest of {ROUNDS} rounds, one thread, float64; in brackets how many times foldopt's.
+
+{table(["problem", "batch", *titles], times)}
+"""

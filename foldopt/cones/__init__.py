@@ -1,0 +1,29 @@
+"""Closed convex cones: projections with first and second derivatives in closed form, and a batched interior point.
+
+`ProductCone` is what a conic program min x'Px/2 + q'x, Ax + s = b, s in K needs; its factors are `Zero`, `Free`,
+`Nonnegative`, `SecondOrder`, `Semidefinite`, `Exponential` and `Power`, and the `Dual` of each.
+"""
+
+from foldopt.cones.base import Cone, Dual
+from foldopt.cones.elementwise import Free, Nonnegative, Zero
+from foldopt.cones.exponential import Exponential
+from foldopt.cones.power import Power
+from foldopt.cones.product import BlockDiagonal, ProductCone
+from foldopt.cones.second_order import SecondOrder
+from foldopt.cones.semidefinite import Semidefinite, smat, svec
+
+__all__ = [
+    "BlockDiagonal",
+    "Cone",
+    "Dual",
+    "Exponential",
+    "Free",
+    "Nonnegative",
+    "Power",
+    "ProductCone",
+    "SecondOrder",
+    "Semidefinite",
+    "Zero",
+    "smat",
+    "svec",
+]

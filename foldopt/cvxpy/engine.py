@@ -1,0 +1,189 @@
+"""The engine behind a CVXPY layer: a solver in front, a Newton step on the optimality conditions folded behind."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from foldopt.affine import SparseMap
+from foldopt.conic.form import Data, Form, Program
+from foldopt.conic.newton import ConeNewton, ConeState
+from foldopt.conic.point import Point
+from foldopt.conic.polish import polish
+from foldopt.cvxpy.canonical import Canonical, Input
+from foldopt.cvxpy.solver import FAILED, INFEASIBLE, NONCONVEX, SOLVED, UNBOUNDED
+from foldopt.errors import InfeasibleError, LimitError, NonconvexError, SolverError, UnboundedError
+from foldopt.fixed_point import FoldInfo
+from foldopt.fold import FoldedLayer
+from foldopt.linear_solve import linear_solver
+from foldopt.qp.engine import STATUS, solve
+from foldopt.qp.program import Program as QuadraticProgram
+from foldopt.step import Tensors
+
+ACCURATE = 1e-7  # largest relative residual of the optimality conditions that counts as solved
+NEAR = 1e-5  # largest estimate of the error of (x, y), relative to them
+_CAUSES: tuple[tuple[str, type[SolverError]], ...] = (
+    (INFEASIBLE, InfeasibleError),
+    (UNBOUNDED, UnboundedError),
+    (NONCONVEX, NonconvexError),
+    (FAILED, LimitError),
+)
+
+
+class Front(Protocol):
+    """What solves programs; `name` is how messages call it."""
+
+    name: str
+
+    def __call__(self, data: Data) -> tuple[Tensor, Tensor, list[str]]:
+        """Return x (B, n) and y (B, m), NaN where there is none, and what became of each sample, in words."""
+        ...
+
+
+class OwnQP:
+    """Programs with linear constraints only, by foldopt's own engine, as one dense batch."""
+
+    name = "foldopt's QP engine"
+
+    def __init__(self, form: Form) -> None:
+        self.form = form
+
+    def __call__(self, data: Data) -> tuple[Tensor, Tensor, list[str]]:
+        """See `Front`."""
+        form, B = self.form, len(data.q)
+        H, C = data.P.new_zeros(B, form.n, form.n), data.A.new_zeros(B, form.m, form.n)
+        H[:, form.P_row, form.P_column] = data.P
+        C[:, form.A_row, form.A_column] = data.A
+        lower = torch.where(torch.arange(form.m) < form.zero, data.b, -torch.inf)
+        found = solve(QuadraticProgram(H, data.q, C, lower, data.b))
+        return found.x, found.y, [STATUS[code] for code in found.status.tolist()]
+
+
+class Stack:
+    """Puts the parameters' entries, (B, k) or (k,) each, in the order of M's columns, and a 1 behind them.
+
+    ``stack(*params) -> (B, width)``; B is 1 if no parameter has a batch.
+    """
+
+    def __init__(self, inputs: Sequence[Input]) -> None:
+        self.order = sorted(range(len(inputs)), key=lambda i: inputs[i].column)
+
+    def __call__(self, *params: Tensor) -> Tensor:
+        """Return the stacked entries."""
+        B = max((len(p) for p in params if p.dim() == 2), default=1)
+        one = torch.ones(B, 1, dtype=torch.float64)
+        return torch.cat([*(params[i].expand(B, -1) for i in self.order), one], 1)
+
+
+class ConicEngine(FoldedLayer):
+    """The folded layer of (x, y), multipliers in the dual cone: ``engine(*params) -> (x, y)``, (B, n) and (B, m).
+
+    solvers: see `Front`; each is asked about the samples that those before it did not solve. read: (n,) bool, the
+    entries of x that outputs are made of. warm_start: begin at the solution of the last call, and ask the solvers only
+    about samples where Newton steps from there do not end in one.
+    """
+
+    def __init__(
+        self,
+        canonical: Canonical,
+        form: Form,
+        solvers: Sequence[Front],
+        read: Tensor,
+        warm_start: bool,
+        degenerate: str,
+        on_failure: str,
+    ) -> None:
+        self.stack, self.map = Stack(canonical.inputs), SparseMap(canonical.M)
+        self.form, self.solvers, self.warm_start = form, solvers, warm_start
+        self.columns = [(one.column, one.column + len(one.index)) for one in canonical.inputs]
+        self.absolute = self.map.transposed.size
+        nan = "nan" in (degenerate, on_failure)
+        newton = ConeNewton(self.form, self._theta, self._pulled, read, nan, canonical.row_name)
+        super().__init__(
+            self._solved, newton, linear_solver=linear_solver("auto"), degenerate=degenerate, on_failure=on_failure
+        )
+        self.newton, self.call = newton, _Call()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "call": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({**state, "call": _Call()})
+
+    def require(self, params: Tensors) -> None:
+        """Do nothing: the parameters' values have been looked at."""
+
+    def certify(self, state: Tensors, stepped: Tensors) -> FoldInfo:
+        """Return the certificates of the polished solutions; `_solved` has applied the policy."""
+        residual, status = self.call.found
+        return FoldInfo(residual, torch.tensor([s == SOLVED for s in status]), tuple(status))
+
+    def _theta(self, *params: Tensor) -> Tensor:
+        return self.map(self.stack(*params))
+
+    def _pulled(self, g: Tensor, needed: Sequence[bool]) -> tuple[Tensor, Tensor]:
+        """Return what the needed params get of the cotangent g of theta, and the size of its terms, (B, k) each."""
+        wanted = [range(*columns) for columns, need in zip(self.columns, needed, strict=True) if need]
+        index = torch.tensor([i for part in wanted for i in part], dtype=torch.long)
+        return self.map.transposed(g)[:, index], self.absolute(g.abs())[:, index]
+
+    def _solved(self, *params: Tensor) -> ConeState:
+        data = self.form.data(self._theta(*params))
+        program = Program(self.form, data)
+        status = [SOLVED] * len(data.q)
+        x, y = torch.full_like(data.q, torch.nan), torch.full_like(data.b, torch.nan)
+        if self.warm_start and self.call.start is not None and len(self.call.start[0]) == len(x):
+            x, y = program.inside(*self.call.start)
+        x, y, measure = polish(program, x, y)
+        for solver in self.solvers:
+            left = (~(measure.residual <= ACCURATE)).nonzero()[:, 0]
+            if not len(left):
+                break
+            found_x, found_y, found = solver(data.at(left))
+            for i, outcome in zip(left.tolist(), found, strict=True):
+                status[i] = outcome
+            scale_x, scale_y = program.scale[left].split([self.form.n, self.form.m], 1)
+            x[left], y[left] = found_x / scale_x, found_y / scale_y
+            x, y, measure = polish(program, x, y)
+        point = Point(program, x, y, measure)
+        accurate = ((measure.residual <= ACCURATE) & (point.error(measure) <= NEAR)).tolist()
+        status = [FAILED if s == SOLVED and not good else s for s, good in zip(status, accurate, strict=True)]
+        self._explain(status, measure.residual)
+        good = torch.tensor([s == SOLVED for s in status], dtype=torch.bool)[:, None]
+        x, y = torch.where(good, x, torch.nan), torch.where(good, y, torch.nan)
+        state = program.outside(x, y)
+        if good.all():
+            self.newton.keep(state, params, point)
+        self.call.found, self.call.start = (measure.residual, status), state
+        return state
+
+    def _explain(self, status: Sequence[str], residual: Tensor) -> None:
+        """Raise or warn about the samples that were not solved, by cause."""
+        if self.on_failure in ("nan", "zero") or all(s == SOLVED for s in status):
+            return
+        said = []
+        for cause in sorted(set(status) - {SOLVED}):
+            bad = [i for i, s in enumerate(status) if s == cause]
+            at = f", relative residual {float(residual[bad[0]]):.1e}" if cause == FAILED else ""
+            said.append(f"{cause}{at} at {len(bad)} of {len(status)} samples, first {bad[:10]}")
+        message = (
+            f"{' and '.join(one.name for one in self.solvers)} found no solution of the CVXPY problem: "
+            f"{'; '.join(said)}. Mend these samples, give the solver other options=, take another solver=, or choose "
+            "on_failure='nan'|'zero'."
+        )
+        if self.on_failure == "raise":
+            error = next((error for cause, error in _CAUSES if cause in status), LimitError)
+            raise error(message, [i for i, s in enumerate(status) if s != SOLVED])
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
+
+
+class _Call(threading.local):
+    """What calls of a layer pass on: residuals and statuses of the last one, and its solutions."""
+
+    found: tuple[Tensor, list[str]]
+    start: ConeState | None = None
