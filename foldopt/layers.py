@@ -24,7 +24,6 @@ from foldopt.updates.dual_proximal_gradient import DualProximalGradient
 from foldopt.updates.gradient import ProjectedGradient
 from foldopt.updates.sparse_sqp import SparseSQP
 from foldopt.updates.sqp import SQP, SmoothProgram, SQPData, SQPProgram, SQPState
-from foldopt.verdicts import require_policy
 
 Polyhedron = Callable[..., tuple[Tensor, Tensor, Tensor | None, Tensor | None]]
 
@@ -150,12 +149,13 @@ def f_sqp(
         backward pass what became of each sample.
     """
     nan = "nan" in (degenerate, on_failure)
-    step: SQP | SparseSQP = SQP(program, stepsize, degenerate, nan)
-    if sparsity is not False:
-        require_policy(degenerate)
-        if stepsize != 1:
-            raise InputError(f"stepsize={stepsize}: with sparsity= the step is a full one, stepsize=1.")
+    step: SQP | SparseSQP
+    if sparsity is False:
+        step = SQP(program, stepsize, degenerate, nan)
+    elif stepsize == 1:
         step = SparseSQP(program, None if sparsity is True else sparsity, nan)
+    else:
+        raise InputError(f"stepsize={stepsize}: with sparsity= the step is a full one, stepsize=1.")
     return fold(solve, step, dtype=dtype, degenerate=degenerate, on_failure=on_failure, **options)
 
 

@@ -19,6 +19,7 @@ from foldopt.errors import InputError
 from foldopt.qp.kkt import probe
 from foldopt.qp.matrix import Pattern, SparseMatrix
 from foldopt.qp.structure import taken
+from foldopt.step import Recorded, pushforward, vjp_of
 from foldopt.updates.sqp import SmoothProgram
 
 Product = Callable[[Tensor], Tensor]
@@ -88,9 +89,9 @@ class Sparsity:
         near = x + 1e-3 * (1 + x.abs()) * probe(x.shape[1], x)
         _, h, g = program.values(near, *params)
         p, r = h.shape[1], h.shape[1] + g.shape[1]
-        of_H, of_C = _derivatives(program, near, 1 + 0.5 * probe(r, x).expand(len(x), r), params)
+        at = Derivatives.of(program, near, 1 + 0.5 * probe(r, x).expand(len(x), r), params)
         found = cls.__new__(cls)
-        found._take(_found(of_H.pull, x.shape[1], near), _found(of_C.pull, r, near), p)
+        found._take(_found(at.hessian.pull, x.shape[1], near), _found(at.jacobian.pull, r, near), p)
         return found
 
     def united(self, other: Sparsity) -> Sparsity:
@@ -113,7 +114,6 @@ class Sparsity:
 
         Raises InputError if the program is of another size.
         """
-        of_H, of_C = _derivatives(program, x, y, params)
         shapes = self.H.shape[1], self.C.shape[0], self.n_equalities
         p = program.values(x, *params)[1].shape[1]
         if shapes != (x.shape[1], y.shape[1], p):
@@ -121,10 +121,10 @@ class Sparsity:
                 f"sparsity= is of {shapes[0]} variables, {shapes[2]} equalities and {shapes[1] - shapes[2]} "
                 f"inequalities, but the program has {x.shape[1]}, {p} and {y.shape[1] - p}."
             )
-        H, C = (reading.matrix(of, x) for reading, of in zip(self._readings, (of_H, of_C), strict=True))
-        complete = all(_agrees(M, of.pull, like) for M, of, like in ((H, of_H, x), (C, of_C, y)))
-        gradient = torch.func.grad(lambda z: program.objective(z, *params).sum())(x)
-        return Model(_plain(gradient), H, _plain(program.constraints(x, *params)), C), complete
+        at = Derivatives.of(program, x, y, params)
+        H, C = (reading.matrix(of, x) for reading, of in zip(self._readings, (at.hessian, at.jacobian), strict=True))
+        complete = _agrees(H, at.hessian.pull, x) and _agrees(C, at.jacobian.pull, y)
+        return Model(_plain(at.gradient), H, _plain(at.c), C), complete
 
 
 class Derivative(NamedTuple):
@@ -133,25 +133,42 @@ class Derivative(NamedTuple):
     pull: Product
     push: Product
 
+    @classmethod
+    def of(cls, value: Tensor, x: Tensor) -> Derivative:
+        """Return that of a recorded value (B, m) with respect to x (B, n)."""
+        recorded = Recorded((value,), (x,), ())
 
-def _derivatives(
-    program: SmoothProgram, x: Tensor, y: Tensor, params: Sequence[Tensor]
-) -> tuple[Derivative, Derivative]:
-    """Return the Hessian of the Lagrangian and the Jacobian of the constraints."""
+        def pull(s: Tensor) -> Tensor:
+            pulled = vjp_of(recorded, (x,), (s,))[0]
+            return torch.zeros_like(x) if pulled is None else pulled
 
-    def slope(z: Tensor) -> Tensor:
-        return torch.func.grad(lambda w: program.lagrangian(w, y, *params).sum())(z)
+        return cls(pull, lambda t: pushforward(recorded, (x,))((t,))[0])
 
-    hessian = torch.func.vjp(slope, x)[1]
-    pull = torch.func.vjp(lambda z: program.constraints(z, *params), x)[1]
 
-    def product(t: Tensor) -> Tensor:
-        return hessian(t)[0]
+class Derivatives(NamedTuple):
+    """Of a program at (x, y): gradient of f (B, n), Hessian of the Lagrangian, constraints (B, r), their Jacobian."""
 
-    def push(t: Tensor) -> Tensor:  # the pull is linear, and its own pull is the push
-        return torch.func.vjp(lambda s: pull(s)[0], torch.zeros_like(y))[1](t)[0]
+    gradient: Tensor
+    hessian: Derivative
+    c: Tensor
+    jacobian: Derivative
 
-    return Derivative(product, product), Derivative(lambda s: pull(s)[0], push)
+    @classmethod
+    def of(cls, program: SmoothProgram, x: Tensor, y: Tensor, params: Sequence[Tensor]) -> Derivatives:
+        """Record them; they pass no gradient."""
+        params = [p.detach() for p in params]
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            f, c = program.objective(x, *params).sum(), program.constraints(x, *params)
+            slope = _gradient(f + (y.detach() * c).sum(), x)
+        return cls(_gradient(f, x), Derivative.of(slope, x), c, Derivative.of(c, x))
+
+
+def _gradient(value: Tensor, x: Tensor) -> Tensor:
+    """Return the gradient of a number, recorded."""
+    if not value.requires_grad:
+        return torch.zeros_like(x)
+    return torch.autograd.grad(value, x, create_graph=True, materialize_grads=True)[0]
 
 
 class Reading:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from foldopt.conic.form import Data, Form, Program
 from foldopt.conic.point import Point, conditions
 from foldopt.conic.systems import DENSE, solved
 from foldopt.qp.kkt import probe
+from foldopt.updates.kept import Kept
 from foldopt.verdicts import DEPENDENT, DIFFERENTIABLE, KINK, NOT_UNIQUE, Verdict
 
 ConeState = tuple[Tensor, Tensor]
@@ -55,7 +56,7 @@ class ConeNewton(nn.Module):
         super().__init__()
         self.form, self.theta, self.pull, self.read, self.nan = form, theta, pull, read, nan
         self.row_names = row_names
-        self._kept: _Kept | None = None
+        self._kept: Kept | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_kept": None}
@@ -93,8 +94,8 @@ class ConeNewton(nn.Module):
     def at(self, state: ConeState, params: Sequence[Tensor], theta: Tensor | None = None) -> Point:
         """Return what the step needs to know of a state, kept for as long as it is asked for the same one."""
         tensors = (*state, *params)
-        if self._kept is not None and self._kept.suits(tensors):
-            return self._kept.point
+        if self._kept is not None and self._kept.suits(*tensors):
+            return self._kept.found
         with torch.no_grad():
             theta = self.theta(*params) if theta is None else theta.detach()
             program = Program(self.form, self.form.data(theta))
@@ -104,7 +105,7 @@ class ConeNewton(nn.Module):
 
     def keep(self, state: ConeState, params: Sequence[Tensor], point: Point) -> None:
         """Keep what is known of a state for the steps there, until the next call."""
-        self._kept = _Kept.of(point, (*state, *params))
+        self._kept = Kept.of(point, *state, *params)
 
     def _judged(
         self, point: Point, state: ConeState, g: Tensor, needed: Sequence[bool], forward: bool
@@ -225,25 +226,3 @@ class ConeNewton(nn.Module):
         """Return whether a gradient of the program's entries is one of the needed params, (B,) bool."""
         found, terms = self.pull(torch.cat(gradient, 1), needed)
         return (found.abs() > SHARE * terms).any(1)
-
-
-class _Kept(NamedTuple):
-    """What is known of a state, and the tensors that it belongs to as they were."""
-
-    point: Point
-    tensors: tuple[Tensor, ...]
-    versions: tuple[int, ...]
-
-    @classmethod
-    def of(cls, point: Point, tensors: Sequence[Tensor]) -> _Kept | None:
-        if any(t.is_inference() for t in tensors):  # which keep no version
-            return None
-        return cls(point, tuple(t.detach() for t in tensors), tuple(t._version for t in tensors))
-
-    def suits(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether these are the same memory, not written to since."""
-        return len(tensors) == len(self.tensors) and all(
-            not t.is_inference()
-            and (t.data_ptr(), t._version, t.shape, t.stride()) == (own.data_ptr(), version, own.shape, own.stride())
-            for t, own, version in zip(tensors, self.tensors, self.versions, strict=True)
-        )

@@ -5,7 +5,7 @@ A linear solver is a frozen dataclass called as ``solver(vjp, g, phi=None) -> (v
 - ``vjp`` maps v of shape (B, N) to Phi^T v of shape (B, N), row by row independent,
 - ``g`` of shape (B, N) is the incoming cotangent,
 - ``phi``, if given, is the matrix itself, a `Phi`: made and factored when asked for, and kept for other right-hand
-  sides at the same point. ``phi.closed_form`` tells whether making it costs no products.
+  sides at the same point. ``phi.closed_form`` tells whether making it costs no products; a closed form may be sparse.
 
 Every sample stops on its own: `LinearSolveInfo` holds, per sample, the number of products with Phi^T it took, the
 relative residual ||g + Phi^T v - v|| / ||g|| *measured at the returned v*, and whether that is below tolerance.

@@ -17,6 +17,7 @@ from foldopt.qp.matrix import compact, matmul, numbers, selected_rows, where_sam
 from foldopt.qp.program import Program, Units, equilibrate, residual
 from foldopt.qp.structure import Structure
 from foldopt.qp.systems import Equilibrated, Mended, Restrained, Schur, System, products, restrained, solved
+from foldopt.updates.kept import Kept
 from foldopt.verdicts import DEPENDENT, DIFFERENTIABLE, KINK, NOT_UNIQUE, Verdict
 
 NewtonState = tuple[Tensor, Tensor]
@@ -50,7 +51,7 @@ class KKTNewton(nn.Module):
     def __init__(self, degenerate: str = "raise", nan: bool = False, structure: Structure | None = None) -> None:
         super().__init__()
         self.degenerate, self.nan, self.structure = degenerate, nan, structure
-        self._prepared: _Prepared | None = None
+        self._prepared: Kept | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_prepared": None}
@@ -59,7 +60,7 @@ class KKTNewton(nn.Module):
         """Return the state after one step."""
         x, y = state
         kept = self._prepared
-        known = kept.symmetric if kept is not None and kept.suits(*state, *params) else None
+        known = kept.found.symmetric if kept is not None and kept.suits(*state, *params) else None
         program = self.program(params, known)
         at = self.at(state, params, program)
         strong, sound = at.strong, at.sound[:, None]
@@ -106,13 +107,13 @@ class KKTNewton(nn.Module):
 
         symmetric: the symmetric part of Q, if it is known.
         """
-        self._prepared = _Prepared.of(at, symmetric, *state, *params)
+        self._prepared = Kept.of(_Known(at, symmetric), *state, *params)
 
     def at(self, state: NewtonState, params: Sequence[Tensor], program: Program | None = None) -> Point:
         """Return what the step needs to know of a state, kept for as long as it is asked for the same one."""
         kept = self._prepared
         if kept is not None and kept.suits(*state, *params):
-            return kept.point
+            return kept.found.point
         with torch.no_grad():
             data = self.program(params) if program is None else program.detach()
             point = Point.of(data, state[0].detach(), state[1].detach(), self.degenerate)
@@ -337,28 +338,11 @@ def _independent(program: Program, y: Tensor, strong: Tensor, dependent: Tensor)
     return strong
 
 
-class _Prepared(NamedTuple):
-    """What is known of a state, and the tensors that it belongs to as they were."""
+class _Known(NamedTuple):
+    """What is known of a state: its point, and the symmetric part of Q."""
 
     point: Point
     symmetric: Tensor | None
-    tensors: tuple[Tensor, ...]
-    versions: tuple[int, ...]
-
-    @classmethod
-    def of(cls, point: Point, symmetric: Tensor | None, *tensors: Tensor) -> _Prepared | None:
-        if any(t.is_inference() for t in tensors):  # which keep no version
-            return None
-        return cls(point, symmetric, tuple(t.detach() for t in tensors), tuple(t._version for t in tensors))
-
-    def suits(self, *tensors: Tensor) -> bool:
-        """Whether these are the same memory, not written to since."""
-        return len(tensors) == len(self.tensors) and all(
-            not t.is_inference()
-            and (t.data_ptr(), t._version, t.dtype, t.shape, t.stride())
-            == (own.data_ptr(), version, own.dtype, own.shape, own.stride())
-            for t, own, version in zip(tensors, self.tensors, self.versions, strict=True)
-        )
 
 
 def program_of(
