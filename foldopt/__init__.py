@@ -16,6 +16,7 @@ from foldopt.fixed_point import FoldInfo, fixed_point_vjp
 from foldopt.fold import FoldedLayer, fold
 from foldopt.layers import NLPLayer, f_fdpg, f_pgd_a, f_pgd_b, f_sqp
 from foldopt.qp.layer import QPLayer
+from foldopt.sparsity import Sparsity
 from foldopt.unroll import unfold, unroll
 from foldopt.updates import ADMM, SQP, DualProximalGradient, ProjectedGradient, ProximalGradient, SmoothProgram
 
@@ -31,6 +32,7 @@ __all__ = [
     "ProximalGradient",
     "QPLayer",
     "SmoothProgram",
+    "Sparsity",
     "check",
     "diagnostics",
     "errors",

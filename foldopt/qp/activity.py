@@ -150,7 +150,8 @@ def _shifted(p: Program, x: Tensor, y: Tensor, strong: Tensor, weak: Tensor) -> 
     """Move y of one sample along multipliers of 0 that are positive on as many weak rows as there can be.
 
     max sum t over a free on the strong rows and b >= t, 0 <= t <= 1 on the weak ones with C_S'a + C_W'(sign b) = 0. A
-    small cost keeps b from being large for nothing, which would leave little of the others.
+    vertex, which is what solvers of sparse programs return, needs a small cost of b: b large for nothing would leave
+    little of the others. The interior point returns the middle.
     """
     held, touched = strong[0].nonzero()[:, 0], weak[0].nonzero()[:, 0]
     z = matvec(p.C, x)
@@ -164,7 +165,7 @@ def _shifted(p: Program, x: Tensor, y: Tensor, strong: Tensor, weak: Tensor) -> 
     C = assembled([[S.mT, W.mT, zeros(W, n, w)], [zeros(W, w, s), eye, minus], [None, None, eye], [None, eye, None]])
     low = torch.cat([y.new_zeros(1, n), none, none, none], 1)
     high = torch.cat([y.new_zeros(1, n), none + torch.inf, none + 1, none + 1e6], 1)
-    linear = Program(zeros(W, total, total), torch.cat([y.new_zeros(1, s), none + SMALL, none - 1], 1), C, low, high)
+    linear = Program(zeros(W, total, total), torch.cat([y.new_zeros(1, s), none + (SMALL if isinstance(W, SparseMatrix) else 0), none - 1], 1), C, low, high)
     found, multipliers = nearby(linear, tol=1e-9)
     a, b, t = found.split([s, w, w], 1)
     supported = t > 0.5

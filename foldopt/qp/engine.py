@@ -31,7 +31,7 @@ SOLVED = 1e-9  # largest relative KKT residual of a solution
 CURVATURE = 1e-9  # negative curvature, relative to the equilibrated H, that counts as none
 VIOLATION = 1e-8  # least violation of the rows, relative to their bounds, that proves a program infeasible
 DESCENT = 1e-7  # slope along a ray that proves a program unbounded
-FAR = 1e10  # size of x, in units in which it should be 1, beside which rounding hides that the rows contradict
+FAR = 1e10  # size of x, in units in which it should be 1, beside which rounding hides that there is no solution
 STATUS = ("solved", "infeasible", "unbounded", "nonconvex", "limit reached", "not finite")
 GOOD, INFEASIBLE, UNBOUNDED, NONCONVEX, LIMIT, NOT_FINITE = range(len(STATUS))
 
@@ -106,7 +106,7 @@ def solve(program: Program, curvature: float = CURVATURE, front: Front | None = 
     bad = ((status == LIMIT) | (good & (x.abs().amax(1) > FAR))).nonzero()[:, 0]
     if len(bad):
         cause, certificate[bad], violation[bad], ray[bad] = _cause(scaled.at(bad))
-        status[bad] = torch.where(good[bad] & (cause != INFEASIBLE), GOOD, cause)
+        status[bad] = torch.where(good[bad] & (cause == LIMIT), GOOD, cause)
         good = status == GOOD
     x, y = (torch.where(good[:, None], part, torch.nan) for part in (x, y))
     back = units.e / units.c

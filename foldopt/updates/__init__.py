@@ -3,6 +3,7 @@
 from foldopt.updates.admm import ADMM
 from foldopt.updates.dual_proximal_gradient import DualProximalGradient
 from foldopt.updates.gradient import ProjectedGradient, ProximalGradient
+from foldopt.updates.sparse_sqp import SparseSQP
 from foldopt.updates.sqp import SQP, SmoothProgram, SQPData, SQPProgram
 
 __all__ = [
@@ -14,4 +15,5 @@ __all__ = [
     "SQPData",
     "SQPProgram",
     "SmoothProgram",
+    "SparseSQP",
 ]
