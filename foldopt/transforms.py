@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
@@ -187,6 +188,19 @@ def transformed(*tensors: Tensor) -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None or any(
         torch._C._functorch.is_legacy_batchedtensor(t) for t in tensors
     )
+
+
+def is_wrapped(t: Tensor) -> bool:
+    """Return whether a transform of torch.func, or autograd's own vmap, maps or differentiates this tensor."""
+    functorch = torch._C._functorch
+    return functorch.is_functorch_wrapped_tensor(t) or functorch.is_legacy_batchedtensor(t)
+
+
+@contextlib.contextmanager
+def untransformed() -> Iterator[None]:
+    """Compute what no transform of torch.func is about, such as indices, on plain tensors."""
+    with temporarily_clear_interpreter_stack():
+        yield
 
 
 def plain(*tensors: Tensor) -> bool:

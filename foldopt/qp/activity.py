@@ -165,7 +165,13 @@ def _shifted(p: Program, x: Tensor, y: Tensor, strong: Tensor, weak: Tensor) -> 
     C = assembled([[S.mT, W.mT, zeros(W, n, w)], [zeros(W, w, s), eye, minus], [None, None, eye], [None, eye, None]])
     low = torch.cat([y.new_zeros(1, n), none, none, none], 1)
     high = torch.cat([y.new_zeros(1, n), none + torch.inf, none + 1, none + 1e6], 1)
-    linear = Program(zeros(W, total, total), torch.cat([y.new_zeros(1, s), none + (SMALL if isinstance(W, SparseMatrix) else 0), none - 1], 1), C, low, high)
+    linear = Program(
+        zeros(W, total, total),
+        torch.cat([y.new_zeros(1, s), none + (SMALL if isinstance(W, SparseMatrix) else 0), none - 1], 1),
+        C,
+        low,
+        high,
+    )
     found, multipliers = nearby(linear, tol=1e-9)
     a, b, t = found.split([s, w, w], 1)
     supported = t > 0.5

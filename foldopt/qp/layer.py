@@ -37,6 +37,7 @@ from foldopt.qp.systems import Schur
 from foldopt.solvers.qp_solvers import QPSolver
 from foldopt.solvers.saddle import Saddle
 from foldopt.step import Tensors
+from foldopt.transforms import untransformed
 from foldopt.updates.newton import KKTNewton, NewtonState, Point
 
 PATTERNS = 4  # of sparse arguments, for which a layer keeps what it has made
@@ -143,7 +144,9 @@ class QPLayer(nn.Module):
             if fold.newton.structure is not None and fold.newton.structure.suits(*given.patterns):
                 return fold
         degenerate, on_failure = self.fold.degenerate, self.fold.on_failure
-        newton = KKTNewton(degenerate, self.update.nan, Structure(*given.patterns))
+        with untransformed():
+            structure = Structure(*given.patterns)
+        newton = KKTNewton(degenerate, self.update.nan, structure)
         fold = _QPFold(newton, self.fold.linear_solver, degenerate, on_failure, self.solver, self.warm_start)
         self._sparse = [fold, *self._sparse[: PATTERNS - 1]]
         return fold

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from foldopt.qp.sparse_kkt import packages
+
 
 class Pattern:
     """Where a sparse matrix (m, n) has entries: rows and columns (nnz,), int64, each place at most once."""
@@ -39,6 +41,12 @@ class Pattern:
             and torch.equal(self.rows, other.rows)
             and torch.equal(self.columns, other.columns)
         )
+
+    @cached_property
+    def distinct(self) -> bool:
+        """Whether no place has two entries."""
+        place = torch.sort(self.rows * self.shape[1] + self.columns).values
+        return bool((place[1:] != place[:-1]).all())
 
     @cached_property
     def transposed(self) -> Pattern:
@@ -113,13 +121,10 @@ class SparseMatrix:
 
     def to_scipy(self, sample: int) -> Any:
         """Return one sample as a scipy CSR matrix."""
-        import scipy.sparse
-
+        _, sparse, _ = packages()
         order, columns, starts = self.pattern.by_rows
         values = self.values[sample].detach().cpu().numpy()
-        out = scipy.sparse.csr_matrix(
-            (values if order is None else values[order], columns, starts), shape=self.pattern.shape
-        )
+        out = sparse.csr_matrix((values if order is None else values[order], columns, starts), shape=self.pattern.shape)
         if not values.all():
             out = out.copy()  # the pattern is shared
             out.eliminate_zeros()

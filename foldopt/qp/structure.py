@@ -10,6 +10,7 @@ from torch import Tensor
 from foldopt.errors import InputError
 from foldopt.qp.matrix import Pattern, SparseMatrix
 from foldopt.qp.program import Program
+from foldopt.transforms import is_wrapped, untransformed
 
 LAYOUTS = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc)
 
@@ -32,28 +33,51 @@ def taken(name: str, M: Any, device: torch.device) -> Taken:
     """Return the pattern and values of a matrix: torch sparse (COO, CSR, CSC), scipy sparse, `SparseMatrix` or dense.
 
     A gradient with respect to the values comes back to M in its own layout. A batch (B, m, n) of sparse matrices has
-    the entries of all its samples. Of a dense M that needs no gradient the zeros are left out.
+    the entries of all its samples. Of a dense M that needs no gradient the zeros are left out. The pattern is of plain
+    tensors under transforms of torch.func too, so that a layer may keep it.
 
     Raises InputError for another layout, or numbers that are not real.
     """
-    if isinstance(M, SparseMatrix):
-        found = Taken(M.pattern, M.values)
-    elif not isinstance(M, Tensor):
-        found = _of_scipy(name, M, device)
-    elif M.layout == torch.strided:
+    if isinstance(M, Tensor) and M.layout == torch.strided:
         found = _of_dense(M)
-    elif M.layout == torch.sparse_coo:
-        found = _of_coo(name, M)
-    elif M.layout in LAYOUTS:
-        found = _of_compressed(name, M)
     else:
-        raise InputError(f"{name} is of layout {M.layout}, expected dense, sparse COO, CSR or CSC: {name}.to_sparse().")
+        with untransformed():
+            found = _of_sparse(name, M, device)
     values = found.values
     if values.is_complex() or values.dtype == torch.bool:
         raise InputError(f"{name} is of dtype {values.dtype}, expected real numbers.")
     if values.device != device:
         raise InputError(f"{name} is on {values.device}, other arguments are on {device}; move them to one device.")
     return Taken(found.pattern, values)
+
+
+def _of_sparse(name: str, M: Any, device: torch.device) -> Taken:
+    if isinstance(M, SparseMatrix):
+        return _of_pattern(name, M)
+    if not isinstance(M, Tensor):
+        return _of_scipy(name, M, device)
+    if M.layout == torch.sparse_coo:
+        return _of_coo(name, M)
+    if M.layout in LAYOUTS:
+        return _of_compressed(name, M)
+    raise InputError(f"{name} is of layout {M.layout}, expected dense, sparse COO, CSR or CSC: {name}.to_sparse().")
+
+
+def _of_pattern(name: str, M: SparseMatrix) -> Taken:
+    (rows, columns, (m, n)), values = (M.pattern.rows, M.pattern.columns, M.pattern.shape), M.values
+    count = len(rows)
+    if values.dim() not in (1, 2) or values.shape[-1] != count or len(columns) != count:
+        raise InputError(
+            f"{name} has values of shape {tuple(values.shape)}, expected {(count,)} or (B, {count}): its pattern has "
+            f"{count} rows and {len(columns)} columns of entries."
+        )
+    if ((rows < 0) | (rows >= m) | (columns < 0) | (columns >= n)).any():
+        raise InputError(
+            f"{name} has an entry outside of its shape {(m, n)}; mend the rows and columns of its pattern."
+        )
+    if not M.pattern.distinct:
+        raise InputError(f"{name} has two entries in one place; add them up.")
+    return Taken(M.pattern, values)
 
 
 def _of_scipy(name: str, M: Any, device: torch.device) -> Taken:
@@ -73,13 +97,16 @@ def _of_scipy(name: str, M: Any, device: torch.device) -> Taken:
 
 def _of_dense(M: Tensor) -> Taken:
     m, n = M.shape[-2:]
+    whole = M.requires_grad or is_wrapped(M)
+    with untransformed():
+        if whole:
+            kept = torch.arange(m * n, device=M.device)
+        else:
+            there = (M != 0).flatten(-2)
+            kept = (there if M.dim() == 2 else there.any(0)).nonzero()[:, 0]
+        pattern = Pattern(kept // max(n, 1), kept % max(n, 1), (m, n))
     flat = M.flatten(-2)
-    if M.requires_grad:
-        kept = torch.arange(m * n, device=M.device)
-    else:
-        kept = ((flat != 0) if flat.dim() == 1 else (flat != 0).any(0)).nonzero()[:, 0]
-        flat = flat[..., kept]
-    return Taken(Pattern(kept // max(n, 1), kept % max(n, 1), (m, n)), flat)
+    return Taken(pattern, flat if whole else flat[..., kept])
 
 
 def _of_coo(name: str, M: Tensor) -> Taken:
@@ -96,12 +123,12 @@ def _of_coo(name: str, M: Tensor) -> Taken:
 
 
 def _of_compressed(name: str, M: Tensor) -> Taken:
-    by_rows = M.layout == torch.sparse_csr
-    pointers = M.crow_indices() if by_rows else M.ccol_indices()
-    inner = M.col_indices() if by_rows else M.row_indices()
     if M.dense_dim() or M.dim() not in (2, 3):
         raise InputError(f"{name} has shape {tuple(M.shape)}, expected a sparse (m, n) or (B, m, n).")
     values: Tensor = _Values.apply(M)
+    by_rows = M.layout == torch.sparse_csr
+    pointers = M.crow_indices() if by_rows else M.ccol_indices()
+    inner = M.col_indices() if by_rows else M.row_indices()
     m, n = M.shape[-2:]
     if M.dim() == 3 and bool((pointers == pointers[:1]).all()) and bool((inner == inner[:1]).all()):
         pointers, inner = pointers[0], inner[0]
@@ -177,12 +204,16 @@ class Structure:
 
     def __init__(self, Q: Pattern, G: Pattern, A: Pattern, bounded: bool) -> None:
         self.own, self.bounded = (Q, G, A), bounded
+        with untransformed():
+            self._make(Q, G, A)
+
+    def _make(self, Q: Pattern, G: Pattern, A: Pattern) -> None:
         n = Q.shape[0]
         places = torch.cat([Q.rows * n + Q.columns, Q.columns * n + Q.rows])
         found, at = torch.unique(places, return_inverse=True)
         self.H = Pattern(found // max(n, 1), found % max(n, 1), (n, n))
         self.direct, self.mirrored = at.split([len(Q.rows)] * 2)
-        blocks = [A, G] + ([Pattern.identity(n, Q.rows.device)] if bounded else [])
+        blocks = [A, G] + ([Pattern.identity(n, Q.rows.device)] if self.bounded else [])
         tops = [0, A.shape[0], A.shape[0] + G.shape[0]]
         self.C = Pattern(
             torch.cat([block.rows + top for block, top in zip(blocks, tops, strict=False)]),
@@ -193,7 +224,8 @@ class Structure:
     def suits(self, Q: Pattern, G: Pattern, A: Pattern, bounded: bool) -> bool:
         """Whether it is that of these patterns."""
         pairs = zip(self.own, (Q, G, A), strict=True)
-        return bounded == self.bounded and all(a is b or a.same_as(b) for a, b in pairs)
+        with untransformed():
+            return bounded == self.bounded and all(a is b or a.same_as(b) for a, b in pairs)
 
     def program(
         self,

@@ -1,0 +1,72 @@
+"""The examples at a small size; their numbers are compared with truth that foldopt has no part in."""
+
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("qpsolvers")
+pytest.importorskip("scipy")
+ROOT = Path(__file__).resolve().parents[2]
+NAMES = ("factor_portfolio", "lasso_path", "min_cost_flow", "mpc")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_example_is_short_and_found_from_any_folder(name, tmp_path):
+    path = ROOT / "examples" / f"{name}.py"
+    assert len(path.read_text().splitlines()) <= 120
+    done = subprocess.run([sys.executable, path, "--help"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "usage" in done.stdout
+
+
+def run(name, *size, **options):
+    return importlib.import_module(f"examples.{name}").main(*size, **options)
+
+
+def test_mpc_learns_the_chain():
+    found = run("mpc", horizon=15)
+    assert found["limits"] > 0
+    assert found["law_error"] < 1e-8
+    assert found["gradient_error"] < 1e-7
+    assert np.allclose(found["learned"], [1.0, 0.2], atol=2e-3)
+
+
+@pytest.mark.parametrize(("size", "ties"), [((6, 9), False), ((10, 20), False), ((20, 20), True)])
+def test_min_cost_flow_has_no_derivative_where_highs_finds_two_flows(size, ties):
+    found = run("min_cost_flow", *size, steps=25 if ties else 1)
+    assert (found["differ"] > 0) == ties
+    assert found["costs"][0] == found["costs"][1]
+    assert found["integer"]["verdict"] == ("not unique" if ties else "differentiable")
+    assert found["no ties"]["verdict"] == "differentiable"
+    assert found["no ties"]["gradient"] < 1e-15
+    assert found["moved"] == 0
+    assert found["ridge"]["verdict"] == "differentiable"
+    assert found["ridge"]["gradient"] > 1e-3
+    assert found["gradient_error"] < 1e-6
+    assert not ties or sum(found["after"]) < 0.7 * sum(found["before"])
+
+
+def test_lasso_path_is_optimal_at_every_knot():
+    found = run("lasso_path", features=120)
+    assert len(found["knots"]) > 10
+    for s, w in found["knots"]:
+        correlation = found["X"].T @ (found["y"] - found["X"] @ w)
+        assert np.abs(correlation).max() <= s * (1 + 1e-9)
+        held = np.abs(w) > 1e-9
+        assert np.allclose(correlation[held], s * np.sign(w[held]), rtol=1e-9)
+    assert found["gap"] < 1e-10
+    assert found["slope_error"] < 1e-10
+    assert found["verdicts"] == {"knot": "kink", "inside": "differentiable"}
+    assert found["best"] <= found["found"] < 1.02 * found["best"]
+
+
+def test_factor_portfolio_pays_off_on_unseen_days():
+    found = run("factor_portfolio", assets=200, days=4)
+    assert found["error"] < 1e-7
+    assert found["gradient_error"] < 1e-5
+    assert found["trained"]["mse"] > found["two stages"]["mse"]
+    for part in ("seen", "unseen"):
+        assert 0 < found["trained"][part] < 0.8 * found["two stages"][part]
