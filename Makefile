@@ -113,7 +113,7 @@ forward-tolerance: .venv/.installed ## sensitivity of training to the forward so
 bench: .venv/peers/.installed ## time, memory and accuracy of every layer beside its peers, against the targets (some 20 minutes; THREADS="1 4")
 	.venv/peers/bin/python -m scripts.bench --profile $(PROFILE) $(addprefix --threads=,$(THREADS))
 
-bench-qp: .venv/peers/.installed ## QPLayer on Maros-Meszaros programs and every library on hard cases (some 6 minutes; DATA=folder, LARGEST=n)
+bench-qp: .venv/peers/.installed ## QPLayer and its peers on Maros-Meszaros, large sparse programs, hard cases (some 40 minutes; DATA=folder, LARGEST=n)
 	OMP_NUM_THREADS=1 .venv/peers/bin/python -m scripts.bench_qp $(if $(DATA),--data $(DATA)) $(if $(LARGEST),--largest $(LARGEST))
 
 bench-cvxpy: .venv/peers/.installed ## CvxpyLayer beside cvxpylayers on 28 kinds of problems: errors of gradients, milliseconds (2 minutes)

@@ -1,23 +1,31 @@
-"""Put QPLayer to the Maros-Meszaros programs and every library to the hard cases.
+"""Put QPLayer and its peers to the Maros-Meszaros programs, to large sparse programs and to the hard cases.
 
-Writes results/bench/qp.md and results/bench/qp.csv.
+Writes results/bench/qp.md and results/bench/qp.csv. A run that is interrupted goes on where it was, as long as no
+source file changes.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import os
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import pandas as pd
 from rich.console import Console
 
-from experiments.artifacts import Artifacts, output_root
-from experiments.benchmark import collection, qp_report
+from experiments.artifacts import RESULTS, Artifacts, output_root
+from experiments.benchmark import collection, collection_run, large_sparse, qp_report
 from experiments.benchmark.hard_cases import cases
 from experiments.benchmark.qp_peers import CONTENDERS
 from experiments.benchmark.report import machine
+from experiments.execution import made_with
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -26,27 +34,31 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--data", type=Path, help="folder of the .mat files and optima.json; without it nothing is written"
     )
-    parser.add_argument("--largest", type=int, default=500, help="variables of the largest problem (default: 500)")
-    parser.add_argument("--only", action="append", help="a problem, a hard case or a library; nothing is written")
+    parser.add_argument("--largest", type=int, help="variables of the largest problem (default: no limit)")
+    parser.add_argument("--only", action="append", help="a problem, a case or a library; nothing is written")
     options = parser.parse_args(arguments)
     console = Console(soft_wrap=True, highlight=False, markup=False)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that are started
     problems = collection.names(options.data, options.largest) if options.data else []
-    hard, contenders = [case.name for case in cases()], list(CONTENDERS)
+    sparse, hard, contenders = list(large_sparse.CASES), [case.name for case in cases()], list(CONTENDERS)
     if options.only:
-        unknown = set(options.only) - {*problems, *hard, *contenders}
+        unknown = set(options.only) - {*problems, *sparse, *hard, *contenders}
         if unknown:
-            parser.error(f"--only: {', '.join(sorted(unknown))} is no problem in --data, no hard case and no library.")
-        problems = [name for name in problems if name in options.only]
-        chosen = [name for name in hard if name in options.only]
-        libraries = [name for name in contenders if name in options.only]
+            parser.error(f"--only: {', '.join(sorted(unknown))} is no problem in --data, no case and no library.")
+        problems, sparse, chosen, libraries = (
+            [name for name in names if name in options.only] for names in (problems, sparse, hard, contenders)
+        )
         hard, contenders = chosen or (hard if libraries else []), libraries or (contenders if chosen else [])
-    findings = qp_report.examined(options.data, problems, console.print) if problems else pd.DataFrame()
-    cells = qp_report.compared(hard, contenders, console.print) if hard else {}
+    keep = Path(tempfile.mkdtemp()) if options.only else RESULTS / "runs" / f"bench-qp-{_digest()}"
+    keep.mkdir(parents=True, exist_ok=True)
+    findings = collection_run.examined(options.data, problems, keep, console.print) if problems else pd.DataFrame()
+    speed = qp_report.fast(sparse, keep, console.print) if sparse else pd.DataFrame()
+    cells = qp_report.compared(hard, contenders, keep, console.print) if hard else {}
     where = machine()
-    command = f"make bench-qp DATA={options.data}" + (f" LARGEST={options.largest}" if options.largest != 500 else "")
+    given = {"DATA": options.data, "LARGEST": options.largest}
+    command = " ".join(["make bench-qp", *(f"{name}={value}" for name, value in given.items() if value)])
     note = f"{where['cpu']}, {where['cores']} cores, one thread; float64. Made by: `{command}`"
-    page = qp_report.report(findings, cells, note)
+    page = qp_report.report(findings, speed, cells, note)
     console.print(page)
     if options.data and not options.only:
         artifacts = Artifacts(output_root("default"))
@@ -54,7 +66,17 @@ def main(arguments: list[str] | None = None) -> int:
         artifacts.csv("bench/qp", findings)
         for line in artifacts.lines():
             console.print(line)
+    shutil.rmtree(keep)
     return 0
+
+
+def _digest() -> str:
+    """Return a hash of all that the numbers depend on: sources, versions, the machine."""
+    sources = [
+        path for folder in ("foldopt", "experiments/benchmark") for path in sorted((ROOT / folder).rglob("*.py"))
+    ]
+    also = json.dumps([made_with()["versions"], machine()])
+    return hashlib.sha256(b"".join([*(path.read_bytes() for path in sources), also.encode()])).hexdigest()[:12]
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 Vector = NDArray[np.float64]
 INFINITE = 9e19  # the files write infinity as 1e20
+NEGLIGIBLE = 1e-9  # part of the largest entry, up to which another is rounding
 
 
 @dataclass(frozen=True)
@@ -130,9 +131,9 @@ def arguments(problem: Problem) -> Arguments:
 
 
 def typical(x: Vector) -> float:
-    """Return the median size of the entries of x that are not zero, 1 where all are."""
+    """Return the median size of the entries of x that are not negligible, 1 where all are 0."""
     size = np.abs(x)
-    large = size[size > 1e-9 * size.max(initial=0.0)]
+    large = size[size > NEGLIGIBLE * size.max(initial=0.0)]
     return float(np.median(large)) if len(large) else 1.0
 
 
@@ -145,7 +146,8 @@ def scales(args: Arguments, x: Vector, names: Sequence[str]) -> dict[str, Vector
 
     def entries(value: Vector, terms: Vector) -> Vector:
         scale = np.maximum(np.where(np.isfinite(value), np.abs(value), 0.0), terms)
-        return np.where(np.isfinite(value), np.where(scale > 0, scale, typical(scale)), 0.0)
+        usual = np.where(scale > NEGLIGIBLE * scale.max(initial=0.0), scale, typical(scale))
+        return np.where(np.isfinite(value), usual, 0.0)
 
     made = {
         "p": lambda: entries(args.p, abs(args.Q) @ size),

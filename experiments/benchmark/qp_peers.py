@@ -28,17 +28,21 @@ class RefusedError(Exception):
 
 
 @dataclass(frozen=True)
-class Contender:
+class Setting:
     """A library at one setting.
 
-    package: of which the version is named, "" for ours. solve: (p, case) -> x, (n,). refuses: what its own errors start
-    with; other exceptions are raw.
+    package: of which the version is named, "" for ours. refuses: what its own errors start with; other exceptions are
+    raw.
     """
 
     title: str
     package: str
-    solve: Solve
     refuses: tuple[str, ...]
+
+    def is_refusal(self, error: Exception) -> bool:
+        """Whether the library means to say by `error` that it has no answer."""
+        said = f"{type(error).__name__}: {error}"
+        return isinstance(error, FoldoptError) or said.startswith((*self.refuses, "RefusedError"))
 
     def installed(self) -> bool:
         """Whether its package is there."""
@@ -51,10 +55,17 @@ class Contender:
         return True
 
     def named(self) -> str:
-        """Return its title with the version."""
+        """Return its title with the version, where its package is there."""
         name, _, setting = self.title.partition(", ")
-        version = f" {importlib.metadata.version(self.package)}" if self.package else ""
+        version = f" {importlib.metadata.version(self.package)}" if self.package and self.installed() else ""
         return f"{name}{version}" + (f", {setting}" if setting else "")
+
+
+@dataclass(frozen=True)
+class Contender(Setting):
+    """A library that is put to the hard cases; solve: (p, case) -> x, (n,)."""
+
+    solve: Solve
 
 
 def _rows(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -104,31 +115,41 @@ def _dqp(**options: Any) -> Solve:
     return solve
 
 
-def _moreau(**options: Any) -> Solve:
+def _moreau(tolerance: float | None = None) -> Solve:
     def solve(p: Tensor, case: Case) -> Tensor:
         import moreau
         from moreau.torch import Solver
 
         G, h, A, b = _rows(case)
         rows, right, n = torch.cat([A, G]), torch.cat([b, h]), len(p)
-        settings = {"device": "cpu", "enable_grad": True, **options}
-        if "tolerance" in settings:
-            size = settings.pop("tolerance")
-            tight = moreau.IPMSettings(tol_gap_abs=size, tol_gap_rel=size, tol_feas=size, diff_method="exact")
-            settings = {**settings, "solver": "ipm", "ipm_settings": tight}
         solver = Solver(
             *(n, len(right)),
             *(torch.arange(0, n * n + 1, n), torch.arange(n).repeat(n)),
             *(torch.arange(0, len(right) * n + 1, n), torch.arange(n).repeat(len(right))),
             cones=moreau.Cones(num_zero_cones=len(b), num_nonneg_cones=len(h)),
-            settings=moreau.Settings(**settings),
+            settings=moreau_settings(tolerance),
         )
-        solution = solver.solve(case.Q.reshape(-1).to(F64), rows.reshape(-1), p, right)
-        if str(solver.info.status) != "Solved":
-            raise RefusedError(f"status {solver.info.status}")
-        return solution.x
+        return moreau_solution(solver, case.Q.reshape(-1).to(F64), rows.reshape(-1), p, right)
 
     return solve
+
+
+def moreau_settings(tolerance: float | None) -> Any:
+    """Return moreau's default settings, or those of its interior point at a tolerance with exact derivatives."""
+    import moreau
+
+    if tolerance is None:
+        return moreau.Settings(device="cpu", enable_grad=True)
+    tight = moreau.IPMSettings(tol_gap_abs=tolerance, tol_gap_rel=tolerance, tol_feas=tolerance, diff_method="exact")
+    return moreau.Settings(device="cpu", enable_grad=True, solver="ipm", ipm_settings=tight)
+
+
+def moreau_solution(solver: Any, *values: Tensor) -> Tensor:
+    """Return x of moreau's `solver` for the values of P and A, q and b; RefusedError where its status is another."""
+    solution = solver.solve(*values)
+    if str(solver.info.status) != "Solved":
+        raise RefusedError(f"status {solver.info.status}")
+    return solution.x
 
 
 def _cvxpylayers(**options: Any) -> Solve:
@@ -150,24 +171,25 @@ def _cvxpylayers(**options: Any) -> Solve:
 
 OF_CVXPY = ("SolverError", "DCPError", "ValueError: Problem must be DPP")
 OF_QPSOLVERS = ("Exception", "ProblemError", "SolverError", "ParamError", "SolverNotFound")
+OF_QPTH = ("RuntimeError: Q is not SPD",)
 CONTENDERS: Mapping[str, Contender] = {
-    "foldopt": Contender("foldopt", "", _foldopt, ()),
-    "moreau": Contender("moreau", "moreau", _moreau(), ("RefusedError",)),
-    "moreau_tight": Contender("moreau, 1e-11", "moreau", _moreau(tolerance=1e-11), ("RefusedError",)),
-    "dqp": Contender("libdqp", "libdqp", _dqp(), OF_QPSOLVERS),
-    "dqp_tight": Contender("libdqp, piqp 1e-11", "libdqp", _dqp(qp_solver="piqp", eps_abs=1e-11), OF_QPSOLVERS),
-    "proxsuite": Contender("proxsuite", "proxsuite", _proxsuite(), ()),
+    "foldopt": Contender("foldopt", "", (), _foldopt),
+    "moreau": Contender("moreau", "moreau", (), _moreau()),
+    "moreau_tight": Contender("moreau, 1e-11", "moreau", (), _moreau(tolerance=1e-11)),
+    "dqp": Contender("libdqp", "libdqp", OF_QPSOLVERS, _dqp()),
+    "dqp_tight": Contender("libdqp, piqp 1e-11", "libdqp", OF_QPSOLVERS, _dqp(qp_solver="piqp", eps_abs=1e-11)),
+    "proxsuite": Contender("proxsuite", "proxsuite", (), _proxsuite()),
     "proxsuite_tight": Contender(
         "proxsuite, 1e-12",
         "proxsuite",
-        _proxsuite(eps=1e-12, eps_backward=1e-10, rho_backward=1e-9, mu_backward=1e-9),
         (),
+        _proxsuite(eps=1e-12, eps_backward=1e-10, rho_backward=1e-9, mu_backward=1e-9),
     ),
-    "qpth": Contender("qpth", "qpth", _qpth(), ("RuntimeError: Q is not SPD",)),
-    "qpth_tight": Contender("qpth, 100 steps", "qpth", _qpth(eps=1e-14, maxIter=100), ("RuntimeError: Q is not SPD",)),
-    "cvxpylayers": Contender("cvxpylayers", "cvxpylayers", _cvxpylayers(), OF_CVXPY),
+    "qpth": Contender("qpth", "qpth", OF_QPTH, _qpth()),
+    "qpth_tight": Contender("qpth, 100 steps", "qpth", OF_QPTH, _qpth(eps=1e-14, maxIter=100)),
+    "cvxpylayers": Contender("cvxpylayers", "cvxpylayers", OF_CVXPY, _cvxpylayers()),
     "cvxpylayers_clarabel": Contender(
-        "cvxpylayers, Clarabel", "cvxpylayers", _cvxpylayers(solve_method="Clarabel"), OF_CVXPY
+        "cvxpylayers, Clarabel", "cvxpylayers", OF_CVXPY, _cvxpylayers(solve_method="Clarabel")
     ),
 }
 
@@ -197,9 +219,7 @@ def judged(contender: Contender, case: Case) -> str:
         return _refused(case, _cause(error) == case.refusal, f"{type(error).__name__}: {error}")
     except Exception as error:
         said = f"{type(error).__name__}: {error}"
-        if said.startswith(contender.refuses or ("RefusedError",)):
-            return _refused(case, True, said)
-        return f"raw: {said}"
+        return _refused(case, True, said) if contender.is_refusal(error) else f"raw: {said}"
     x, gradient = x.detach().reshape(-1), gradient.reshape(-1)
     if not (x.isfinite().all() and gradient.isfinite().all()):
         return _refused(case, True, "NaN")

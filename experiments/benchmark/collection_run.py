@@ -1,0 +1,97 @@
+"""Puts the libraries to the collection: truths, answers and optima, each cell in a process with a time limit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from experiments.benchmark.apart import kept
+from experiments.benchmark.collection import Arguments, Problem, arguments, read
+from experiments.benchmark.examination import Observation, examine, finding
+from experiments.benchmark.libraries import LIBRARIES, Answer
+from experiments.benchmark.optima import OFF, corrected, recomputed
+from experiments.benchmark.truth import LARGEST, Truth, given, truth_of
+
+OURS, PEERS = "foldopt", ("moreau", "moreau_tight", "dqp", "dqp_tight")
+LIMIT = 60.0  # seconds of an answer, forward and backward
+REFERENCE_LIMIT = 300.0  # of the differences of a problem, and of its optimum by two solvers
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What a library, asked to differentiate an argument of a problem, answered."""
+
+    library: str
+    problem: str
+    argument: str
+    seen: Observation
+
+
+def examined(folder: Path, names: Sequence[str], keep: Path, say: Say) -> pd.DataFrame:
+    """Return the judged answers (`Finding`) of all libraries to the problems in `names`, one row each.
+
+    Columns besides those of `Finding`: equalities, inequalities, bounds; published, piqp and Clarabel, the optima where
+    the published one was in doubt. keep: where an interrupted run leaves what it has.
+    """
+    problems = {name: read(folder, name) for name in names}
+    args = {name: arguments(problem) for name, problem in problems.items()}
+    compared = [name for name in names if problems[name].n <= LARGEST]
+    truths: dict[str, Truth] = {}
+    for name, (truth, reason) in zip(
+        compared, kept(truth_of, [(folder, name) for name in compared], REFERENCE_LIMIT, keep), strict=True
+    ):
+        say(f"{name}: differences {reason or 'taken'}")
+        truths[name] = truth or Truth()
+    cells = [cell for library in (OURS, *PEERS) for cell in _answers(folder, library, args, keep, say)]
+    optima = _optima(folder, problems, cells, keep)
+    rows = []
+    for cell in cells:
+        problem, found = problems[cell.problem], optima.get(cell.problem, {})
+        optimum = corrected(problem.optimum, found)
+        judged = finding(
+            *(cell.library, problem.name, cell.argument, problem.n, optimum), cell.seen, truths.get(problem.name)
+        )
+        rows.append({**asdict(judged), **_size(args[problem.name]), "published": problem.optimum, **found})
+    return pd.DataFrame(rows)
+
+
+def _answers(folder: Path, library: str, args: Mapping[str, Arguments], keep: Path, say: Say) -> Iterator[Cell]:
+    """Yield the answers of `library`; foldopt is asked for all gradients that are compared, else for that of p."""
+    if not LIBRARIES[library].installed():
+        say(f"{library}: not installed")
+        return
+    asked = [
+        (name, argument)
+        for name, given_args in args.items()
+        for argument in (given(given_args) if library == OURS and len(given_args.p) <= LARGEST else ["p"])
+    ]
+    items = [(folder, library, name, argument) for name, argument in asked]
+    for (name, argument), (seen, reason) in zip(asked, kept(examine, items, LIMIT, keep), strict=True):
+        cell = Cell(library, name, argument, seen or Observation(Answer("raw", error=reason)))
+        say(f"{name}, {library}, {argument}: {cell.seen.answer.said} {cell.seen.answer.error}")
+        yield cell
+
+
+def _optima(
+    folder: Path, problems: Mapping[str, Problem], cells: Sequence[Cell], keep: Path
+) -> dict[str, dict[str, float]]:
+    """Return what two solvers find where no answer of foldopt has the published objective."""
+    agreed = {
+        cell.problem
+        for cell in cells
+        if cell.library == OURS
+        and abs(cell.seen.objective - (published := problems[cell.problem].optimum)) <= OFF * max(1, abs(published))
+    }
+    doubted = [name for name in problems if name not in agreed]
+    found = kept(recomputed, [(folder, name) for name in doubted], REFERENCE_LIMIT, keep)
+    return {name: values or {} for name, (values, _) in zip(doubted, found, strict=True)}
+
+
+def _size(args: Arguments) -> dict[str, int]:
+    bounds = np.isfinite(args.lower).sum() + np.isfinite(args.upper).sum()
+    return {"equalities": len(args.b), "inequalities": len(args.h), "bounds": int(bounds)}

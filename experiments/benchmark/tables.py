@@ -1,0 +1,18 @@
+"""Tables of texts in Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import pandas as pd
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Return the lines of a table."""
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    return lines + ["| " + " | ".join(row) + " |" for row in rows]
+
+
+def number(value: object, form: str = ".2g") -> str:
+    """Return a number as a cell, which is empty where there is none."""
+    return "" if value is None or pd.isna(value) else format(float(value), form)
