@@ -111,7 +111,7 @@ def test_a_folder_without_a_model_is_named(tmp_path):
 
 
 def test_backends_that_cannot_are_named():
-    with pytest.raises(CombinationError, match="Backends that can: cvxpylayers, fold, qpth, unfold, unroll"):
+    with pytest.raises(CombinationError, match="Backends that can: cvxpy, cvxpylayers, fold, qpth, unfold, unroll"):
         built("backend=two_stage")
     with pytest.raises(CombinationError, match="its problem is no quadratic program"):
         components.build(runs.compose(["backend=qpth"]))
