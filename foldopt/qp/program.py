@@ -154,8 +154,7 @@ def equilibrate(program: Program, large: bool = False) -> Units:
 
 def _settled(factors: Tensor) -> bool:
     """Whether all factors are 1 up to what rounding to powers of 2 does not see."""
-    least, most = torch.aminmax(factors)
-    return bool(least > 1 - SETTLED) and bool(most < 1 + SETTLED)
+    return bool(((factors - 1).abs() < SETTLED).all())
 
 
 def _inverse_root(size: Tensor) -> Tensor:
