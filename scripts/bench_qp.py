@@ -1,31 +1,23 @@
 """Put QPLayer and its peers to the Maros-Meszaros programs, to large sparse programs and to the hard cases.
 
-Writes results/bench/qp.md and results/bench/qp.csv. A run that is interrupted goes on where it was, as long as no
-source file changes.
+Writes results/bench/qp.md and results/bench/qp.csv.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import os
-import shutil
 import sys
-import tempfile
 from pathlib import Path
 
 import pandas as pd
 from rich.console import Console
 
-from experiments.artifacts import RESULTS, Artifacts, output_root
+from experiments.artifacts import Artifacts, output_root
 from experiments.benchmark import collection, collection_run, large_sparse, qp_report
 from experiments.benchmark.hard_cases import cases
 from experiments.benchmark.qp_peers import CONTENDERS
 from experiments.benchmark.report import machine
-from experiments.execution import made_with
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -49,11 +41,9 @@ def main(arguments: list[str] | None = None) -> int:
             [name for name in names if name in options.only] for names in (problems, sparse, hard, contenders)
         )
         hard, contenders = chosen or (hard if libraries else []), libraries or (contenders if chosen else [])
-    keep = Path(tempfile.mkdtemp()) if options.only else RESULTS / "runs" / f"bench-qp-{_digest()}"
-    keep.mkdir(parents=True, exist_ok=True)
-    findings = collection_run.examined(options.data, problems, keep, console.print) if problems else pd.DataFrame()
-    speed = qp_report.fast(sparse, keep, console.print) if sparse else pd.DataFrame()
-    cells = qp_report.compared(hard, contenders, keep, console.print) if hard else {}
+    findings = collection_run.examined(options.data, problems, console.print) if problems else pd.DataFrame()
+    speed = qp_report.fast(sparse, console.print) if sparse else pd.DataFrame()
+    cells = qp_report.compared(hard, contenders, console.print) if hard else {}
     where = machine()
     given = {"DATA": options.data, "LARGEST": options.largest}
     command = " ".join(["make bench-qp", *(f"{name}={value}" for name, value in given.items() if value)])
@@ -66,17 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
         artifacts.csv("bench/qp", findings)
         for line in artifacts.lines():
             console.print(line)
-    shutil.rmtree(keep)
     return 0
-
-
-def _digest() -> str:
-    """Return a hash of all that the numbers depend on: sources, versions, the machine."""
-    sources = [
-        path for folder in ("foldopt", "experiments/benchmark") for path in sorted((ROOT / folder).rglob("*.py"))
-    ]
-    also = json.dumps([made_with()["versions"], machine()])
-    return hashlib.sha256(b"".join([*(path.read_bytes() for path in sources), also.encode()])).hexdigest()[:12]
 
 
 if __name__ == "__main__":

@@ -1,35 +1,16 @@
-"""Runs a function on items in turn, in a process of its own, which may crash or hang; keeps what it returns."""
+"""Runs a function on items in turn, in a process of its own, which may crash or hang."""
 
 from __future__ import annotations
 
-import hashlib
 import multiprocessing
 import os
-import pickle
 import resource
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
-
-from experiments.runs import write_atomically
 
 START = 60.0  # seconds that a process gets for its imports
 MEMORY = 12 * 2**30  # bytes that a process may allocate; MemoryError beyond
-
-
-def kept(
-    function: Callable[..., Any], items: Sequence[tuple[Any, ...]], limit: float, folder: Path
-) -> Iterator[tuple[Any, str]]:
-    """Yield what `in_turn` does, reading from `folder` what an interrupted run left there."""
-    names = (hashlib.sha256(repr((function.__name__, item)).encode()).hexdigest()[:16] for item in items)
-    paths = [folder / f"{name}.pickle" for name in names]
-    missing = [item for item, path in zip(items, paths, strict=True) if not path.is_file()]
-    answers = in_turn(function, missing, limit)
-    for path in paths:
-        if not path.is_file():
-            write_atomically(path, pickle.dumps(next(answers)))
-        yield pickle.loads(path.read_bytes())
 
 
 def in_turn(function: Callable[..., Any], items: Sequence[tuple[Any, ...]], limit: float) -> Iterator[tuple[Any, str]]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from experiments.benchmark.apart import kept
+from experiments.benchmark.apart import in_turn
 from experiments.benchmark.collection import Arguments, Problem, arguments, read
 from experiments.benchmark.examination import Observation, examine, finding
 from experiments.benchmark.libraries import LIBRARIES, Answer
@@ -32,23 +32,23 @@ class Cell:
     seen: Observation
 
 
-def examined(folder: Path, names: Sequence[str], keep: Path, say: Say) -> pd.DataFrame:
+def examined(folder: Path, names: Sequence[str], say: Say) -> pd.DataFrame:
     """Return the judged answers (`Finding`) of all libraries to the problems in `names`, one row each.
 
     Columns besides those of `Finding`: equalities, inequalities, bounds; published, piqp and Clarabel, the optima where
-    the published one was in doubt. keep: where an interrupted run leaves what it has.
+    the published one was in doubt.
     """
     problems = {name: read(folder, name) for name in names}
     args = {name: arguments(problem) for name, problem in problems.items()}
     compared = [name for name in names if problems[name].n <= LARGEST]
     truths: dict[str, Truth] = {}
     for name, (truth, reason) in zip(
-        compared, kept(truth_of, [(folder, name) for name in compared], REFERENCE_LIMIT, keep), strict=True
+        compared, in_turn(truth_of, [(folder, name) for name in compared], REFERENCE_LIMIT), strict=True
     ):
         say(f"{name}: differences {reason or 'taken'}")
         truths[name] = truth or Truth()
-    cells = [cell for library in (OURS, *PEERS) for cell in _answers(folder, library, args, keep, say)]
-    optima = _optima(folder, problems, cells, keep)
+    cells = [cell for library in (OURS, *PEERS) for cell in _answers(folder, library, args, say)]
+    optima = _optima(folder, problems, cells)
     rows = []
     for cell in cells:
         problem, found = problems[cell.problem], optima.get(cell.problem, {})
@@ -60,7 +60,7 @@ def examined(folder: Path, names: Sequence[str], keep: Path, say: Say) -> pd.Dat
     return pd.DataFrame(rows)
 
 
-def _answers(folder: Path, library: str, args: Mapping[str, Arguments], keep: Path, say: Say) -> Iterator[Cell]:
+def _answers(folder: Path, library: str, args: Mapping[str, Arguments], say: Say) -> Iterator[Cell]:
     """Yield the answers of `library`; foldopt is asked for all gradients that are compared, else for that of p."""
     if not LIBRARIES[library].installed():
         say(f"{library}: not installed")
@@ -71,15 +71,13 @@ def _answers(folder: Path, library: str, args: Mapping[str, Arguments], keep: Pa
         for argument in (given(given_args) if library == OURS and len(given_args.p) <= LARGEST else ["p"])
     ]
     items = [(folder, library, name, argument) for name, argument in asked]
-    for (name, argument), (seen, reason) in zip(asked, kept(examine, items, LIMIT, keep), strict=True):
+    for (name, argument), (seen, reason) in zip(asked, in_turn(examine, items, LIMIT), strict=True):
         cell = Cell(library, name, argument, seen or Observation(Answer("raw", error=reason)))
         say(f"{name}, {library}, {argument}: {cell.seen.answer.said} {cell.seen.answer.error}")
         yield cell
 
 
-def _optima(
-    folder: Path, problems: Mapping[str, Problem], cells: Sequence[Cell], keep: Path
-) -> dict[str, dict[str, float]]:
+def _optima(folder: Path, problems: Mapping[str, Problem], cells: Sequence[Cell]) -> dict[str, dict[str, float]]:
     """Return what two solvers find where no answer of foldopt has the published objective."""
     agreed = {
         cell.problem
@@ -88,7 +86,7 @@ def _optima(
         and abs(cell.seen.objective - (published := problems[cell.problem].optimum)) <= OFF * max(1, abs(published))
     }
     doubted = [name for name in problems if name not in agreed]
-    found = kept(recomputed, [(folder, name) for name in doubted], REFERENCE_LIMIT, keep)
+    found = in_turn(recomputed, [(folder, name) for name in doubted], REFERENCE_LIMIT)
     return {name: values or {} for name, (values, _) in zip(doubted, found, strict=True)}
 
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from experiments.benchmark import collection_report
-from experiments.benchmark.apart import kept
+from experiments.benchmark.apart import in_turn
 from experiments.benchmark.hard_cases import cases
 from experiments.benchmark.large_sparse import CONTENDERS as FAST
 from experiments.benchmark.large_sparse import ROUNDS, first, rounds
@@ -26,14 +25,14 @@ RIVAL = "dqp_piqp"  # whose seconds are the unit
 KINDS = ("right", "wrong", "refused", "raw")
 
 
-def compared(names: Sequence[str], contenders: Sequence[str], keep: Path, say: Callable[[str], None]) -> Cells:
+def compared(names: Sequence[str], contenders: Sequence[str], say: Callable[[str], None]) -> Cells:
     """Return what each contender that is installed does with the hard cases in `names`."""
     cells: dict[str, dict[str, str]] = {}
     for contender in contenders:
         if not CONTENDERS[contender].installed():
             say(f"{contender}: not installed")
             continue
-        answers = kept(answer, [(contender, name) for name in names], CASE_LIMIT, keep)
+        answers = in_turn(answer, [(contender, name) for name in names], CASE_LIMIT)
         cells[contender] = {
             name: found or f"raw: {reason}" for name, (found, reason) in zip(names, answers, strict=True)
         }
@@ -46,17 +45,17 @@ def counted(answers: Iterable[str]) -> Counter[str]:
     return Counter(text.split(":")[0] for text in answers)
 
 
-def fast(names: Sequence[str], keep: Path, say: Callable[[str], None]) -> pd.DataFrame:
+def fast(names: Sequence[str], say: Callable[[str], None]) -> pd.DataFrame:
     """Return one row per case in `names` and library: `COLUMNS`, its seconds by `rounds` where it is not slow."""
     keys = [key for key in FAST if LIBRARIES[key].installed()]
     items = [(name, key) for name in names for key in keys]
     rows: dict[tuple[str, str], dict[str, Any]] = {}
-    for (name, key), (found, reason) in zip(items, kept(first, items, SPARSE_LIMIT, keep), strict=True):
+    for (name, key), (found, reason) in zip(items, in_turn(first, items, SPARSE_LIMIT), strict=True):
         rows[name, key] = {"error": reason, **(found or {})}
         say(f"{name}, {key}: {rows[name, key]['error'] or 'measured'}")
     for name in names:
         quick = tuple(key for key in keys if _seconds(rows[name, key]) < SLOW)
-        ((found, _),) = kept(rounds, [(name, quick)], ROUNDS_LIMIT, keep)
+        ((found, _),) = in_turn(rounds, [(name, quick)], ROUNDS_LIMIT)
         for key, taken in (found or {}).items():
             rows[name, key].update(taken)
     return pd.DataFrame([{"case": name, "library": key, **row} for (name, key), row in rows.items()], columns=COLUMNS)

@@ -193,8 +193,7 @@ def test_a_misprint_is_found_and_all_is_judged_by_the_right_optimum(tmp_path):
     values = recomputed(tmp_path, "SMALL")
     assert abs(values["piqp"] - problem.optimum) > 0.1, "the file's optimum is made up"
     lines = []
-    (tmp_path / "keep").mkdir()
-    findings = collection_run.examined(tmp_path, ["SMALL"], tmp_path / "keep", lines.append)
+    findings = collection_run.examined(tmp_path, ["SMALL"], lines.append)
     ours = findings[findings["library"] == "foldopt"]
     assert list(ours["argument"]) == given(collection.arguments(problem))
     assert set(ours["solution"]) == {"solved"}

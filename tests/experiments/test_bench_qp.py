@@ -9,7 +9,7 @@ import scipy.optimize
 import torch
 
 from experiments.benchmark import collection, qp_peers
-from experiments.benchmark.apart import in_turn, kept
+from experiments.benchmark.apart import in_turn
 from experiments.benchmark.hard_cases import cases
 from experiments.benchmark.qp_peers import CONTENDERS, Contender, judged
 from tests.experiments.small_collection import write_small
@@ -154,20 +154,3 @@ def test_a_crash_and_a_hang_cost_one_item_each():
     assert [answer for answer, _ in found] == ["a", None, "b", None, None, "c"]
     reasons = ["", "the process ended with code 3", "", "time limit of 2 s", "IndexError: list index out of range", ""]
     assert [reason for _, reason in found] == reasons
-
-
-def note(name, folder):
-    """Leave a mark each time that it is called."""
-    with (folder / "calls").open("a") as file:
-        file.write(name)
-    return name.upper()
-
-
-def test_what_an_interrupted_run_has_is_not_computed_again(tmp_path):
-    first = kept(note, [("a", tmp_path), ("b", tmp_path), ("c", tmp_path)], 60.0, tmp_path)
-    assert [next(first), next(first)] == [("A", ""), ("B", "")]
-    first.close()
-    items = [(name, tmp_path) for name in "abcd"]
-    assert list(kept(note, items, 60.0, tmp_path)) == [(name.upper(), "") for name in "abcd"]
-    assert (tmp_path / "calls").read_text() == "abcd"
-    assert list(kept(note, items[::-1], 60.0, tmp_path)) == [(name.upper(), "") for name in "dcba"]
