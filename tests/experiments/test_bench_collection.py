@@ -307,7 +307,7 @@ def test_the_control_problem_is_one_and_its_bounds_matter():
 def test_speed_is_measured_in_turns_and_a_first_call_apart(tmp_path, monkeypatch):
     monkeypatch.setattr(qp_report, "FAST", ("foldopt_piqp",))
     name = "simplex, n = 1,000"
-    (row,) = qp_report.fast([name], tmp_path, lambda text: None).to_dict("records")
+    (row,) = qp_report.fast([name], lambda text: None).to_dict("records")
     assert (row["case"], row["library"], row["nnz"]) == (name, "foldopt_piqp", 3000)
     assert row["error_x"] < 1e-12
     assert row["error_gradient"] < 1e-10
