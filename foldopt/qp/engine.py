@@ -41,11 +41,11 @@ class Solution(NamedTuple):
 
     x: (B, n). y: (B, r), multipliers of l <= Cx <= u, positive at u and negative at l. Both NaN where not solved.
     status: (B,) int, an index into `STATUS`. residual: (B,), worst relative violation of the KKT conditions (see
-    `foldopt.qp.program.residual`). units: those of the equilibrated program. known: sparse systems
-    of the active rows, where the polish ended with one. violation: (B,), of an
-    infeasible program: the least t for which l - t <= Cx <= u + t has a solution, in its equilibrated rows' units.
-    certificate: (B, r), multipliers that prove it (C'y = 0 and the least of y'Cx over l <= Cx <= u is positive). ray:
-    (B, n), a direction along which an unbounded program falls for ever, else 0.
+    `foldopt.qp.program.residual`). units: those of the equilibrated program. violation: (B,), of an infeasible program:
+    the least t for which l - t <= Cx <= u + t has a solution, in its equilibrated rows' units. certificate: (B, r),
+    multipliers that prove it (C'y = 0 and the least of y'Cx over l <= Cx <= u is positive). ray: (B, n), a direction
+    along which an unbounded program falls for ever, else 0. known: sparse systems of the active rows, where the polish
+    ended with one.
     """
 
     x: Tensor

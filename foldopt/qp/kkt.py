@@ -2,7 +2,7 @@
 
 Rows of S may depend on each other and H may vanish on their null space: the matrix is then singular though the program
 is sound. `Shifted` finds a solution where there is one, for the steps that polish; `Spectral` knows the null space, for
-the derivative and its verdict.
+the derivative and its verdict. `Factored` does both for sparse matrices.
 """
 
 from __future__ import annotations

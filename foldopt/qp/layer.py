@@ -140,12 +140,12 @@ class QPLayer(nn.Module):
         """Return the folded layer of the arguments' patterns, a new one if there is none; `PATTERNS` are kept."""
         if given.patterns is None:
             return self.fold
-        for fold in self._sparse:
-            if fold.newton.structure is not None and fold.newton.structure.suits(*given.patterns):
-                return fold
-        degenerate, on_failure = self.fold.degenerate, self.fold.on_failure
         with untransformed():
+            for fold in self._sparse:
+                if fold.newton.structure is not None and fold.newton.structure.suits(*given.patterns):
+                    return fold
             structure = Structure(*given.patterns)
+        degenerate, on_failure = self.fold.degenerate, self.fold.on_failure
         newton = KKTNewton(degenerate, self.update.nan, structure)
         fold = _QPFold(newton, self.fold.linear_solver, degenerate, on_failure, self.solver, self.warm_start)
         self._sparse = [fold, *self._sparse[: PATTERNS - 1]]

@@ -1,4 +1,7 @@
-"""Sparse arguments of a quadratic program: their patterns, found once, and their values, which gradients reach."""
+"""From the arguments of a quadratic program to the matrices of a `Program`.
+
+Sparse arguments have patterns, found once, and values, which gradients reach.
+"""
 
 from __future__ import annotations
 
@@ -204,16 +207,12 @@ class Structure:
 
     def __init__(self, Q: Pattern, G: Pattern, A: Pattern, bounded: bool) -> None:
         self.own, self.bounded = (Q, G, A), bounded
-        with untransformed():
-            self._make(Q, G, A)
-
-    def _make(self, Q: Pattern, G: Pattern, A: Pattern) -> None:
         n = Q.shape[0]
         places = torch.cat([Q.rows * n + Q.columns, Q.columns * n + Q.rows])
         found, at = torch.unique(places, return_inverse=True)
         self.H = Pattern(found // max(n, 1), found % max(n, 1), (n, n))
         self.direct, self.mirrored = at.split([len(Q.rows)] * 2)
-        blocks = [A, G] + ([Pattern.identity(n, Q.rows.device)] if self.bounded else [])
+        blocks = [A, G] + ([Pattern.identity(n, Q.rows.device)] if bounded else [])
         tops = [0, A.shape[0], A.shape[0] + G.shape[0]]
         self.C = Pattern(
             torch.cat([block.rows + top for block, top in zip(blocks, tops, strict=False)]),
@@ -224,22 +223,12 @@ class Structure:
     def suits(self, Q: Pattern, G: Pattern, A: Pattern, bounded: bool) -> bool:
         """Whether it is that of these patterns."""
         pairs = zip(self.own, (Q, G, A), strict=True)
-        with untransformed():
-            return bounded == self.bounded and all(a is b or a.same_as(b) for a, b in pairs)
+        return bounded == self.bounded and all(a is b or a.same_as(b) for a, b in pairs)
 
-    def program(
-        self,
-        Q: Tensor,
-        p: Tensor,
-        G: Tensor,
-        h: Tensor,
-        A: Tensor,
-        b: Tensor,
-        lower: Tensor,
-        upper: Tensor,
-    ) -> Program:
-        """Return a QP as a program l <= Cx <= u; Q, G and A are values, (nnz,) or (B, nnz)."""
-        B = max((len(t) for t in (Q, p, G, h, A, b, lower, upper) if t.dim() == 2), default=1)
+    def program(self, *params: Tensor) -> Program:
+        """Return a QP, of Q, p, G, h, A, b, lower, upper, as l <= Cx <= u; Q, G and A: values (nnz,) or (B, nnz)."""
+        Q, p, G, h, A, b, lower, upper = params
+        B = max((len(t) for t in params if t.dim() == 2), default=1)
         n, m, k = p.shape[-1], h.shape[-1], b.shape[-1]
         half = 0.5 * (Q if Q.dim() == 2 else Q[None])
         H = half.new_zeros(len(half), len(self.H.rows)).index_add(1, self.direct, half)
@@ -256,3 +245,61 @@ class Structure:
             torch.cat(low, 1),
             torch.cat(high, 1),
         )
+
+
+def program_of(
+    Q: Tensor,
+    p: Tensor,
+    G: Tensor,
+    h: Tensor,
+    A: Tensor,
+    b: Tensor,
+    lower: Tensor,
+    upper: Tensor,
+    *,
+    symmetric: Tensor | None = None,
+) -> Program:
+    """Return a QP as a program l <= Cx <= u: rows of A, of G, then the bounds of the variables if there are any.
+
+    symmetric: the symmetric part of Q, if it is known; of Q's shape or expanded over the batch.
+    """
+    dims = ((Q, 3), (p, 2), (G, 3), (h, 2), (A, 3), (b, 2), (lower, 2), (upper, 2))
+    B = max((len(t) for t, dim in dims if t.dim() == dim), default=1)
+    n, m, k = p.shape[-1], h.shape[-1], b.shape[-1]
+    H = symmetrized(Q) if symmetric is None else _SymmetricPart.apply(Q.expand_as(symmetric), symmetric)
+    rows, low, high = [], [], []
+    if k:
+        rows, low, high = [A.expand(B, k, n)], [b.expand(B, k)], [b.expand(B, k)]
+    if m:
+        rows, high = [*rows, G.expand(B, m, n)], [*high, h.expand(B, m)]
+        low.append(torch.full((B, m), -torch.inf, dtype=p.dtype, device=p.device))
+    if lower.shape[-1] or upper.shape[-1]:
+        none = torch.full((B, n), torch.inf, dtype=p.dtype, device=p.device)
+        rows.append(torch.eye(n, dtype=p.dtype, device=p.device).expand(B, n, n))
+        low.append(lower.expand(B, n) if lower.shape[-1] else -none)
+        high.append(upper.expand(B, n) if upper.shape[-1] else none)
+    empty = p.new_zeros(B, 0)
+    C = torch.cat(rows, 1) if len(rows) > 1 else rows[0] if rows else p.new_zeros(B, 0, n)
+    least, most = (torch.cat(part, 1) if part else empty for part in (low, high))
+    return Program(H.expand(B, n, n), p.expand(B, n), C, least, most)
+
+
+class _SymmetricPart(torch.autograd.Function):
+    """The symmetric part of Q, known beforehand, for uses of it that only return symmetric gradients."""
+
+    @staticmethod
+    def forward(Q: Tensor, part: Tensor) -> Tensor:
+        return part.view_as(part)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        return g, None
+
+
+def symmetrized(Q: Tensor) -> Tensor:
+    """Return the symmetric part of Q, which is all that x'Qx knows of it."""
+    return Q if torch.equal(Q, Q.mT) else (Q + Q.mT) / 2

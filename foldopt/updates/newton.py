@@ -15,7 +15,7 @@ from foldopt.qp.activity import Activity, activity, touched_somewhere
 from foldopt.qp.kkt import Known, probe
 from foldopt.qp.matrix import compact, matmul, numbers, selected_rows, where_samples
 from foldopt.qp.program import Program, Units, equilibrate, residual
-from foldopt.qp.structure import Structure
+from foldopt.qp.structure import Structure, program_of
 from foldopt.qp.systems import Equilibrated, Mended, Restrained, Schur, System, products, restrained, solved
 from foldopt.updates.kept import Kept
 from foldopt.verdicts import DEPENDENT, DIFFERENTIABLE, KINK, NOT_UNIQUE, Verdict
@@ -343,61 +343,3 @@ class _Known(NamedTuple):
 
     point: Point
     symmetric: Tensor | None
-
-
-def program_of(
-    Q: Tensor,
-    p: Tensor,
-    G: Tensor,
-    h: Tensor,
-    A: Tensor,
-    b: Tensor,
-    lower: Tensor,
-    upper: Tensor,
-    *,
-    symmetric: Tensor | None = None,
-) -> Program:
-    """Return a QP as a program l <= Cx <= u: rows of A, of G, then the bounds of the variables if there are any.
-
-    symmetric: the symmetric part of Q, if it is known; of Q's shape or expanded over the batch.
-    """
-    dims = ((Q, 3), (p, 2), (G, 3), (h, 2), (A, 3), (b, 2), (lower, 2), (upper, 2))
-    B = max((len(t) for t, dim in dims if t.dim() == dim), default=1)
-    n, m, k = p.shape[-1], h.shape[-1], b.shape[-1]
-    H = symmetrized(Q) if symmetric is None else _SymmetricPart.apply(Q.expand_as(symmetric), symmetric)
-    rows, low, high = [], [], []
-    if k:
-        rows, low, high = [A.expand(B, k, n)], [b.expand(B, k)], [b.expand(B, k)]
-    if m:
-        rows, high = [*rows, G.expand(B, m, n)], [*high, h.expand(B, m)]
-        low.append(torch.full((B, m), -torch.inf, dtype=p.dtype, device=p.device))
-    if lower.shape[-1] or upper.shape[-1]:
-        none = torch.full((B, n), torch.inf, dtype=p.dtype, device=p.device)
-        rows.append(torch.eye(n, dtype=p.dtype, device=p.device).expand(B, n, n))
-        low.append(lower.expand(B, n) if lower.shape[-1] else -none)
-        high.append(upper.expand(B, n) if upper.shape[-1] else none)
-    empty = p.new_zeros(B, 0)
-    C = torch.cat(rows, 1) if len(rows) > 1 else rows[0] if rows else p.new_zeros(B, 0, n)
-    least, most = (torch.cat(part, 1) if part else empty for part in (low, high))
-    return Program(H.expand(B, n, n), p.expand(B, n), C, least, most)
-
-
-class _SymmetricPart(torch.autograd.Function):
-    """The symmetric part of Q, known beforehand, for uses of it that only return symmetric gradients."""
-
-    @staticmethod
-    def forward(Q: Tensor, part: Tensor) -> Tensor:
-        return part.view_as(part)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
-        return g, None
-
-
-def symmetrized(Q: Tensor) -> Tensor:
-    """Return the symmetric part of Q, which is all that x'Qx knows of it."""
-    return Q if torch.equal(Q, Q.mT) else (Q + Q.mT) / 2
