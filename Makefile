@@ -116,7 +116,7 @@ bench: .venv/peers/.installed ## time, memory and accuracy of every layer beside
 bench-qp: .venv/peers/.installed ## QPLayer and its peers on Maros-Meszaros, large sparse programs, hard cases (some 40 minutes; DATA=folder, LARGEST=n)
 	OMP_NUM_THREADS=1 .venv/peers/bin/python -m scripts.bench_qp $(if $(DATA),--data $(DATA)) $(if $(LARGEST),--largest $(LARGEST))
 
-bench-cvxpy: .venv/peers/.installed ## CvxpyLayer beside cvxpylayers on 28 kinds of problems: errors of gradients, milliseconds (2 minutes)
+bench-cvxpy: .venv/peers/.installed ## CvxpyLayer beside cvxpylayers on all kinds of problems: errors of gradients, milliseconds (a minute)
 	OMP_NUM_THREADS=1 .venv/peers/bin/python -m scripts.bench_cvxpy
 
 verdicts: .venv/.installed ## QPLayer's verdicts and gradients against exact arithmetic on random integer programs (some 5 minutes; a table)
