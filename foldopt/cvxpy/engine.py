@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -36,9 +37,12 @@ _CAUSES: tuple[tuple[str, type[SolverError]], ...] = (
 
 
 class Front(Protocol):
-    """What solves programs; `name` is how messages call it."""
+    """What solves programs."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """Return how messages call it."""
+        ...
 
     def __call__(self, data: Data) -> tuple[Tensor, Tensor, list[str]]:
         """Return x (B, n) and y (B, m), NaN where there is none, and what became of each sample, in words."""
@@ -62,6 +66,19 @@ class OwnQP:
         lower = torch.where(torch.arange(form.m) < form.zero, data.b, -torch.inf)
         found = solve(QuadraticProgram(H, data.q, C, lower, data.b))
         return found.x, found.y, [STATUS[code] for code in found.status.tolist()]
+
+
+@dataclass(frozen=True)
+class Again:
+    """The solutions of another call, x (B, n) and y (B, m), to begin at."""
+
+    x: Tensor
+    y: Tensor
+    name: str = "the last solution"
+
+    def __call__(self, data: Data) -> tuple[Tensor, Tensor, list[str]]:
+        """See `Front`."""
+        return self.x, self.y, [SOLVED] * len(self.x)
 
 
 class Stack:
@@ -137,20 +154,18 @@ class ConicEngine(FoldedLayer):
         program = Program(self.form, data)
         status = [SOLVED] * len(data.q)
         x, y = torch.full_like(data.q, torch.nan), torch.full_like(data.b, torch.nan)
-        if self.warm_start and self.call.start is not None and len(self.call.start[0]) == len(x):
-            x, y = program.inside(*self.call.start)
-        x, y, measure = polish(program, x, y)
-        for solver in self.solvers:
-            left = (~(measure.residual <= ACCURATE)).nonzero()[:, 0]
-            if not len(left):
-                break
-            found_x, found_y, found = solver(data.at(left))
+        left = torch.arange(len(x))
+        for front in self._fronts(len(x)):
+            found_x, found_y, found = front(data.at(left))
             for i, outcome in zip(left.tolist(), found, strict=True):
                 status[i] = outcome
             scale_x, scale_y = program.scale[left].split([self.form.n, self.form.m], 1)
             x[left], y[left] = found_x / scale_x, found_y / scale_y
-            x, y, measure = polish(program, x, y)
-        point = Point(program, x, y, measure)
+            x, y, measure, system = polish(program, x, y)
+            left = (~(measure.residual <= ACCURATE)).nonzero()[:, 0]
+            if not len(left):
+                break
+        point = Point(program, x, y, measure, system)
         accurate = ((measure.residual <= ACCURATE) & (point.error(measure) <= NEAR)).tolist()
         status = [FAILED if s == SOLVED and not good else s for s, good in zip(status, accurate, strict=True)]
         self._explain(status, measure.residual)
@@ -161,6 +176,11 @@ class ConicEngine(FoldedLayer):
             self.newton.keep(state, params, point)
         self.call.found, self.call.start = (measure.residual, status), state
         return state
+
+    def _fronts(self, size: int) -> Sequence[Front]:
+        """Return what is asked for solutions of a batch of this size, in turn."""
+        start = self.call.start if self.warm_start else None
+        return [Again(*start), *self.solvers] if start is not None and len(start[0]) == size else self.solvers
 
     def _explain(self, status: Sequence[str], residual: Tensor) -> None:
         """Raise or warn about the samples that were not solved, by cause."""
