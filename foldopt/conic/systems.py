@@ -65,13 +65,10 @@ class Dense:
     """As one dense batch."""
 
     def __init__(self, J: Jacobian, shift: float) -> None:
-        form, (P, _, entries, _) = J.form, J.data
-        n, m, B = form.n, form.m, len(P)
-        A = P.new_zeros(B, m, n)
-        A[:, form.A_row, form.A_column] = entries
-        K = P.new_zeros(B, n + m, n + m)
-        K[:, form.P_row, form.P_column] = P
-        K[:, :n, n:] = A.mT
+        n, m = J.form.n, J.form.m
+        P, _, A, _ = J.form.dense(J.data)
+        K = P.new_zeros(len(P), n + m, n + m)
+        K[:, :n, :n], K[:, :n, n:] = P, A.mT
         K[:, n:, :n] = -A
         for rows, values in J.D.groups:
             into = n + rows

@@ -12,13 +12,15 @@ import torch
 from torch import Tensor
 
 from foldopt.affine import SparseMap
+from foldopt.cones.interior_point import STATUS as STATUS_OF_CONES
+from foldopt.cones.interior_point import solve_cone_program
 from foldopt.conic.form import Data, Form, Program
 from foldopt.conic.newton import ConeNewton, ConeState
 from foldopt.conic.point import Point
 from foldopt.conic.polish import polish
 from foldopt.cvxpy.canonical import Canonical, Input
 from foldopt.cvxpy.solver import FAILED, INFEASIBLE, NONCONVEX, SOLVED, UNBOUNDED
-from foldopt.errors import InfeasibleError, LimitError, NonconvexError, SolverError, UnboundedError
+from foldopt.errors import InfeasibleError, InputError, LimitError, NonconvexError, SolverError, UnboundedError
 from foldopt.fixed_point import FoldInfo
 from foldopt.fold import FoldedLayer
 from foldopt.linear_solve import linear_solver
@@ -59,13 +61,40 @@ class OwnQP:
 
     def __call__(self, data: Data) -> tuple[Tensor, Tensor, list[str]]:
         """See `Front`."""
-        form, B = self.form, len(data.q)
-        H, C = data.P.new_zeros(B, form.n, form.n), data.A.new_zeros(B, form.m, form.n)
-        H[:, form.P_row, form.P_column] = data.P
-        C[:, form.A_row, form.A_column] = data.A
-        lower = torch.where(torch.arange(form.m) < form.zero, data.b, -torch.inf)
-        found = solve(QuadraticProgram(H, data.q, C, lower, data.b))
+        P, q, A, b = self.form.dense(data)
+        lower = torch.where(torch.arange(self.form.m) < self.form.zero, b, -torch.inf)
+        found = solve(QuadraticProgram(P, q, A, lower, b))
         return found.x, found.y, [STATUS[code] for code in found.status.tolist()]
+
+
+class OwnInteriorPoint:
+    """Linear and second-order cones, by foldopt's batched interior point, as one dense batch on `device`.
+
+    options: ``tol`` and ``max_iter`` of `foldopt.cones.solve_cone_program`. Raises InputError for others, and for
+    other cones.
+    """
+
+    name = "foldopt's interior point"
+
+    def __init__(self, form: Form, options: dict[str, Any]) -> None:
+        others = [kind for kind in ("psd", "exp", "pow") if form.cone.dims.get(kind)]
+        if others:
+            raise InputError(
+                f"solver='foldopt' knows linear and second-order cones; this problem has {others}: take another solver."
+            )
+        unknown = sorted(set(options) - {"tol", "max_iter"})
+        if unknown:
+            raise InputError(f"options has {unknown}: solver='foldopt' knows 'tol' and 'max_iter'.")
+        self.form, self.options, self.device = form, options, torch.device("cpu")
+
+    def __call__(self, data: Data) -> tuple[Tensor, Tensor, list[str]]:
+        """See `Front`."""
+        P, q, A, b = (part.to(self.device) for part in self.form.dense(data))
+        dims = {kind: size for kind, size in self.form.cone.dims.items() if kind in ("zero", "nonneg", "soc")}
+        found = solve_cone_program(P, q, A, b, dims, **self.options)
+        good = (found.status == STATUS_OF_CONES.index(SOLVED))[:, None]
+        x, y = (torch.where(good, part, torch.nan).cpu() for part in (found.x, found.y))
+        return x, y, [STATUS_OF_CONES[code] for code in found.status.tolist()]
 
 
 @dataclass(frozen=True)
