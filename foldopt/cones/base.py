@@ -7,9 +7,12 @@ is near 1, and a power of 2 restores the scale.
 
 from __future__ import annotations
 
+import functools
+import threading
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +22,7 @@ from foldopt.errors import FoldoptError, InputError
 from foldopt.transforms import outer_tangents, plain, through_autograds_vmap
 
 Split = tuple[Tensor, Tensor]
+Found = TypeVar("Found")
 LARGEST_EXPONENT = 1000  # 2 to this power and its inverse are normal float64 numbers
 
 
@@ -112,6 +116,32 @@ class Cone(ABC):
     @abstractmethod
     def _distance(self, v: Tensor) -> Tensor:
         """Return the distance to the points without a derivative, (...)."""
+
+
+class _Recent(threading.local):
+    """The last call of a function in a thread: the cone, the points and what came out."""
+
+    call: tuple[Any, Tensor, Any] | None = None
+
+
+def remembered(method: Callable[[Any, Tensor], Found]) -> Callable[[Any, Tensor], Found]:
+    """Keep what a method of a cone found for the points v of its last call.
+
+    The projection, its derivative and the distance to a kink are asked for one after the other at the same points, and
+    all of them stand on the same root or eigenvectors.
+    """
+    recent = _Recent()
+
+    @functools.wraps(method)
+    def called(cone: Any, v: Tensor) -> Found:
+        kept = recent.call
+        if kept is not None and kept[0] == cone and kept[1].device == v.device and torch.equal(kept[1], v):
+            return kept[2]
+        found = method(cone, v)
+        recent.call = cone, v, found
+        return found
+
+    return called
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from foldopt.cones.base import Cone, Split, require_three
+from foldopt.cones.base import Cone, Split, remembered, require_three
 
+_Regions = tuple[Tensor, Tensor, Tensor]
 FAR = 700.0  # exp(-FAR) is nothing beside 1, yet not 0
 REACH = 800.0  # from an end of the bracket to where an exponential outweighs any float64
 MAX_STEPS = 200
@@ -44,8 +45,8 @@ class Exponential(Cone):
         require_three(self, v)
 
     def _split(self, v: Tensor) -> Split:
-        inside, polar, curved = (part[..., None] for part in _regions(v))
-        root = _root(v, curved[..., 0])
+        regions, root = self._found(v)
+        inside, polar, curved = (part[..., None] for part in regions)
         s = torch.stack([root.sigma * root.r, root.sigma, root.top], -1)
         p = torch.stack([root.tau, root.tau * (1 - root.r), -root.bottom], -1)
         flat = v.clamp(min=0)
@@ -54,8 +55,9 @@ class Exponential(Cone):
         return torch.where(inside, v, torch.where(polar, 0.0, s)), torch.where(inside, 0.0, torch.where(polar, v, p))
 
     def _derivative(self, v: Tensor) -> Tensor:
-        inside, polar, curved = (part[..., None, None] for part in _regions(v))
-        frame = _frame(_root(v, curved[..., 0, 0]))
+        regions, root = self._found(v)
+        inside, polar, curved = (part[..., None, None] for part in regions)
+        frame = _frame(root)
         flat = v >= 0
         flat[..., 0] = v[..., 0] <= 0
         D = torch.where(curved, frame.U @ frame.D @ frame.U.mT, torch.diag_embed(flat.to(v)))
@@ -63,8 +65,7 @@ class Exponential(Cone):
         return torch.where(inside, eye, torch.where(polar, 0.0, D))
 
     def _curvature(self, v: Tensor, g: Tensor, h: Tensor) -> Tensor:
-        _, _, curved = _regions(v)
-        root = _root(v, curved)
+        (_, _, curved), root = self._found(v)
         r, sigma, tau = root.r, root.sigma.clamp(min=TINY), root.tau
         n, U, D, normal, turn, weight = _frame(root)
         g, h = (_times(U.mT, w) for w in (g, h))
@@ -80,15 +81,21 @@ class Exponential(Cone):
 
     def _distance(self, v: Tensor) -> Tensor:
         x, y, z = v.unbind(-1)
-        inside, polar, _ = _regions(v)
+        (inside, polar, _), _ = self._found(v)
         s, p = (torch.linalg.vector_norm(part, dim=-1) for part in self._split(v))
         edges = torch.minimum(torch.hypot(x, y.clamp(min=0)), torch.hypot(y, x.clamp(min=0)))
         sheet = torch.where((x <= 0) & (y <= 0), z.abs(), torch.inf)
         outside = torch.stack([s, p, edges, sheet]).amin(0)
         return torch.where(inside, _depth(x, y, z, 0.0), torch.where(polar, _depth(y, x, -z, 1.0), outside))
 
+    @remembered
+    def _found(self, v: Tensor) -> tuple[_Regions, _Root]:
+        """Return the regions and the root of points."""
+        regions = _regions(v)
+        return regions, _root(v, regions[2])
 
-def _regions(v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+
+def _regions(v: Tensor) -> _Regions:
     """Return whether v is in the cone, in its polar, and projected on the curved part of the boundary, (...) each."""
     x, y, z = v.unbind(-1)
     ratio, inverse = x / torch.where(y > 0, y, 1.0), y / torch.where(x > 0, x, 1.0)

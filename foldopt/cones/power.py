@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from foldopt.cones.base import Cone, Split, require_three
+from foldopt.cones.base import Cone, Split, remembered, require_three
 from foldopt.errors import InputError
 
 REACH = 700.0  # largest logarithm of r / (|z| - r), and of its inverse
@@ -51,16 +51,17 @@ class Power(Cone):
         require_three(self, v)
 
     def _split(self, v: Tensor) -> Split:
-        inside, polar, curved = (part[..., None] for part in self._regions(v))
-        root = self._root(v, curved[..., 0])
+        regions, root = self._found(v)
+        inside, polar, _ = (part[..., None] for part in regions)
         sign = v[..., 2].sign()
         s = torch.stack([root.X, root.Y, sign * root.size * root.share], -1)
         p = torch.stack([-root.up_x, -root.up_y, sign * root.size * root.rest], -1)
         return torch.where(inside, v, torch.where(polar, 0.0, s)), torch.where(inside, 0.0, torch.where(polar, v, p))
 
     def _derivative(self, v: Tensor) -> Tensor:
-        inside, polar, curved = (part[..., None, None] for part in self._regions(v))
-        D = self._on_surface(v, self._root(v, curved[..., 0, 0]))
+        regions, root = self._found(v)
+        inside, polar, _ = (part[..., None, None] for part in regions)
+        D = self._on_surface(v, root)
         return torch.where(inside, torch.eye(3, dtype=v.dtype, device=v.device), torch.where(polar, 0.0, D))
 
     def _curvature(self, v: Tensor, g: Tensor, h: Tensor) -> Tensor:
@@ -88,7 +89,7 @@ class Power(Cone):
         return torch.where(curved[..., None], second, 0.0)
 
     def _distance(self, v: Tensor) -> Tensor:
-        inside, polar, _ = self._regions(v)
+        (inside, polar, _), _ = self._found(v)
         s, p = (torch.linalg.vector_norm(part, dim=-1) for part in self._split(v))
         lengths = v.new_tensor([self.alpha, 1 - self.alpha])
         xy, z = v[..., :2], v[..., 2]
@@ -103,6 +104,12 @@ class Power(Cone):
         slope = torch.linalg.vector_norm(lengths * height[..., None] / xy, dim=-1)
         edge = torch.hypot(xy.amin(-1), z)
         return torch.minimum((height - z.abs()) / torch.hypot(slope, torch.ones_like(slope)), edge).clamp(min=0)
+
+    @remembered
+    def _found(self, v: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor], _Root]:
+        """Return the regions and the root of points."""
+        regions = self._regions(v)
+        return regions, self._root(v, regions[2])
 
     def _regions(self, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return whether v is in the cone, in its polar, or projected on the boundary, (...) each."""

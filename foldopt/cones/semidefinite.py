@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from foldopt.cones.base import Cone, Split
+from foldopt.cones.base import Cone, Split, remembered
 from foldopt.errors import InputError
 
 Triangle = Literal["lower", "upper"]
@@ -41,13 +41,13 @@ class Semidefinite(Cone):
         side(v.shape[-1])
 
     def _split(self, v: Tensor) -> Split:
-        w, Q = torch.linalg.eigh(smat(v, self.triangle))
+        w, Q = self._spectrum(v)
         s, p = (svec((Q * part[..., None, :]) @ Q.mT, self.triangle) for part in (w.clamp(min=0), w.clamp(max=0)))
         inside, polar = w[..., :1] >= 0, w[..., -1:] <= 0
         return torch.where(inside, v, torch.where(polar, 0.0, s)), torch.where(inside, 0.0, torch.where(polar, v, p))
 
     def _derivative(self, v: Tensor) -> Tensor:
-        w, Q = torch.linalg.eigh(smat(v, self.triangle))
+        w, Q = self._spectrum(v)
         n = Q.shape[-1]
         rows, columns, weights = _entries(n, self.triangle, v)
         Qr, Qc = Q[..., rows, :], Q[..., columns, :]
@@ -56,11 +56,11 @@ class Semidefinite(Cone):
         return (basis * _differences(w)[..., rows, columns][..., None, :]) @ basis.mT
 
     def _pushed(self, v: Tensor, g: Tensor) -> Tensor:
-        w, Q = torch.linalg.eigh(smat(v, self.triangle))
+        w, Q = self._spectrum(v)
         return svec(Q @ (_differences(w) * (Q.mT @ smat(g, self.triangle) @ Q)) @ Q.mT, self.triangle)
 
     def _curvature(self, v: Tensor, g: Tensor, h: Tensor) -> Tensor:
-        w, Q = torch.linalg.eigh(smat(v, self.triangle))
+        w, Q = self._spectrum(v)
         G, H = (Q.mT @ smat(x, self.triangle) @ Q for x in (g, h))
         size = w.abs()
         mixed = (w[..., :, None] >= 0) != (w[..., None, :] >= 0)
@@ -72,7 +72,13 @@ class Semidefinite(Cone):
         return svec(Q @ (half + half.mT) @ Q.mT, self.triangle)
 
     def _distance(self, v: Tensor) -> Tensor:
-        return torch.linalg.eigvalsh(smat(v, self.triangle)).abs().amin(-1)
+        return self._spectrum(v)[0].abs().amin(-1)
+
+    @remembered
+    def _spectrum(self, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the eigenvalues and eigenvectors of the matrices of points."""
+        w, Q = torch.linalg.eigh(smat(v, self.triangle))
+        return w, Q
 
 
 def svec(X: Tensor, triangle: Triangle = "lower") -> Tensor:

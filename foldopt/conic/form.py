@@ -53,6 +53,14 @@ class Form:
         """Split the entries theta (B, entries of P, q, A and b in a row)."""
         return Data(*theta.split(self.sizes, 1))
 
+    def dense(self, data: Data) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return P (B, n, n), q (B, n), A (B, m, n) and b (B, m)."""
+        B = len(data.q)
+        P, A = data.P.new_zeros(B, self.n, self.n), data.A.new_zeros(B, self.m, self.n)
+        P[:, self.P_row, self.P_column] = data.P
+        A[:, self.A_row, self.A_column] = data.A
+        return P, data.q, A, data.b
+
     def matrices(self, data: Data) -> tuple[Any, Any]:
         """Return all P, and all A, of a batch as one block-diagonal scipy matrix each; their memory is shared."""
         found = []

@@ -153,10 +153,8 @@ class ConeNewton(nn.Module):
         A variable that is not unique, such as an unused bound on an absolute value, may touch rows where the solver
         left it; the derivative does not depend on that.
         """
-        form, data = self.form, point.program.data
-        P, A = data.P.new_zeros(form.n, form.n), data.P.new_zeros(form.m, form.n)
-        P[form.P_row, form.P_column], A[form.A_row, form.A_column] = data.P[i], data.A[i]
-        one = torch.tensor([i])
+        form, one = self.form, torch.tensor([i])
+        P, _, A, _ = (part[0] for part in form.dense(point.program.data.at(one)))
         D, jump = (
             BlockDiagonal(tuple((r, v[one]) for r, v in M.groups), form.m) for M in (point.D, point.jump or point.D)
         )

@@ -84,8 +84,10 @@ class Point:
     lack a derivative. null: (B, n + m), a null vector of the system in no special position, 0 where it is regular.
     """
 
-    def __init__(self, program: Program, x: Tensor, y: Tensor, measure: Measure | None = None) -> None:
-        """x, y: in the program's units. measure: of that point, if it is known."""
+    def __init__(
+        self, program: Program, x: Tensor, y: Tensor, measure: Measure | None = None, near: System | None = None
+    ) -> None:
+        """x, y: in the program's units. measure: of that point, if it is known. near: the system of a point nearby."""
         form = program.form
         if measure is None or not measure.residual.isfinite().all():
             finite = torch.cat([x, y], 1).isfinite().all(1) & program.finite
@@ -98,7 +100,7 @@ class Point:
         self.kinks, self.aside = _kinks(form, measure, y)
         self.v = measure.v if self.aside is None else measure.v + self.aside
         self.D, self.jump = _pieces(form, measure.v, self.aside)
-        self.system = System(Jacobian(form, program.data, program.matrices, self.D))
+        self.system = System(Jacobian(form, program.data, program.matrices, self.D), near)
         self.degenerate = self.sound & (self.system.singular | self.kinks.any(1))
         self.null = torch.zeros_like(self.scale)
         if self.system.singular.any():

@@ -16,8 +16,8 @@ EXACT = 1e-13  # relative residual that no step is expected to improve
 CLOSE = 1e-3  # reduction of the residual after which the same Jacobian is good for another step
 
 
-def polish(program: Program, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Measure]:
-    """Return x and y after Newton steps, and their measure; all in the program's units.
+def polish(program: Program, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Measure, System | None]:
+    """Return x and y after Newton steps, and their measure, in the program's units; and the system of the last step.
 
     A step is kept in the samples where it makes the residual smaller; those that are not finite stay as they are.
     """
@@ -25,12 +25,13 @@ def polish(program: Program, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Meas
     measure = Measure.of(program, x, y)
     todo = measure.residual.isfinite() & (measure.residual > EXACT)
     system: System | None = None
+    last: System | None = None
     for _ in range(STEPS):
         if not todo.any():
             break
         if system is None:
             D = form.cone.derivative(measure.v.nan_to_num())
-            system = System(Jacobian(form, program.data, program.matrices, D))
+            system = last = System(Jacobian(form, program.data, program.matrices, D))
         r, before, better = measure.r.nan_to_num(), measure.residual, torch.zeros_like(todo)
         for step in (system.regular, system.solve, halved(system.solve)):
             dx, dy = step(r, False).split([form.n, form.m], 1)
@@ -45,7 +46,7 @@ def polish(program: Program, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Meas
         todo = better & (measure.residual > EXACT) & (measure.residual < 0.5 * before)
         if (todo & (measure.residual > CLOSE * before)).any():
             system = None
-    return x, y, measure
+    return x, y, measure, last
 
 
 def halved(solve: Callable[[Tensor, bool], Tensor]) -> Callable[[Tensor, bool], Tensor]:

@@ -26,6 +26,8 @@ DENSE = 300  # n + m up to which the systems of a batch are one dense batch
 SHIFT = 1e-8  # the matrices have entries of about 1
 SUSPECT = 1e9  # growth of a vector in no special position that says the matrix may be singular
 REFINEMENTS = 6
+ALIKE = 1e-3  # what the factors of another J leave of a vector, relative to it: each refinement does that again
+SETTLED = 1e-8  # a correction, relative to what it corrects, after which the next one would be rounding
 
 
 class Jacobian:
@@ -63,13 +65,10 @@ class Dense:
     """As one dense batch."""
 
     def __init__(self, J: Jacobian, shift: float) -> None:
-        form, (P, _, entries, _) = J.form, J.data
-        n, m, B = form.n, form.m, len(P)
-        A = P.new_zeros(B, m, n)
-        A[:, form.A_row, form.A_column] = entries
-        K = P.new_zeros(B, n + m, n + m)
-        K[:, form.P_row, form.P_column] = P
-        K[:, :n, n:] = A.mT
+        n, m = J.form.n, J.form.m
+        P, _, A, _ = J.form.dense(J.data)
+        K = P.new_zeros(len(P), n + m, n + m)
+        K[:, :n, :n], K[:, :n, n:] = P, A.mT
         K[:, n:, :n] = -A
         for rows, values in J.D.groups:
             into = n + rows
@@ -181,14 +180,23 @@ class SparsePattern:
 
 
 class System:
-    """Solves with J, factored once; singular: (B,) bool, samples whose J is singular, or close to that."""
+    """Solves with J, factored once; singular: (B,) bool, samples whose J is singular, or close to that.
 
-    def __init__(self, J: Jacobian) -> None:
+    near: a system whose factors are taken if few refinements with them solve to rounding.
+    """
+
+    def __init__(self, J: Jacobian, near: System | None = None) -> None:
         self.J = J
         kind = Dense if J.form.n + J.form.m <= DENSE else Sparse
-        self.factor: Factor = kind(J, 0.0)
         r = probe(J.form.n + J.form.m, J.data.q).expand(len(J.data.q), -1)
-        grown = torch.linalg.vector_norm(self.factor.solve(r, False), dim=1) / torch.linalg.vector_norm(r, dim=1)
+        size = torch.linalg.vector_norm(r, dim=1)
+        self.factor: Factor = kind(J, 0.0) if near is None else near.factor
+        self.refinements = 1 if near is None else 4
+        z = self.factor.solve(r, False)
+        if near is not None and not (torch.linalg.vector_norm(r - J.times(z, False), dim=1) <= ALIKE * size).all():
+            self.factor, self.refinements = kind(J, 0.0), 1
+            z = self.factor.solve(r, False)
+        grown = torch.linalg.vector_norm(z, dim=1) / size
         self.singular = ~(grown < SUSPECT)
         self.index = self.singular.nonzero()[:, 0]
         self.part = J.at(self.index) if len(self.index) else J
@@ -206,9 +214,14 @@ class System:
         return z
 
     def regular(self, r: Tensor, transposed: bool) -> Tensor:
-        """Return the solution by the factors of J itself, refined once, however close to singular J is."""
+        """Return the solution by the factors, refined, however close to singular J is."""
         z = self.factor.solve(r, transposed)
-        return z + self.factor.solve(r - self.J.times(z, transposed), transposed)
+        for _ in range(self.refinements):
+            more = self.factor.solve(r - self.J.times(z, transposed), transposed)
+            z = z + more
+            if (torch.linalg.vector_norm(more, dim=1) <= SETTLED * torch.linalg.vector_norm(z, dim=1)).all():
+                break
+        return z
 
     def null_part(self, r: Tensor) -> Tensor:
         """Return the part of r (B, n + m) along the null space of J, for which J'z = r has no solution; else 0."""

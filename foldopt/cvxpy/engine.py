@@ -5,19 +5,22 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from foldopt.affine import SparseMap
+from foldopt.cones.interior_point import STATUS as STATUS_OF_CONES
+from foldopt.cones.interior_point import solve_cone_program
 from foldopt.conic.form import Data, Form, Program
 from foldopt.conic.newton import ConeNewton, ConeState
 from foldopt.conic.point import Point
 from foldopt.conic.polish import polish
 from foldopt.cvxpy.canonical import Canonical, Input
 from foldopt.cvxpy.solver import FAILED, INFEASIBLE, NONCONVEX, SOLVED, UNBOUNDED
-from foldopt.errors import InfeasibleError, LimitError, NonconvexError, SolverError, UnboundedError
+from foldopt.errors import InfeasibleError, InputError, LimitError, NonconvexError, SolverError, UnboundedError
 from foldopt.fixed_point import FoldInfo
 from foldopt.fold import FoldedLayer
 from foldopt.linear_solve import linear_solver
@@ -36,9 +39,12 @@ _CAUSES: tuple[tuple[str, type[SolverError]], ...] = (
 
 
 class Front(Protocol):
-    """What solves programs; `name` is how messages call it."""
+    """What solves programs."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """Return how messages call it."""
+        ...
 
     def __call__(self, data: Data) -> tuple[Tensor, Tensor, list[str]]:
         """Return x (B, n) and y (B, m), NaN where there is none, and what became of each sample, in words."""
@@ -55,13 +61,53 @@ class OwnQP:
 
     def __call__(self, data: Data) -> tuple[Tensor, Tensor, list[str]]:
         """See `Front`."""
-        form, B = self.form, len(data.q)
-        H, C = data.P.new_zeros(B, form.n, form.n), data.A.new_zeros(B, form.m, form.n)
-        H[:, form.P_row, form.P_column] = data.P
-        C[:, form.A_row, form.A_column] = data.A
-        lower = torch.where(torch.arange(form.m) < form.zero, data.b, -torch.inf)
-        found = solve(QuadraticProgram(H, data.q, C, lower, data.b))
+        P, q, A, b = self.form.dense(data)
+        lower = torch.where(torch.arange(self.form.m) < self.form.zero, b, -torch.inf)
+        found = solve(QuadraticProgram(P, q, A, lower, b))
         return found.x, found.y, [STATUS[code] for code in found.status.tolist()]
+
+
+class OwnInteriorPoint:
+    """Linear and second-order cones, by foldopt's batched interior point, as one dense batch on `device`.
+
+    options: ``tol`` and ``max_iter`` of `foldopt.cones.solve_cone_program`. Raises InputError for others, and for
+    other cones.
+    """
+
+    name = "foldopt's interior point"
+
+    def __init__(self, form: Form, options: dict[str, Any]) -> None:
+        others = [kind for kind in ("psd", "exp", "pow") if form.cone.dims.get(kind)]
+        if others:
+            raise InputError(
+                f"solver='foldopt' knows linear and second-order cones; this problem has {others}: take another solver."
+            )
+        unknown = sorted(set(options) - {"tol", "max_iter"})
+        if unknown:
+            raise InputError(f"options has {unknown}: solver='foldopt' knows 'tol' and 'max_iter'.")
+        self.form, self.options, self.device = form, options, torch.device("cpu")
+
+    def __call__(self, data: Data) -> tuple[Tensor, Tensor, list[str]]:
+        """See `Front`."""
+        P, q, A, b = (part.to(self.device) for part in self.form.dense(data))
+        dims = {kind: size for kind, size in self.form.cone.dims.items() if kind in ("zero", "nonneg", "soc")}
+        found = solve_cone_program(P, q, A, b, dims, **self.options)
+        good = (found.status == STATUS_OF_CONES.index(SOLVED))[:, None]
+        x, y = (torch.where(good, part, torch.nan).cpu() for part in (found.x, found.y))
+        return x, y, [STATUS_OF_CONES[code] for code in found.status.tolist()]
+
+
+@dataclass(frozen=True)
+class Again:
+    """The solutions of another call, x (B, n) and y (B, m), to begin at."""
+
+    x: Tensor
+    y: Tensor
+    name: str = "the last solution"
+
+    def __call__(self, data: Data) -> tuple[Tensor, Tensor, list[str]]:
+        """See `Front`."""
+        return self.x, self.y, [SOLVED] * len(self.x)
 
 
 class Stack:
@@ -137,20 +183,18 @@ class ConicEngine(FoldedLayer):
         program = Program(self.form, data)
         status = [SOLVED] * len(data.q)
         x, y = torch.full_like(data.q, torch.nan), torch.full_like(data.b, torch.nan)
-        if self.warm_start and self.call.start is not None and len(self.call.start[0]) == len(x):
-            x, y = program.inside(*self.call.start)
-        x, y, measure = polish(program, x, y)
-        for solver in self.solvers:
-            left = (~(measure.residual <= ACCURATE)).nonzero()[:, 0]
-            if not len(left):
-                break
-            found_x, found_y, found = solver(data.at(left))
+        left = torch.arange(len(x))
+        for front in self._fronts(len(x)):
+            found_x, found_y, found = front(data.at(left))
             for i, outcome in zip(left.tolist(), found, strict=True):
                 status[i] = outcome
             scale_x, scale_y = program.scale[left].split([self.form.n, self.form.m], 1)
             x[left], y[left] = found_x / scale_x, found_y / scale_y
-            x, y, measure = polish(program, x, y)
-        point = Point(program, x, y, measure)
+            x, y, measure, system = polish(program, x, y)
+            left = (~(measure.residual <= ACCURATE)).nonzero()[:, 0]
+            if not len(left):
+                break
+        point = Point(program, x, y, measure, system)
         accurate = ((measure.residual <= ACCURATE) & (point.error(measure) <= NEAR)).tolist()
         status = [FAILED if s == SOLVED and not good else s for s, good in zip(status, accurate, strict=True)]
         self._explain(status, measure.residual)
@@ -161,6 +205,11 @@ class ConicEngine(FoldedLayer):
             self.newton.keep(state, params, point)
         self.call.found, self.call.start = (measure.residual, status), state
         return state
+
+    def _fronts(self, size: int) -> Sequence[Front]:
+        """Return what is asked for solutions of a batch of this size, in turn."""
+        start = self.call.start if self.warm_start else None
+        return [Again(*start), *self.solvers] if start is not None and len(start[0]) == size else self.solvers
 
     def _explain(self, status: Sequence[str], residual: Tensor) -> None:
         """Raise or warn about the samples that were not solved, by cause."""

@@ -29,8 +29,10 @@ class CvxpyLayer(nn.Module):
         problem: a ``cvxpy.Problem``, DCP and DPP (see ``problem.is_dpp()``), without integer and complex variables.
         parameters: all its parameters, in the order of the layer's arguments.
         variables: those of its variables to return; also dual variables, ``constraint.dual_variables[0]``.
-        solver: name of a solver that CVXPY has installed, such as "CLARABEL", "SCS", "ECOS" or "MOSEK". None: Clarabel,
-            and small problems with linear constraints that it does not solve by the engine of `QPLayer`.
+        solver: name of a solver that CVXPY has installed, such as "CLARABEL", "SCS", "ECOS" or "MOSEK"; or "foldopt",
+            a batched interior point of our own for small problems with linear and second-order cones, which runs where
+            the parameters are, on a GPU too. None: Clarabel, and small problems with linear constraints that it does
+            not solve by the engine of `QPLayer`.
         gp: whether the problem is a geometric program (DGP).
         dual: constraints of the problem whose dual values are returned too, after the variables, as CVXPY's
             ``constraint.dual_value`` has them; for a constraint with several dual variables (SOC, ExpCone), each.
@@ -48,7 +50,8 @@ class CvxpyLayer(nn.Module):
 
     A tensor has its parameter's shape, or one dimension more, (B, ...): tensors without are shared by the batch and get
     the sum of its gradients. The outputs have a batch dimension if any tensor has one. They come back in the dtype and
-    on the device of the first floating-point tensor; the computation is in float64, on the CPU. A symmetric or PSD
+    on the device of the first floating-point tensor; the computation is in float64, on the CPU but for the solver
+    "foldopt". A symmetric or PSD
     parameter gets a symmetric gradient.
 
     ``layer.last`` holds the certificates per sample: ``status``, ``residual``, ``ok`` and after a backward pass
@@ -82,7 +85,7 @@ class CvxpyLayer(nn.Module):
         from foldopt.conic.form import Form
         from foldopt.cvxpy.canonical import canonicalize
         from foldopt.cvxpy.checks import dual_variables, require_problem
-        from foldopt.cvxpy.engine import ConicEngine, Front, OwnQP
+        from foldopt.cvxpy.engine import ConicEngine, Front, OwnInteriorPoint, OwnQP
         from foldopt.cvxpy.solver import Clarabel, ConeSolver
 
         require_policy(degenerate)
@@ -98,7 +101,9 @@ class CvxpyLayer(nn.Module):
         pattern = canonical.pattern
         form = Form(**vars(pattern))
         name, given = solver or "CLARABEL", {**(solver_args or {}), **(options or {})}
-        fronts: list[Front] = [(Clarabel if name == "CLARABEL" else ConeSolver)(canonical, name, given)]
+        self._own = OwnInteriorPoint(form, given) if name == "foldopt" else None
+        front: Front = self._own or (Clarabel if name == "CLARABEL" else ConeSolver)(canonical, name, given)
+        fronts = [front]
         if solver is None and pattern.linear and pattern.n + pattern.m <= LARGEST_QP:
             fronts.append(OwnQP(form))
         read = torch.zeros(pattern.n + 1, dtype=torch.bool)
@@ -117,6 +122,8 @@ class CvxpyLayer(nn.Module):
         from foldopt.cvxpy.values import lowered
 
         entries, batched = lowered(self.inputs, self._entries, params)
+        if self._own is not None and params:
+            self._own.device = params[0].device
         x, y = self.engine(*entries)
         like = next((p for p in params if p.is_floating_point()), None)
         found = []

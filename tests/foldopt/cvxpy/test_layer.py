@@ -33,7 +33,7 @@ def interval(**options):
     return foldopt.CvxpyLayer(cp.Problem(cp.Minimize(c * x), [x >= low, low <= 1]), [c, low], [x], **options)
 
 
-@pytest.mark.parametrize("solver", [None, "CLARABEL", "SCS"])
+@pytest.mark.parametrize("solver", [None, "CLARABEL", "SCS", "foldopt"])
 def test_batched_and_shared_parameters_mix_and_shared_ones_get_the_sum(solver):
     layer = ball(solver=solver)
     c = torch.tensor([[3.0, 0, 4], [1, 2, 2]], dtype=F64, requires_grad=True)
@@ -58,7 +58,7 @@ def test_float32_in_float32_out_computed_in_float64():
     torch.testing.assert_close(gradient, torch.tensor([0.64, 0, -0.48]))
 
 
-@pytest.mark.parametrize("solver", [None, "CLARABEL"])
+@pytest.mark.parametrize("solver", [None, "CLARABEL", "foldopt"])
 def test_one_bad_sample_spoils_no_other(solver):
     c = torch.tensor([1.0, 1, -1, 2], dtype=F64, requires_grad=True)
     low = torch.tensor([0.5, 3, 0, 0.25], dtype=F64, requires_grad=True)
@@ -198,6 +198,13 @@ REFUSED = {
     "no variable": (cp.Minimize(cp.sum_squares(x - p)), [], {}, "variables= is empty"),
     "solver": (cp.Minimize(cp.sum_squares(x - p)), [x], {"solver": "NONE"}, "solver='NONE' is not installed.*CLARABEL"),
     "cones": (cp.Minimize(cp.norm(x - p)), [x], {"solver": "OSQP"}, "takes no such cones .*soc"),
+    "own cones": (cp.Minimize(cp.sum(cp.exp(x - p))), [x], {"solver": "foldopt"}, r"has \['exp'\]: take another"),
+    "own options": (
+        cp.Minimize(cp.norm(x - p)),
+        [x],
+        {"solver": "foldopt", "options": {"eps": 1e-3}},
+        "options has .'eps'.: solver='foldopt' knows 'tol' and 'max_iter'",
+    ),
     "policy": (cp.Minimize(cp.sum_squares(x - p)), [x], {"degenerate": "no"}, "degenerate='no' is unknown"),
     "failure": (cp.Minimize(cp.sum_squares(x - p)), [x], {"on_failure": "no"}, "on_failure='no' is unknown"),
     "dual": (cp.Minimize(cp.sum_squares(x - p)), [x], {"dual": [x >= 0]}, "dual.0. is .*not one of the problem's"),
@@ -265,3 +272,16 @@ def test_random_points_of_a_batch_agree_with_single_calls():
         (alone,) = layer(one)
         torch.testing.assert_close(alone, x[i])
         torch.testing.assert_close(torch.autograd.grad((alone**2).sum(), one)[0], whole[i])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_the_same_on_cuda():
+    layer = ball(solver="foldopt")
+    c = torch.tensor([[3.0, 0, 4], [1, 2, 2]], dtype=F64, requires_grad=True)
+    r = torch.tensor(2.0, dtype=F64)
+    there = c.detach().cuda().requires_grad_()
+    x, y = layer(c, r)[0], layer(there, r.cuda())[0]
+    assert y.device.type == "cuda"
+    torch.testing.assert_close(y.cpu(), x)
+    gradients = torch.autograd.grad(x[:, 0].sum(), c)[0], torch.autograd.grad(y[:, 0].sum(), there)[0]
+    torch.testing.assert_close(gradients[1].cpu(), gradients[0])
