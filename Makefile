@@ -6,7 +6,7 @@ PROFILE ?= default
 TRACKED = $(if $(TRACKING),--tracking $(TRACKING))
 UV_VERSION := 0.13.9
 
-.PHONY: help test endurance coverage lint format reproduce sweep slurm figures report verify bilinear-kappa bilinear-certificates figure-3 figure-4a figure-4b figure-4c figure-6 \
+.PHONY: help test test-slow test-all nightly endurance coverage lint format reproduce sweep slurm figures report verify bilinear-kappa bilinear-certificates figure-3 figure-4a figure-4b figure-4c figure-6 \
 	figure-7 topk-layers layer-share portfolio-settings solver-table linear-solvers scaling forward-tolerance denoising-cost unrolling-cost bench bench-qp bench-cvxpy verdicts peers clean lock
 
 help: ## list the targets
@@ -23,11 +23,19 @@ help: ## list the targets
 	$(PY) -m uv pip install --quiet --python $(PY) --no-deps -e .
 	@touch $@
 
-test: .venv/.installed ## run the tests (about a quarter of an hour on 2 cores)
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadgroup
+test: .venv/.installed ## run the tests of what must hold after every edit (under 4 minutes on 2 cores)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadgroup -m "not slow"
+
+test-slow: .venv/.installed ## run the others: killed runs, Slurm, endurance, real collections, whole studies (some 10 minutes)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadgroup -m slow
+
+test-all: test test-slow ## run all tests
+
+nightly: .venv/.installed ## run the property tests on new examples, 200 each
+	OMP_NUM_THREADS=1 HYPOTHESIS_PROFILE=nightly $(PY) -m pytest -n 2 --dist loadgroup -m hypothesis
 
 endurance: .venv/.installed ## 10,000 training steps of every layer: memory, file handles and threads (some 20 minutes)
-	OMP_NUM_THREADS=1 ENDURANCE_STEPS=10000 $(PY) -m pytest -s tests/foldopt/test_endurance.py
+	OMP_NUM_THREADS=1 ENDURANCE_STEPS=10000 $(PY) -m pytest -s -m slow tests/foldopt/test_endurance.py
 
 coverage: .venv/.installed ## run the tests of the library and show how much of it they run; below 95% fails
 	OMP_NUM_THREADS=1 $(PY) -m coverage run --source foldopt -m pytest tests/foldopt tests/experiments/problems

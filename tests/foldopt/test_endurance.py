@@ -1,6 +1,7 @@
-"""Long training: memory stays flat, no file handles or threads pile up. ``make endurance`` takes 10,000 steps of each.
+"""Long training: no objects, file handles or threads pile up, and memory stays flat.
 
-The first fifth of the steps may fill caches; from there on nothing grows.
+The first fifth of the steps may fill caches; from there on nothing grows. Objects are counted one by one, for which 20
+steps are enough; memory outside of Python needs the steps of `LONG` to show. ``make endurance`` takes 10,000.
 """
 
 import gc
@@ -17,7 +18,7 @@ import foldopt
 from tests.foldopt.cases import CASES, normal
 from tests.foldopt.steps import heron
 
-STEPS = int(os.environ.get("ENDURANCE_STEPS", "20"))
+SHORT, LONG = 20, int(os.environ.get("ENDURANCE_STEPS", "500"))
 MEBIBYTE = 2**20
 LAYERS = {
     **{name: case.layer for name, case in CASES.items()},
@@ -33,31 +34,33 @@ def parameters(name):
 
 
 def used():
-    """Resident memory in bytes, live tensors, file handles and threads of this process."""
+    """Resident memory in bytes, objects that the collector knows, file handles and threads of this process."""
     gc.collect()
     pages = int(Path("/proc/self/statm").read_text().split()[1])
-    tensors = sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
-    return pages * os.sysconf("SC_PAGE_SIZE"), tensors, len(os.listdir("/proc/self/fd")), threading.active_count()
+    known = len(gc.get_objects())
+    return pages * os.sysconf("SC_PAGE_SIZE"), known, len(os.listdir("/proc/self/fd")), threading.active_count()
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="only Linux tells what a process uses")
 @pytest.mark.parametrize("name", LAYERS)
-def test_long_training_uses_no_more_and_no_more(name):
+@pytest.mark.parametrize("steps", [SHORT, pytest.param(LONG, marks=pytest.mark.slow)])
+def test_long_training_uses_no_more_and_no_more(name, steps):
     layer = LAYERS[name]()
     params = [p.detach().requires_grad_() for p in parameters(name)]
     optimizer = torch.optim.SGD(params, lr=1e-9)
-    for step in range(STEPS):
-        if step == STEPS // 5:
+    for step in range(steps):
+        if step == steps // 5:
             before = used()
         optimizer.zero_grad()
         layer(*params).square().sum().backward()
         optimizer.step()
     after = used()
     grown = [b - a for a, b in zip(before, after, strict=True)]
-    print(f"{name}: {STEPS} steps, {grown[0] / MEBIBYTE:+.1f} MiB, {grown[1:]} tensors, file handles, threads")
-    assert grown[0] <= 8 * MEBIBYTE
-    assert grown[1] <= 0
+    print(f"{name}: {steps} steps, {grown[0] / MEBIBYTE:+.1f} MiB, {grown[1:]} objects, file handles, threads")
+    assert grown[1] < SHORT // 2, "less than one in a step"
     assert grown[2:] == [0, 0]
+    if steps > SHORT:
+        assert grown[0] <= 8 * MEBIBYTE
 
 
 PILING = """
@@ -76,6 +79,7 @@ def test_the_measure_sees_what_piles_up():
     """In a process of its own, which has no freed memory to put it in."""
     root = Path(__file__).resolve().parents[2]
     done = subprocess.run([sys.executable, "-c", PILING], cwd=root, capture_output=True, text=True, check=True)
-    memory, tensors, files, _ = map(int, done.stdout.split())
+    memory, objects, files, _ = map(int, done.stdout.split())
     assert memory > 100 * MEBIBYTE
-    assert (tensors, files) == (2, 1)
+    assert 3 <= objects < 20, "two tensors, their list and an open file"
+    assert files == 1
