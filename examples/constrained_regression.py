@@ -1,12 +1,11 @@
 """Regression whose outputs are known to be nondecreasing, learned through the projection on such vectors.
 
-A sample has inputs x and outputs y that never decrease, y_1 <= ... <= y_m, as doses and responses or quantiles have
-them. The model is a linear map followed by isotonic regression, P(W x), P(c) = argmin |z - c|^2 over z_1 <= ... <= z_m,
-and W is trained end to end: the monotonic output regression of Agrawal, Barratt and Boyd, Learning convex optimization
-models (2021). Beside it: least squares, which predicts W x with the W that is best without P, and least squares
-followed by P at test time only.
+The outputs of every sample are nondecreasing, y_1 <= ... <= y_m, as the quantiles of a forecast are. The model is a
+linear map followed by isotonic regression: P(x'W), where P(c) minimizes |z - c|^2 over z_1 <= ... <= z_m. W is trained
+end to end, as in the monotonic output regression of Agrawal, Barratt and Boyd, Learning convex optimization models
+(2021). It is compared with least squares, which fits x'W to y without P, and with P applied to that fit afterwards.
 
-The derivative of P averages over each block of outputs that P has made equal. Truth: the pool-adjacent-violators
+The derivative of P takes the mean over each block of entries that P makes equal. Truth: the pool-adjacent-violators
 algorithm (Ayer, Brunk, Ewing, Reid and Silverman, An empirical distribution function for sampling with incomplete
 information, 1955) for the projection, and central differences of it for the gradient.
 """
@@ -35,8 +34,8 @@ def pool_adjacent_violators(c):
         for value in row:
             blocks.append((value, 1))
             while len(blocks) > 1 and blocks[-2][0] >= blocks[-1][0]:
-                (a, k), (b, l) = blocks.pop(-2), blocks.pop()
-                blocks.append(((a * k + b * l) / (k + l), k + l))
+                (a, left), (b, right) = blocks.pop(-2), blocks.pop()
+                blocks.append(((a * left + b * right) / (left + right), left + right))
         rows.append([value for value, count in blocks for _ in range(count)])
     return torch.tensor(rows, dtype=c.dtype)
 

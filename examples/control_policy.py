@@ -93,7 +93,7 @@ def main(horizon=25, batch=16, steps=25):
         cost, _ = simulated_cost(decide, L, A, B, noise)
         cost.backward()
         optimizer.step()
-        costs.append(float(cost))
+        costs.append(cost.item())
     before, after = (float(simulated_cost(exact, one, A, B, later)[0]) for one in (start, L.detach()))
     print(f"cost per step {costs[0]:.4f} with the Riccati matrix, {costs[-1]:.4f} learned")
     print(f"under new noise {before:.4f} with the Riccati matrix, {after:.4f} learned")

@@ -4,10 +4,10 @@ A logistic regression on points of the plane, min 1/n sum_i log(1 + exp(-y_i (w'
 with two exponential cones per point. Its weights (w, b) are a function of the training points x_i; the gradient of the
 test loss in these tells an attacker where to push each of them, and a statistician which of them the fit depends on
 (Agrawal, Amos, Barratt, Boyd, Diamond and Kolter, Differentiable convex optimization layers, 2019, section 6.1; Biggio,
-Nelson and Laskov, Poisoning attacks against support vector machines, 2012). All points are pushed by the same small
-length along the gradient, again and again; as the control, by the same length in random directions.
+Nelson and Laskov, Poisoning attacks against support vector machines, 2012). The attack moves every point by the same
+small length along its gradient, again and again. As a control, the points move by that length in random directions.
 
-Truth: the weights, and the gradient by central differences, from Newton's method on the two-line objective.
+Truth: the weights by Newton's method on the objective, and central differences of these for the gradient.
 """
 
 import argparse

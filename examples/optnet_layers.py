@@ -2,11 +2,11 @@
 
 Each activation of c is the solution of a small problem. ReLU: min |x - c|^2 over x >= 0. Sigmoid: max c'x plus the
 entropies of x and of 1 - x. Softmax: max c'x plus the entropy of x, over 1'x = 1. Sparsemax: min |x - c|^2 over the
-simplex (Martins and Astudillo, From softmax to sparsemax, 2016). Amos and Kolter, OptNet (2017), and Agrawal et al.,
-Differentiable convex optimization layers (2019), look at layers of networks in this way. Truth: the closed forms and
-their derivatives, in float64.
+simplex (Martins and Astudillo, From softmax to sparsemax, 2016). Optimization problems as layers that generalize such
+activations: Amos and Kolter, OptNet (2017); Agrawal et al., Differentiable convex optimization layers (2019). Truth:
+the closed forms and their derivatives, in float64.
 
-ReLU has a kink at 0: there the layer raises `KinkError`; degenerate="one_sided" gives the slope on one of the sides.
+ReLU has a kink at 0. There the layer raises `KinkError`; with degenerate="one_sided" it returns the slope of one side.
 """
 
 import argparse
