@@ -3,6 +3,7 @@
 import importlib
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,19 @@ import pytest
 
 pytest.importorskip("qpsolvers")
 pytest.importorskip("scipy")
+pytest.importorskip("cvxpy")
 ROOT = Path(__file__).resolve().parents[2]
-NAMES = ("factor_portfolio", "lasso_path", "min_cost_flow", "mpc")
+NAMES = (
+    "constrained_regression",
+    "control_policy",
+    "data_poisoning",
+    "factor_portfolio",
+    "lasso_path",
+    "min_cost_flow",
+    "mpc",
+    "optnet_layers",
+    "resource_allocation",
+)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -70,3 +82,54 @@ def test_factor_portfolio_pays_off_on_unseen_days():
     assert found["trained"]["mse"] > found["two stages"]["mse"]
     for part in ("seen", "unseen"):
         assert 0 < found["trained"][part] < 0.8 * found["two stages"][part]
+
+
+def test_optnet_layers_are_their_closed_forms_to_second_order():
+    found = run("optnet_layers", n=5)
+    assert (found["c"] > 0).any()
+    assert (found["c"] < 0).any()
+    for name in ("relu", "sigmoid", "softmax", "sparsemax"):
+        assert len(found[name]) == 3
+        assert max(found[name]) < 1e-12
+    assert found["kink"]["raises"]
+    assert found["kink"]["verdict"] == "kink"
+    assert found["kink"]["slopes"] in ([0, 0, 1], [0, 1, 1])
+
+
+def test_data_poisoning_raises_the_loss_as_the_gradient_predicts():
+    found = run("data_poisoning", n=12, steps=6)
+    assert found["fit_error"] < 1e-10
+    assert found["gradient_error"] < 1e-6
+    assert min(found["rises"]) > 0
+    assert np.allclose(found["rises"], found["predicted"], rtol=0.15)
+    assert found["poisoned"] - found["clean"] > 3 * abs(found["control"] - found["clean"])
+
+
+def test_constrained_regression_gains_from_training_through_the_projection():
+    found = run("constrained_regression", outputs=5, inputs=8, steps=30)
+    assert found["error"] < 1e-10
+    assert found["gradient_error"] < 1e-6
+    hidden, trained = found["the hidden W, with P"], found["trained through P"]
+    for part in ("seen", "unseen"):
+        assert trained[part] < 0.8 * found["least squares, then P"][part]
+        assert found["least squares, then P"][part] < found["least squares"][part]
+    assert hidden["unseen"] < trained["unseen"]
+
+
+def test_control_policy_learns_what_it_does_under_bounds():
+    found = run("control_policy", horizon=10, batch=8, steps=12)
+    assert found["bounded"] > 0.3
+    assert found["error"] < 1e-10
+    assert np.isclose(found["slope"], found["truth"], rtol=1e-6)
+    assert found["costs"][-1] < 0.98 * found["costs"][0]
+    assert found["after"] < found["before"]
+
+
+def test_resource_allocation_converges_quadratically_to_the_best_capacities():
+    found = run("resource_allocation", activities=4)
+    assert found["error"] < 1e-10
+    assert found["envelope"] < 1e-10
+    assert found["hessian_error"] < 1e-7
+    assert found["gaps"][0] > 1e-2
+    assert any(1e-12 < later < 10 * gap**2 < 1e-3 for gap, later in pairwise(found["gaps"]))
+    assert found["distance"] < 1e-9
