@@ -13,7 +13,7 @@ import argparse
 
 import cvxpy as cp
 import torch
-from torch.func import jacrev
+from torch.func import hessian, jacrev
 
 from foldopt import CvxpyLayer
 from foldopt.errors import KinkError
@@ -75,7 +75,7 @@ def main(n=8):
         found = (
             layer(c)[0],
             jacrev(lambda c, layer=layer: layer(c)[0])(c),
-            jacrev(jacrev(lambda c, layer=layer: w @ layer(c)[0]))(c),
+            hessian(lambda c, layer=layer: w @ layer(c)[0])(c),
         )
         result[name] = [float((a - b).abs().max()) for a, b in zip(found, truth[name], strict=True)]
         print("{}: errors of x {:.0e}, dx/dc {:.0e}, second derivative {:.0e}".format(name, *result[name]))

@@ -18,7 +18,7 @@ import cvxpy as cp
 import numpy as np
 import scipy.optimize
 import torch
-from torch.func import jacrev
+from torch.func import hessian, jacrev
 
 from foldopt import CvxpyLayer
 
@@ -74,13 +74,13 @@ def main(activities=6, resources=3, steps=6):
     error = float(max(np.abs(x.numpy() - exact_x).max(), np.abs(prices.numpy() - exact_prices).max()))
     print(f"x and prices agree with SciPy's root to {error:.0e}; prices {prices.tolist()}")
 
-    gradient, hessian = jacrev(allocation.earnings)(c), jacrev(jacrev(allocation.earnings))(c)
+    gradient, curvature = jacrev(allocation.earnings)(c), hessian(allocation.earnings)(c)
     envelope = float((gradient - prices).abs().max())
     h, truth = 1e-5, []
     for e in np.eye(resources):
         up, down = (allocation.by_root(c.numpy() + side * h * e, exact_x, exact_prices)[1] for side in (1, -1))
         truth.append((up - down) / (2 * h))
-    hessian_error = float(np.abs(hessian.numpy() - truth).max() / np.abs(truth).max())
+    hessian_error = float(np.abs(curvature.numpy() - truth).max() / np.abs(truth).max())
     print(f"dV/dc is the prices to {envelope:.0e}; d2V/dc2 the differences of the prices to {hessian_error:.0e}")
 
     best = torch.as_tensor(generator.uniform(1, 2, resources))
@@ -89,7 +89,7 @@ def main(activities=6, resources=3, steps=6):
         gap = jacrev(allocation.earnings)(c) - cost
         gaps.append(float(gap.abs().max()))
         print(f"capacities {[round(one, 6) for one in c.tolist()]}: prices differ from costs by {gaps[-1]:.0e}")
-        c = c - torch.linalg.solve(jacrev(jacrev(allocation.earnings))(c), gap)
+        c = c - torch.linalg.solve(hessian(allocation.earnings)(c), gap)
     distance = float((c - best).abs().max())
     print(f"Newton's method ends {distance:.0e} from the best capacities")
     return {"error": error, "envelope": envelope, "hessian_error": hessian_error, "gaps": gaps, "distance": distance}

@@ -254,7 +254,10 @@ class _Pushed(torch.autograd.Function):
 
 
 class _Curved(torch.autograd.Function):
-    """The second derivative at v along g and h, all (..., d); it has no derivative of its own."""
+    """The second derivative at v along g and h, all (..., d).
+
+    A projection is a gradient, so the form that pairs it with w is symmetric in g, h and w. It has no derivative in v.
+    """
 
     @staticmethod
     def forward(v: Tensor, g: Tensor, h: Tensor, cone: Cone) -> Tensor:
@@ -262,20 +265,49 @@ class _Curved(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.cone = inputs[3]
+        v, g, h, ctx.cone = inputs
+        ctx.save_for_backward(v, g, h)
+        ctx.save_for_forward(v, g, h)
 
     @staticmethod
-    def backward(ctx: Any, w: Tensor) -> tuple[Tensor, ...]:
-        raise _third_order(ctx.cone)
+    def backward(ctx: Any, w: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
+        (v, g, h), (_, of_g, of_h, _) = ctx.saved_tensors, ctx.needs_input_grad
+        return w, _curve(v, h, w, ctx.cone) if of_g else None, _curve(v, g, w, ctx.cone) if of_h else None, None
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
-        raise _third_order(ctx.cone)
+    def jvp(ctx: Any, _: Tensor | None, dg: Tensor | None, dh: Tensor | None, __: None) -> Tensor:
+        with outer_tangents(ctx.saved_tensors) as (v, g, h):
+            moved = torch.zeros_like(g) if dg is None else _curve(v, dg, h, ctx.cone)
+            return moved if dh is None else moved + _curve(v, g, dh, ctx.cone)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], v: Tensor, g: Tensor, h: Tensor, cone: Cone) -> tuple[Tensor, int]:
         v, g, h = _together(info.batch_size, in_dims, (v, g, h))
         return _curve(v, g, h, cone), 0
+
+
+class _Constant(torch.autograd.Function):
+    """v itself, which raises if a derivative in it is asked for."""
+
+    @staticmethod
+    def forward(v: Tensor, cone: Cone) -> Tensor:
+        return v.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.cone = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, w: Tensor) -> tuple[Tensor, None]:
+        raise _third_order(ctx.cone)
+
+    @staticmethod
+    def jvp(ctx: Any, dv: Tensor, _: None) -> Tensor:
+        raise _third_order(ctx.cone)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], v: Tensor, cone: Cone) -> tuple[Tensor, int]:
+        return _Constant.apply(v.movedim(in_dims[0], 0), cone), 0
 
 
 def _third_order(cone: Cone) -> FoldoptError:
@@ -291,7 +323,7 @@ def _push(v: Tensor, g: Tensor, cone: Cone) -> Tensor:
 
 
 def _curve(v: Tensor, g: Tensor, h: Tensor, cone: Cone) -> Tensor:
-    return _through((v, g, h), lambda v, g, h: _Curved.apply(v, g, h, cone))
+    return _through((v, g, h), lambda v, g, h: _Curved.apply(_Constant.apply(v, cone), g, h, cone))
 
 
 def _through(tensors: tuple[Tensor, ...], function: Any) -> Tensor:

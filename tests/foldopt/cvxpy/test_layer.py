@@ -48,6 +48,15 @@ def test_batched_and_shared_parameters_mix_and_shared_ones_get_the_sum(solver):
     torch.testing.assert_close(several[1], x[0].detach())
 
 
+@pytest.mark.parametrize("outer", [torch.func.jacrev, torch.func.jacfwd])
+@pytest.mark.parametrize("inner", [torch.func.jacrev, torch.func.jacfwd])
+def test_second_derivatives_in_both_modes(outer, inner):
+    layer, r = ball(), torch.tensor(2.0, dtype=F64)
+    c = torch.tensor([3.0, -1, 4], dtype=F64)
+    expected = torch.func.hessian(lambda c: r * c / torch.linalg.vector_norm(c))(c)
+    torch.testing.assert_close(outer(inner(lambda c: layer(c, r)[0]))(c), expected, rtol=1e-10, atol=1e-10)
+
+
 def test_float32_in_float32_out_computed_in_float64():
     layer = ball()
     c = torch.tensor([3.0, 0, 4], requires_grad=True)
