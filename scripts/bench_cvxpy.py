@@ -28,10 +28,11 @@ def main(arguments: list[str] | None = None) -> int:
     if options.only:
         return 0
     times = cvxpy_report.timed(contenders, console.print)
+    made = cvxpy_report.sizes(contenders, console.print)
     where = machine()
     note = f"{where['cpu']}, {where['cores']} cores, one thread; float64. Made by: `make bench-cvxpy`"
     artifacts = Artifacts(output_root("default"))
-    artifacts.write("bench/cvxpy.md", cvxpy_report.report(errors, times, contenders, note).encode())
+    artifacts.write("bench/cvxpy.md", cvxpy_report.report(errors, times, made, contenders, note).encode())
     for line in artifacts.lines():
         console.print(line)
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 import foldopt
+from experiments.benchmark.apart import in_turn
 from experiments.benchmark.cvxpy_differences import directions, slopes, weights
 from experiments.benchmark.cvxpy_kinds import KINDS, Kind, kind
 from foldopt.errors import DegenerateError
@@ -21,6 +23,8 @@ RIGHT = 1e-7  # error of a derivative along one direction, relative to 1 plus it
 TIMED = ("quadratic program", "portfolio", "logistic", "nearest semidefinite")
 BATCHES = (1, 32, 128)
 ROUNDS = 5
+LARGE = 1_000  # rows and columns of the parameter in the problem whose set-up is measured
+LIMIT = 120.0  # seconds that a set-up may take
 Call = Callable[..., Sequence[Tensor]]
 
 
@@ -137,13 +141,46 @@ def timed(contenders: Sequence[str], say: Callable[[str], None]) -> list[list[st
     return rows
 
 
+def set_up(who: str) -> tuple[float, float]:
+    """Return the seconds that a contender takes to make a layer of a large problem, and by how many MB memory grows.
+
+    Nonnegative least squares with a parameter of `LARGE` by `LARGE` entries. To be called in a process of its own.
+    """
+    import cvxpy as cp
+
+    A, b, x = cp.Parameter((LARGE, LARGE)), cp.Parameter(LARGE), cp.Variable(LARGE)
+    problem = cp.Problem(cp.Minimize(cp.sum_squares(A @ x - b) + 0.1 * cp.sum_squares(x)), [x >= 0])
+    CONTENDERS[who].make(kind("relu"))  # imports do not count
+    large = Kind(problem, [A, b], [], [x])
+    before, start = _peak(), time.perf_counter()
+    CONTENDERS[who].make(large)
+    return time.perf_counter() - start, (_peak() - before) / 1e6
+
+
+def _peak() -> int:
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def sizes(contenders: Sequence[str], say: Callable[[str], None]) -> list[list[str]]:
+    """Return one row for each contender: what `set_up` takes, or why there is none."""
+    rows = []
+    for who in contenders:
+        ((found, reason),) = in_turn(set_up, [(who,)], LIMIT)
+        cells = [f"{found[0]:.1f}", f"{found[1]:.0f}"] if found else [reason, ""]
+        rows.append([CONTENDERS[who].title, *cells])
+        say(", ".join(rows[-1]))
+    return rows
+
+
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Return a table in Markdown."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def report(errors: list[list[str]], times: list[list[str]], contenders: Sequence[str], note: str) -> str:
+def report(
+    errors: list[list[str]], times: list[list[str]], made: list[list[str]], contenders: Sequence[str], note: str
+) -> str:
     """Return the page."""
     titles = [CONTENDERS[who].title for who in contenders]
     return f"""# CvxpyLayer beside cvxpylayers
@@ -163,4 +200,11 @@ changed). Bold: above {RIGHT:.0e}. At degenerate points there is no derivative a
 The fastest of {ROUNDS} rounds, one thread, float64; in brackets how many times foldopt's.
 
 {table(["problem", "batch", *titles], times)}
+
+## Making a layer of a large problem
+
+Nonnegative least squares with a parameter of {LARGE:,} by {LARGE:,} entries: seconds of the constructor, and by how
+much memory grows meanwhile, each in a process of its own, which may take {LIMIT:.0f} s and 12 GiB.
+
+{table(["library", "seconds", "MB"], made)}
 """

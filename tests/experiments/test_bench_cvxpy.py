@@ -33,3 +33,17 @@ def test_a_wrong_derivative_is_printed_in_bold():
     said = cvxpy_report.answered(k, cvxpy_report.Contender("wrong", wrong), [(1.0, 0.0)])
     assert said.startswith("**")
     assert np.isfinite(float(said.strip("*")))
+
+
+def test_a_set_up_is_measured_apart_and_a_failure_is_told(monkeypatch):
+    monkeypatch.setattr(cvxpy_report, "set_up", _counted)
+    assert cvxpy_report.sizes(["foldopt", "scs"], lambda line: None) == [
+        ["foldopt", "1.5", "20"],
+        ["cvxpylayers, SCS", "MemoryError: too much", ""],
+    ]
+
+
+def _counted(who):
+    if who == "scs":
+        raise MemoryError("too much")
+    return 1.5, 20.0
