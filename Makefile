@@ -30,7 +30,7 @@ endurance: .venv/.installed ## 10,000 training steps of every layer: memory, fil
 	OMP_NUM_THREADS=1 ENDURANCE_STEPS=10000 $(PY) -m pytest -s tests/foldopt/test_endurance.py
 
 coverage: .venv/.installed ## run the tests of the library and show how much of it they run; below 95% fails
-	OMP_NUM_THREADS=1 $(PY) -m coverage run --source foldopt -m pytest tests/foldopt tests/experiments/problems
+	OMP_NUM_THREADS=1 $(PY) -m coverage run --source foldopt -m pytest tests/foldopt tests/experiments/portfolio tests/experiments/bilinear tests/experiments/denoising tests/experiments/multilabel tests/experiments/across_studies
 	$(PY) -m coverage report --skip-covered --fail-under 95
 
 lint: .venv/.installed ## check style, and the library's types

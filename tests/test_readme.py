@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import runs
+from experiments.run import configuration, folders
 from scripts import sweep
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -77,14 +77,14 @@ def test_commands_exist():
     for target in targets:
         assert f"\n{target}: " in makefile
     for line in re.findall(r"^python run\.py (?!-|\+tuned)(.+)$", README, re.MULTILINE):
-        runs.compose(line.split())
+        configuration.compose(line.split())
     for line in re.findall(r"^python -m scripts\.sweep (.+)$", README, re.MULTILINE):
         sweep.parser().parse_args(line.split())
 
 
 def test_every_column_is_explained():
     rows = "\n".join(line for line in README.splitlines() if line.startswith("| `"))
-    for column in runs.COLUMNS:
+    for column in folders.COLUMNS:
         assert f"`{column}`" in rows
 
 

@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from experiments import reproduction, runs, studies
-from experiments.artifacts import Artifacts
-from experiments.executor import Report
+from experiments.report import reproduction
+from experiments.report.artifacts import Artifacts
+from experiments.run import folders
+from experiments.sweep import studies
+from experiments.sweep.pool import Report
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -74,7 +76,7 @@ def test_a_stop_makes_nothing(monkeypatch, made, console):
 
 
 def test_figures_of_missing_runs_say_how_to_make_them(monkeypatch, console):
-    monkeypatch.setattr(runs, "status", lambda folder: "missing")
+    monkeypatch.setattr(folders, "status", lambda folder: "missing")
     assert reproduction.make_figures(["figure_4c"], "smoke", console) == 1
     assert "Make them with: make reproduce PROFILE=smoke" in console.file.getvalue()
 

@@ -1,0 +1,57 @@
+"""Figure 6: test error of the denoiser learned with qpth and with folding, per lambda."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.figure import Figure
+
+from experiments.report import style
+from experiments.report.aggregation import aggregate, collect, require_finished
+from experiments.report.artifacts import Artifacts
+from experiments.sweep.studies import Study, StudyRun
+
+LINES = {"fold": "-", "qpth": (0, (1, 1.4))}
+
+
+def make(study: Study, planned: Sequence[StudyRun], artifacts: Artifacts, command: str, run_command: str) -> None:
+    """Write figures/figure_6.png, .pdf and .csv from the finished runs; arguments as for `figure_4b.make`."""
+    require_finished(planned, run_command)
+    frame = collect(planned)
+    curves = aggregate(frame[frame["split"] == "test"], ["series", "weight", "epoch"], "mse")
+    artifacts.csv("figures/figure_6", curves)
+    figure = draw(study, curves, _caption(planned, command))
+    artifacts.figure("figure_6", figure)
+    plt.close(figure)
+
+
+def draw(study: Study, curves: pd.DataFrame, caption: str) -> Figure:
+    """Return the figure of `curves` (columns series, weight, epoch, mean, low, high), a panel per lambda."""
+    weights = sorted(curves["weight"].unique())
+    with plt.rc_context(style.STYLE):
+        figure, axes = plt.subplots(
+            1, len(weights), figsize=(7.4, 2.6), sharex=True, squeeze=False, layout="constrained"
+        )
+        for weight, color, panel in zip(weights, style.COLORS, axes[0], strict=False):
+            for name, dashes in LINES.items():
+                shown = curves[(curves["series"] == name) & (curves["weight"] == weight)]
+                width = 1.4 if name == "fold" else 2.6
+                style.curve(panel, shown, color=color, linestyle=dashes, linewidth=width, label=study.titles[name])
+            panel.set(title=f"λ = {weight:g}", xlabel="Epoch")
+            style.epochs(panel)
+            panel.legend(fontsize=6.5, frameon=False, loc="best", handlelength=2)
+        axes[0, 0].set_ylabel("Test MSE")
+        figure.supxlabel(caption, **style.CAPTION)
+    return figure
+
+
+def _caption(planned: Sequence[StudyRun], command: str) -> str:
+    task = planned[0].config.task
+    return (
+        f"A part of the data: {task.n_train} training and {task.n_test} test signals, heights in [{task.low}, "
+        f"{task.high}], noise {task.noise}; {style.seeds_note(planned)}.\n"
+        f"All of D is learned, Adam 1e-3, batch size 32; the test error is that of D, by the exact solver. "
+        f"Made by: {command}"
+    )

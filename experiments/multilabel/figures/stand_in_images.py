@@ -1,0 +1,38 @@
+"""A picture of the images that stand in for CIFAR-100: one of each class, a column per superclass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import matplotlib.pyplot as plt
+import torch
+from matplotlib.figure import Figure
+
+from data.cifar100 import CLASSES, GROUP
+from data.stand_in import draw as draw_images
+from experiments.multilabel.figures.figure_7 import suffix
+from experiments.report import style
+from experiments.report.artifacts import Artifacts
+from experiments.sweep.studies import Study, StudyRun
+
+
+def make(study: Study, planned: Sequence[StudyRun], artifacts: Artifacts, command: str, run_command: str) -> None:
+    """Write figures/stand_in_images.png and .pdf where the study's images are the stand-in."""
+    if not suffix(planned):
+        return
+    figure = draw(f"Procedural images that stand in for CIFAR-100: a column per superclass. Made by: {command}")
+    artifacts.figure("stand_in_images", figure)
+    plt.close(figure)
+
+
+def draw(caption: str) -> Figure:
+    """Return the picture."""
+    images = draw_images(torch.arange(CLASSES), torch.Generator().manual_seed(0)).permute(0, 2, 3, 1)
+    with plt.rc_context(style.STYLE):
+        figure, axes = plt.subplots(GROUP, CLASSES // GROUP, figsize=(7.6, 2.2), layout="constrained")
+        figure.get_layout_engine().set(w_pad=0.005, h_pad=0.005, wspace=0.01, hspace=0.01)
+        for image, panel in zip(images, axes.T.flat, strict=True):
+            panel.imshow(image, interpolation="nearest")
+            panel.axis("off")
+        figure.supxlabel(caption, **style.CAPTION)
+    return figure
