@@ -9,8 +9,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from experiments.report import style
-from experiments.report.aggregation import aggregate, collect, require_finished
-from experiments.report.artifacts import Artifacts
+from experiments.report.aggregation import aggregate
+from experiments.report.outputs import StudyOutputs
 from experiments.sweep.studies import Study, StudyRun
 
 LINES: Mapping[str, dict] = {
@@ -24,23 +24,22 @@ PANELS: Mapping[str, tuple[str, str]] = {
 }
 
 
-def make(study: Study, planned: Sequence[StudyRun], artifacts: Artifacts, command: str, run_command: str) -> None:
-    """Write figures/forward_tolerance.png, .pdf and .csv from the finished runs; arguments as for `figure_4b.make`.
+def make(outputs: StudyOutputs) -> None:
+    """Write figures/forward_tolerance.png, .pdf and .csv from the finished runs.
 
     Columns: task, series, forward_tol, and mean, sd, n, ci95, low, high of the test metric after the last epoch.
     """
-    require_finished(planned, run_command)
-    frame = collect(planned)
+    frame = outputs.metrics()
+    style.drawn(LINES, frame["series"], "forward_tolerance")
     last = frame[(frame["split"] == "test") & (frame["epoch"] == frame["epoch"].max())]
     parts = []
     for task, (metric, _) in PANELS.items():
         rows = last[last["series"].str.startswith(task)]
         parts.append(aggregate(rows, ["series", "forward_tol"], metric).assign(task=task))
     table = pd.concat(parts)
-    artifacts.csv("figures/forward_tolerance", table)
-    figure = draw(study, table, _caption(planned, command))
-    artifacts.figure("forward_tolerance", figure)
-    plt.close(figure)
+    outputs.artifacts.csv("figures/forward_tolerance", table)
+    figure = draw(outputs.study, table, _caption(outputs.planned, outputs.command))
+    outputs.artifacts.figure("forward_tolerance", figure)
 
 
 def draw(study: Study, table: pd.DataFrame, caption: str) -> Figure:

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from experiments.backends import Parameters
 from experiments.denoising.problem import differencing
-from experiments.report.artifacts import Artifacts, output_root
-from experiments.report.measurements import measured_once, seconds, settings_of
+from experiments.report.measurements import measured_once, seconds
+from experiments.report.outputs import Measurement
 from experiments.run import components
 from experiments.run.configuration import compose
 
@@ -103,22 +103,21 @@ def _called(backend: object, task: object, parameters: tuple[Tensor, ...]) -> tu
     return torch.cat([g.flatten() for g in gradients]), backward, info
 
 
-def make(profile: str, command: str) -> Artifacts:
+def make(measurement: Measurement) -> None:
     """Write tables/linear_solvers.csv and .md, measuring once per profile."""
-    settings = settings_of(PROFILES, profile)
+    settings = measurement.settings(PROFILES)
     rows = measured_once("linear-solvers", settings, measure, {k: v for k, (_, v) in LAYERS.items()})
     table = rows.groupby(["layer", "solver"], sort=False).median().reset_index()
-    artifacts = Artifacts(output_root(profile))
-    artifacts.csv("tables/linear_solvers", table)
-    artifacts.markdown(
+    measurement.artifacts.csv("tables/linear_solvers", table)
+    measurement.artifacts.markdown(
         "tables/linear_solvers",
         ("Layer", "Solver", "Products with Φ", "Solved", "Backward (ms)", "Error of the gradient"),
         _rows(table),
         f"One batch of {settings.batch_size}, float64, one thread, medians of {settings.repeats} with the solvers "
         "taking turns; products per sample, mean over the batch. Errors are relative, against a direct solve; what is "
-        f"not solved has no gradient. `auto` takes closed forms where the step has them. Made by: `{command}`",
+        "not solved has no gradient. `auto` takes closed forms where the step has them. "
+        f"Made by: `{measurement.command}`",
     )
-    return artifacts
 
 
 def _rows(table: pd.DataFrame) -> Iterator[list[str]]:

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from experiments.across_studies.linear_solvers import MULTILABEL, parameters_in_training
 from experiments.report import style
-from experiments.report.artifacts import Artifacts, output_root
-from experiments.report.measurements import measured_once, peak_memory, seconds, settings_of
+from experiments.report.measurements import measured_once, peak_memory, seconds
+from experiments.report.outputs import Measurement
 from experiments.run import components, configuration
 
 ITERATED = ("unroll", "unfold")
@@ -169,15 +169,14 @@ def _slope(x: pd.Series, y: pd.Series, least: float) -> float:
     return float(np.polyfit(np.log(x), np.log(y), 1)[0])
 
 
-def make(profile: str, command: str) -> Artifacts:
+def make(measurement: Measurement) -> None:
     """Write figures/scaling.png, .pdf and .csv and tables/scaling.csv and .md, measuring once per profile."""
-    settings = settings_of(PROFILES, profile)
+    settings = measurement.settings(PROFILES)
     rows = measured_once("scaling", settings, measure, {k: v.overrides for k, v in LAYERS.items()})
     keys = ["layer", "axis", "value", "backend"]
     table = rows.groupby(keys, sort=False).median().reset_index()
     table["seconds"] = table["seconds_forward"] + table["seconds_backward"]
-    artifacts = Artifacts(output_root(profile))
-    artifacts.csv("figures/scaling", table)
+    measurement.artifacts.csv("figures/scaling", table)
     fitted = slopes(table)
     note = (
         f"Forward and backward pass, float64, one thread, medians of {settings.repeats} (of 1 where a pass takes more "
@@ -185,21 +184,18 @@ def make(profile: str, command: str) -> Artifacts:
         f"not vary: n = {settings.usual_n} (multilabel: 100 classes), batch {settings.usual_batch}, "
         f"{settings.usual_iterations} iterations of what is unrolled or unfolded"
     )
-    artifacts.csv("tables/scaling", fitted)
-    artifacts.markdown(
+    measurement.artifacts.csv("tables/scaling", fitted)
+    measurement.artifacts.markdown(
         "tables/scaling",
         ("Layer", "Backend", *(f"{what}, {axis}" for axis in AXES for what in ("Time", "Memory"))),
         _rows(fitted),
         f"Exponents of time and peak memory in n, batch and iterations, fitted to the three largest values. {note}. "
-        f"Made by: `{command}`",
+        f"Made by: `{measurement.command}`",
     )
     legend = "Numbers: exponents, fitted to the three largest values of each series"
-    caption = f"{legend}. Made by: {command}"
+    caption = f"{legend}. Made by: {measurement.command}"
     caption = f"{note}.\n{caption}".replace("Where they", "\nWhere they")
-    figure = draw(table, fitted, caption)
-    artifacts.figure("scaling", figure)
-    plt.close(figure)
-    return artifacts
+    measurement.artifacts.figure("scaling", draw(table, fitted, caption))
 
 
 def _rows(fitted: pd.DataFrame) -> Iterator[list[str]]:

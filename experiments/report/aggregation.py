@@ -39,6 +39,12 @@ def collect(planned: Sequence[StudyRun]) -> pd.DataFrame:
     return pd.concat(frames, ignore_index=True)
 
 
+def last_test_rows(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return the test rows of the last epoch of each run, of metrics as `collect` returns them."""
+    test = frame[frame["split"] == "test"]
+    return test[test["epoch"] == test.groupby("run")["epoch"].transform("max")]
+
+
 def aggregate(frame: pd.DataFrame, by: Sequence[str], value: str) -> pd.DataFrame:
     """Return mean, sd (n - 1), n, ci95, low and high of `value` over the rows of each group.
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -40,11 +41,12 @@ class Artifacts:
         return path
 
     def figure(self, name: str, figure: Figure) -> None:
-        """Write figures/<name>.png (200 dpi) and .pdf without time stamps."""
+        """Write figures/<name>.png (200 dpi) and .pdf without time stamps, and close the figure."""
         for kind, metadata in METADATA.items():
             buffer = io.BytesIO()
             figure.savefig(buffer, format=kind, dpi=200, metadata=metadata)
             self.write(f"figures/{name}.{kind}", buffer.getvalue())
+        plt.close(figure)
 
     def csv(self, name: str, table: pd.DataFrame) -> None:
         """Write `table` as <name>.csv with 6 significant digits."""

@@ -1,4 +1,4 @@
-"""What a claim is: a statement of the paper, and a rule that turns the tables of a results folder into a verdict.
+"""The paper's claims, each a statement and a rule that turns the tables of a results folder into a verdict.
 
 A claim reads the tables of a results folder alone, which are made of run folders and measurements by the commands that
 each claim names.
@@ -6,12 +6,15 @@ each claim names.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import pandas as pd
+
+from experiments.report.outputs import member
+from experiments.sweep import studies
 
 CONFIRMED = "confirmed"
 CONDITIONAL = "confirmed with a condition"
@@ -63,3 +66,12 @@ class Claim:
             return Finding("–", UNTESTED, f"{name} is not there; {made} makes it.")
         except (KeyError, IndexError) as missing:
             return Finding("–", UNTESTED, f"This profile is too small for it: there is no {missing}.")
+
+
+def claims(names: Sequence[str] | None = None) -> list[Claim]:
+    """Return the CLAIMS of the modules that the studies name, each module once; names: of studies, None for all."""
+    modules: dict[str, str] = {}
+    for name in studies.names() if names is None else names:
+        if module := studies.load(name).claims:
+            modules.setdefault(module, name)
+    return [claim for module, study in modules.items() for claim in member(f"{module}.CLAIMS", study)]

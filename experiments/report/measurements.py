@@ -6,7 +6,7 @@ import ctypes
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from multiprocessing import get_context
@@ -19,7 +19,7 @@ import torch
 from experiments.report.artifacts import RESULTS
 from experiments.run.folders import write_atomically
 from experiments.sweep.pool import thread_environment
-from foldopt.errors import FoldoptError, InputError
+from foldopt.errors import FoldoptError
 
 T = TypeVar("T")
 STATUS = Path("/proc/self/status")
@@ -42,13 +42,6 @@ def measured_once(
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, rows.to_csv(index=False))
     return pd.read_csv(path)
-
-
-def settings_of(profiles: Mapping[str, T], profile: str) -> T:
-    """Return the settings of a measurement in `profile`; InputError lists those that exist."""
-    if profile not in profiles:
-        raise InputError(f"profile={profile!r} does not exist; choose one of {', '.join(profiles)}")
-    return profiles[profile]
 
 
 def in_own_process(function: Callable[..., T], *arguments: Any, threads: int = 1) -> T:

@@ -11,37 +11,11 @@ from pathlib import Path
 
 from markdown_it import MarkdownIt
 
-from experiments.report.all_claims import CLAIMS, VERDICTS, Finding, Results
 from experiments.report.artifacts import Artifacts, output_root
+from experiments.report.claims import VERDICTS, Claim, Finding, Results, claims
 from experiments.run.configuration import ROOT
+from experiments.sweep import studies
 
-# Figures of the report by file name, with the place in the paper that they belong to.
-FIGURES: Mapping[str, str] = {
-    "figure_3": "Figure 3: forward and backward error in unfolding projected gradient",
-    "figure_4a": "Figure 4(a): a nonconvex bilinear program, test regret per matrix Q",
-    "bilinear_stepsize": "Appendix D: the stepsize in folding",
-    "figure_4b": "Figure 4(b): the learned denoiser, test error through training",
-    "figure_4c": "Figure 4(c): portfolio optimization, test regret through training",
-    "figure_6": "Figure 6: the learned denoiser, qpth beside folding",
-    "unrolling_cost": "What unrolling costs",
-    "scaling": "How time and memory grow with n, batch and iterations",
-    "forward_tolerance": "Sensitivity of training to the forward solver's tolerance",
-    "figure_7": "Figure 7: top-5 classification with noisy labels",
-    "figure_7_stand_in": "Figure 7, on stand-in images and not CIFAR-100: top-5 classification with noisy labels",
-    "multilabel_gradients": "Errors of the gradients in training",
-    "multilabel_gradients_stand_in": "Errors of the gradients in training, on stand-in images and not CIFAR-100",
-}
-TABLES: Mapping[str, str] = {
-    "linear_solvers": "Solvers of the adjoint equation on the layers of all four studies",
-    "topk_layers": "Layers of the multilabel study",
-    "scaling": "Exponents of growth of every backend",
-    "figure_4a_paired": "Paired tests, Figure 4(a)",
-    "figure_4b_paired": "Paired tests, Figure 4(b): the learned denoiser against the classical one of the same λ",
-    "figure_4c_paired": "Paired tests, Figure 4(c)",
-    "figure_6_paired": "Paired tests, Figure 6",
-    "figure_7_paired": "Paired tests, Figure 7",
-    "figure_7_paired_stand_in": "Paired tests, Figure 7, on stand-in images and not CIFAR-100",
-}
 CLASSES = dict(zip(VERDICTS, ("confirmed", "conditional", "refuted", "untested"), strict=True))
 STYLE = """
 :root { color-scheme: light; }
@@ -66,15 +40,15 @@ def make(profile: str) -> Artifacts:
 
 def write(results: Results) -> str:
     """Return the report as markdown."""
-    findings = [claim.finding(results) for claim in CLAIMS]
-    counts = Counter(finding.verdict for finding in findings)
+    judged = {claim: claim.finding(results) for claim in claims()}
+    counts = Counter(finding.verdict for finding in judged.values())
     summary = ", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS)
     parts = [
         "# Backpropagation of Unrolled Solvers with Folded Optimization: what was reproduced",
-        f"{len(CLAIMS)} claims of the paper: {summary}. Each verdict follows from the numbers beside it by a rule in "
+        f"{len(judged)} claims of the paper: {summary}. Each verdict follows from the numbers beside it by a rule in "
         "the claims.py of its study; the commands make those numbers.",
         "## Claims",
-        "\n".join(_claims(findings)),
+        "\n".join(_claims(judged)),
         "## Figures",
         *_figures(results.root),
         "## Beyond the paper",
@@ -87,26 +61,32 @@ def write(results: Results) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _claims(findings: list[Finding]) -> Iterator[str]:
+def _claims(judged: Mapping[Claim, Finding]) -> Iterator[str]:
     yield "| Place | Claim | Measured | Verdict | Why | Made by |"
     yield "|---|---|---|---|---|---|"
-    for claim, finding in zip(CLAIMS, findings, strict=True):
+    for claim, finding in judged.items():
         made = ", ".join(f"`{command}`" for command in claim.commands)
         measured, why = (text.replace("|", "\\|") for text in (finding.measured, finding.why))
         yield f"| {claim.place} | {claim.statement} | {measured} | **{finding.verdict}** | {why} | {made} |"
 
 
 def _figures(root: Path) -> Iterator[str]:
-    for name, title in FIGURES.items():
+    for name, title in _titles("figures"):
         if (root / "figures" / f"{name}.png").is_file():
             yield f"### {title}\n\n![{title}](figures/{name}.png)"
 
 
 def _tables(root: Path) -> Iterator[str]:
-    for name, title in TABLES.items():
+    for name, title in _titles("tables"):
         path = root / "tables" / f"{name}.md"
         if path.is_file():
             yield f"### {title}\n\n{path.read_text().strip()}"
+
+
+def _titles(kind: str) -> Iterator[tuple[str, str]]:
+    """Yield file name and title of what the studies show in the report; kind: "figures" or "tables"."""
+    for name in studies.names():
+        yield from getattr(studies.load(name), kind).items()
 
 
 def _provenance(root: Path) -> Iterator[str]:

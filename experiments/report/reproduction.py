@@ -4,63 +4,20 @@ from __future__ import annotations
 
 import json
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from experiments.across_studies import forward_tolerance, linear_solvers, scaling
-from experiments.bilinear.figures import figure_4a
-from experiments.bilinear.figures import stepsize as bilinear_stepsize
-from experiments.bilinear.tables import certificates as bilinear_certificates
-from experiments.bilinear.tables import regret as bilinear_regret
-from experiments.bilinear.tables import smoothing_strength
-from experiments.denoising.figures import denoised_signals, figure_4b, figure_6, unrolling_cost
-from experiments.denoising.tables import cost as denoising_cost
-from experiments.denoising.tables import mse as denoising
-from experiments.multilabel.figures import figure_3, figure_7, stand_in_images
-from experiments.multilabel.tables import accuracy as multilabel_accuracy
-from experiments.multilabel.tables import layer_share
-from experiments.multilabel.tables import layers as topk_layers
-from experiments.portfolio.figures import figure_4c
-from experiments.portfolio.tables import final_regret, solver_accuracy
-from experiments.report import paired
 from experiments.report.artifacts import Artifacts, output_root
+from experiments.report.outputs import Measurement, StudyOutputs, make_outputs, member
 from experiments.run import configuration, folders, tracking
 from experiments.sweep import studies
 from experiments.sweep.pool import execute
 from experiments.sweep.studies import Study, StudyRun
-from foldopt.errors import FoldoptError
-
-Maker = Callable[[Study, Sequence[StudyRun], Artifacts, str, str], None]
-FIGURES: Mapping[str, Sequence[Maker]] = {
-    "bilinear_kappa": (smoothing_strength.make,),
-    "figure_4a": (figure_4a.make, bilinear_regret.make, bilinear_stepsize.make, paired.make),
-    "figure_4b": (figure_4b.make, denoising.make, denoised_signals.make, paired.make),
-    "figure_4c": (figure_4c.make, final_regret.make, paired.make),
-    "figure_6": (figure_6.make, paired.make),
-    "figure_7": (figure_7.make, multilabel_accuracy.make, stand_in_images.make, paired.make),
-    "forward_tolerance": (forward_tolerance.make,),
-    "portfolio_settings": (final_regret.make,),
-}
-# What is measured without training anything, by the study that it belongs to.
-MEASUREMENTS: Mapping[str, Mapping[str, Callable[[str, str], Artifacts]]] = {
-    "figure_4a": {"bilinear-certificates": bilinear_certificates.make},
-    "figure_4b": {"denoising-cost": denoising_cost.make, "unrolling-cost": unrolling_cost.make},
-    "figure_4c": {
-        "solver-table": solver_accuracy.make,
-        "linear-solvers": linear_solvers.make,
-        "scaling": scaling.make,
-    },
-    "figure_7": {"figure-3": figure_3.make, "topk-layers": topk_layers.make, "layer-share": layer_share.make},
-}
-
-
-def make_command(target: str, profile: str) -> str:
-    """Return the make command of `target` in `profile`."""
-    return f"make {target}" if profile == "default" else f"make {target} PROFILE={profile}"
+from foldopt.errors import FoldoptError, InputError
 
 
 def make_figures(names: Sequence[str], profile: str, console: Console, mode: str | None = None) -> int:
@@ -106,7 +63,7 @@ def reproduce(
         else:
             exit_code |= _tried(name, console, _outputs, study, planned, chosen[name], console)
     for name in names:
-        for target in MEASUREMENTS.get(name, ()):
+        for target in studies.load(name).measurements:
             exit_code |= _tried(target, console, measure, target, chosen[name], console)
     return exit_code
 
@@ -124,24 +81,25 @@ def _tried(what: str, console: Console, do: Callable[..., None], *arguments: Any
 
 def measure(target: str, profile: str, console: Console) -> None:
     """Make the measurement of a make target unless that was done before, and write its table or figure."""
-    makers = {target: maker for group in MEASUREMENTS.values() for target, maker in group.items()}
+    known = measurements()
+    if target not in known:
+        raise InputError(f"measurement={target!r} is in no study; choose one of {', '.join(known)}")
     console.print(f"Measuring: {target} (profile {profile})", markup=False)
-    _say(makers[target](profile, make_command(target, profile)), console)
+    measurement = Measurement(target, profile, Artifacts(output_root(profile)))
+    member(f"{known[target]}.make", target)(measurement)
+    _say(measurement.artifacts, console)
 
 
-def measurements() -> list[str]:
-    """Return the make targets of all measurements."""
-    return [target for group in MEASUREMENTS.values() for target in group]
+def measurements() -> dict[str, str]:
+    """Return the module of every measurement by its make target, as the studies name them."""
+    return {target: module for name in studies.names() for target, module in studies.load(name).measurements.items()}
 
 
 def _outputs(study: Study, planned: Sequence[StudyRun], profile: str, console: Console) -> None:
     torch.set_num_threads(1)  # as the runs: more would change digits, and wait for each other beside other work
     artifacts = Artifacts(output_root(profile))
-    command = make_command(study.name.replace("_", "-"), profile)
-    makers = FIGURES.get(study.name, ())
-    for maker in makers:
-        maker(study, planned, artifacts, command, make_command("reproduce", profile))
-    if makers:
+    make_outputs(StudyOutputs(study, planned, profile, artifacts))
+    if study.outputs:
         artifacts.write(f"provenance/{study.name}.json", provenance(planned).encode())
     _say(artifacts, console)
     _track(study, planned, profile, artifacts, console)

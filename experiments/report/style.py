@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -12,6 +12,9 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from experiments.report.aggregation import seeds_said
 from experiments.sweep.studies import StudyRun
+from foldopt.errors import InputError
+
+T = TypeVar("T")
 
 STYLE = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False}
 COLORS = ("#CC79A7", "#E69F00", "#0072B2", "#009E73", "#D55E00", "#56B4E9")  # Okabe and Ito
@@ -56,6 +59,16 @@ def curve(panel: Axes, frame: pd.DataFrame, x: str = "epoch", **line: Any) -> No
     panel.dataLim.set_points(room)
     panel.dataLim.minpos[:] = least
     panel.autoscale_view()
+
+
+def drawn(lines: Mapping[str, T], found: Iterable[str], figure: str) -> dict[str, T]:
+    """Return how each series found is drawn, in the order of `lines`; InputError names those that `figure` lacks."""
+    found = set(found)
+    if unknown := sorted(found - set(lines)):
+        raise InputError(
+            f"{figure} does not know how to draw the series {', '.join(unknown)}; it has {', '.join(lines)}."
+        )
+    return {series: line for series, line in lines.items() if series in found}
 
 
 def seeds_note(planned: Sequence[StudyRun]) -> str:

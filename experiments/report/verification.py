@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from experiments.report.artifacts import Artifacts, output_root
-from experiments.report.reproduction import FIGURES, make_command
+from experiments.report.outputs import StudyOutputs, make_outputs
 from experiments.run import folders
 from experiments.sweep import studies
 from experiments.sweep.studies import Study, StudyRun
@@ -40,11 +40,9 @@ def verify(names: Sequence[str], profile: str, console: Console) -> int:
 
 
 def _differing(study: Study, planned: Sequence[StudyRun], profile: str) -> Iterator[str]:
-    command, whole = make_command(study.name.replace("_", "-"), profile), make_command("reproduce", profile)
     with tempfile.TemporaryDirectory() as folder:
         artifacts = Artifacts(Path(folder))
-        for maker in FIGURES.get(study.name, ()):
-            maker(study, planned, artifacts, command, whole)
+        make_outputs(StudyOutputs(study, planned, profile, artifacts))
         for path in artifacts.written:
             name = path.relative_to(artifacts.root)
             committed = output_root(profile) / name

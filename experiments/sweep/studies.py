@@ -16,6 +16,8 @@ from experiments.run import configuration, folders, tracking
 from foldopt.errors import InputError
 
 PROFILES = ("smoke", "default", "paper")
+REQUIRED = {"name", "title", "base", "grid", "series", "profiles"}
+OPTIONAL = {"outputs", "paired", "measurements", "claims", "figures", "tables"}
 STUDY_FOLDER = configuration.CONF / "study"
 # What a profile may need: whether it is at hand, and how that is said.
 NEEDS: Mapping[str, tuple[Callable[[], bool], str]] = {
@@ -38,8 +40,29 @@ class Profile:
 
 
 @dataclass(frozen=True)
+class Pairing:
+    """What a study compares by paired tests: the column `value` within each group `by`, over pairs of equal `unit`.
+
+    comparisons: pairs (series, against). rows: the dotted path of the function that picks the rows to compare from the
+    metrics of all runs.
+    """
+
+    value: str
+    by: tuple[str, ...]
+    comparisons: tuple[tuple[str, str], ...]
+    unit: str = "seed"
+    rows: str = "experiments.report.aggregation.last_test_rows"
+
+
+@dataclass(frozen=True)
 class Study:
-    """A study as its YAML file states it."""
+    """A study as its YAML file states it, which is all there is to register.
+
+    outputs: modules whose `make` writes a figure or table from the finished runs. paired: what
+    `experiments.report.paired` compares. measurements: by make target, modules whose `make` measures something without
+    training. claims: the module whose CLAIMS of the paper are judged. figures, tables: titles in the report by file
+    name.
+    """
 
     name: str
     title: str
@@ -48,6 +71,17 @@ class Study:
     series: Mapping[str, tuple[str, ...]]
     titles: Mapping[str, str]
     profiles: Mapping[str, Profile]
+    outputs: tuple[str, ...] = ()
+    paired: Pairing | None = None
+    measurements: Mapping[str, str] = field(default_factory=dict)
+    claims: str | None = None
+    figures: Mapping[str, str] = field(default_factory=dict)
+    tables: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def target(self) -> str:
+        """The make target that writes the study's figures and tables."""
+        return self.name.replace("_", "-")
 
     def profile(self, name: str) -> Profile:
         """Return the profile called `name`; InputError lists those that exist."""
@@ -104,9 +138,10 @@ def load(name: str) -> Study:
 
 def parse(raw: Mapping[str, Any], source: str) -> Study:
     """Turn the content of a study file into a Study; `source` is the file's name for error messages."""
-    expected = {"name", "title", "base", "grid", "series", "profiles"}
-    if set(raw) != expected:
-        raise InputError(f"{source}: expected the keys {sorted(expected)}, got {sorted(raw)}")
+    if not REQUIRED <= set(raw) <= REQUIRED | OPTIONAL:
+        raise InputError(
+            f"{source}: expected the keys {sorted(REQUIRED)}, and perhaps {sorted(OPTIONAL)}, got {sorted(raw)}"
+        )
     grid = {key: tuple(values) for key, values in raw["grid"].items()}
     profiles = {}
     for profile_name, content in raw["profiles"].items():
@@ -134,7 +169,21 @@ def parse(raw: Mapping[str, Any], source: str) -> Study:
         series={series: tuple(content["overrides"]) for series, content in raw["series"].items()},
         titles={series: content["title"] for series, content in raw["series"].items()},
         profiles=profiles,
+        paired=_pairing(raw["paired"], source) if "paired" in raw else None,
+        **{key: raw[key] for key in ("measurements", "claims", "figures", "tables") if key in raw},
+        outputs=tuple(raw.get("outputs", ())),
     )
+
+
+def _pairing(raw: Mapping[str, Any], source: str) -> Pairing:
+    try:
+        pairs = tuple((series, against) for series, against in raw["comparisons"])
+        return Pairing(**{**raw, "by": tuple(raw["by"]), "comparisons": pairs})
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{source}: paired={dict(raw)}: expected value, by (a list) and comparisons (pairs of series), and perhaps "
+            f"unit and rows: {error}"
+        ) from error
 
 
 def _check_part(where: str, series: str, part: Mapping[str, Any], known: Mapping[str, Any], grid: Mapping) -> None:

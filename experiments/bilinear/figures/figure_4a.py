@@ -10,49 +10,21 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.report.aggregation import aggregate, collect, require_finished, seeds_said
-from experiments.report.artifacts import Artifacts
+from experiments.bilinear.series import final, ratios
+from experiments.report.aggregation import aggregate, seeds_said
+from experiments.report.outputs import StudyOutputs
 from experiments.sweep.studies import Study, StudyRun
 
 PAIR = ("two_stage", "fold")
 COLORS: Mapping[str, str] = {"two_stage": "#009E73", "fold": "#000000"}
 OTHERS = "#0072B2"
-PLACE = ["n_variables", "interaction"]
 
 
-def make(study: Study, planned: Sequence[StudyRun], artifacts: Artifacts, command: str, run_command: str) -> None:
-    """Write figures/figure_4a.png, .pdf and .csv from the finished runs.
-
-    `command` made the figure and stands in its caption; `run_command` makes the runs and stands in the
-    MissingRunsError raised when some are not finished.
-    """
-    require_finished(planned, run_command)
-    last = final(collect(planned))
-    artifacts.csv("figures/figure_4a", aggregate(last, ["n_variables", "series", "interaction"], "regret"))
-    figure = draw(study, last, _caption(planned, command))
-    artifacts.figure("figure_4a", figure)
-    plt.close(figure)
-
-
-def final(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return the test rows of each run's last epoch."""
-    test = frame[frame["split"] == "test"]
-    run = ["series", *PLACE, "seed"]
-    return test[test["epoch"] == test.groupby(run)["epoch"].transform("max")]
-
-
-def ratios(last: pd.DataFrame, n: int) -> pd.DataFrame:
-    """Return for every series and seed its mean regret over that of two-stage, on the matrices Q that it ran on.
-
-    Columns series, seed, ratio.
-    """
-    rows = last[last["n_variables"] == n]
-    reference = rows[rows["series"] == "two_stage"].set_index(["interaction", "seed"])["regret"]
-    found = []
-    for (series, seed), part in rows.groupby(["series", "seed"]):
-        base = reference.loc[[(q, seed) for q in part["interaction"]]]
-        found.append({"series": series, "seed": seed, "ratio": part["regret"].mean() / base.mean()})
-    return pd.DataFrame(found)
+def make(outputs: StudyOutputs) -> None:
+    """Write figures/figure_4a.png, .pdf and .csv from the finished runs."""
+    last = final(outputs.metrics())
+    outputs.artifacts.csv("figures/figure_4a", aggregate(last, ["n_variables", "series", "interaction"], "regret"))
+    outputs.artifacts.figure("figure_4a", draw(outputs.study, last, _caption(outputs.planned, outputs.command)))
 
 
 def draw(study: Study, last: pd.DataFrame, caption: str) -> Figure:

@@ -13,8 +13,7 @@ from matplotlib.figure import Figure
 from data.bilinear import generate, interaction
 from experiments.bilinear.problem import BilinearProblem
 from experiments.bilinear.smoothing import GradientStep
-from experiments.report.artifacts import Artifacts
-from experiments.sweep.studies import Study, StudyRun
+from experiments.report.outputs import StudyOutputs
 from foldopt import fold
 from foldopt.diagnostics import stepsize_study
 
@@ -27,13 +26,11 @@ LINES = (
 )
 
 
-def make(study: Study, planned: Sequence[StudyRun], artifacts: Artifacts, command: str, run_command: str) -> None:
+def make(outputs: StudyOutputs) -> None:
     """Write figures/bilinear_stepsize.png, .pdf and .csv; measured at true coefficients, no runs are needed."""
     table = measure()
-    artifacts.csv("figures/bilinear_stepsize", table)
-    figure = draw(table, command)
-    artifacts.figure("bilinear_stepsize", figure)
-    plt.close(figure)
+    outputs.artifacts.csv("figures/bilinear_stepsize", table)
+    outputs.artifacts.figure("bilinear_stepsize", draw(table, outputs.command))
 
 
 def measure(steps: Sequence[float] = STEPS) -> pd.DataFrame:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from experiments.report.artifacts import Artifacts, output_root
-from experiments.report.measurements import measured_once, seconds, settings_of
+from experiments.report.measurements import measured_once, seconds
+from experiments.report.outputs import Measurement
 from experiments.run import components, configuration
 
 TOLERANCE = 1e-4  # relative; Gurobi's own feasibility tolerance is 1e-6
@@ -83,21 +83,19 @@ def summarize(rows: pd.DataFrame) -> pd.DataFrame:
     return shares.assign(instances=grouped.size()).join(times).reset_index()
 
 
-def make(profile: str, command: str) -> Artifacts:
+def make(measurement: Measurement) -> None:
     """Write tables/bilinear_certificates.csv and .md, measuring once per profile."""
-    settings = settings_of(PROFILES, profile)
+    settings = measurement.settings(PROFILES)
     table = summarize(measured_once("bilinear/certificates", settings, measure))
-    artifacts = Artifacts(output_root(profile))
-    artifacts.csv("tables/bilinear_certificates", table)
-    artifacts.markdown(
+    measurement.artifacts.csv("tables/bilinear_certificates", table)
+    measurement.artifacts.markdown(
         "tables/bilinear_certificates",
         HEADER,
         _rows(table),
         f"The smoothed program of true targets of Figure 4(a), Gurobi with {settings.time_limit:g} s an instance. "
         f"Proven optimal: our value is within {TOLERANCE:g} of Gurobi's bound, relative; better: by more than that. "
-        f"Milliseconds per instance, one thread. Made by: `{command}`",
+        f"Milliseconds per instance, one thread. Made by: `{measurement.command}`",
     )
-    return artifacts
 
 
 def _rows(table: pd.DataFrame) -> Iterator[list[str]]:

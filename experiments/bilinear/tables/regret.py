@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import pandas as pd
 
-from experiments.bilinear.figures.figure_4a import final, ratios
-from experiments.report.aggregation import collect, require_finished
-from experiments.report.artifacts import Artifacts
-from experiments.sweep.studies import Study, StudyRun
+from experiments.bilinear.series import final, ratios
+from experiments.report.outputs import StudyOutputs
+from experiments.sweep.studies import Study
 
 HEADER = (
     "n",
@@ -25,22 +24,21 @@ HEADER = (
 )
 
 
-def make(study: Study, planned: Sequence[StudyRun], artifacts: Artifacts, command: str, run_command: str) -> None:
-    """Write tables/<study>.csv and .md from the finished runs; `command` and `run_command` as in `figure_4a.make`."""
-    require_finished(planned, run_command)
-    table = summarize(collect(planned))
-    artifacts.csv(f"tables/{study.name}", table)
-    task, seeds = planned[0].config.task, len({run.seed for run in planned})
-    artifacts.markdown(
-        f"tables/{study.name}",
+def make(outputs: StudyOutputs) -> None:
+    """Write tables/<study>.csv and .md from the finished runs."""
+    table = summarize(outputs.metrics())
+    outputs.artifacts.csv(f"tables/{outputs.study.name}", table)
+    task, seeds = outputs.planned[0].config.task, len({run.seed for run in outputs.planned})
+    outputs.artifacts.markdown(
+        f"tables/{outputs.study.name}",
         HEADER,
-        _rows(study, table),
+        _rows(outputs.study, table),
         f"Test regret after the last epoch, mean over the matrices Q ± standard deviation over {seeds} seeds of that "
         "mean; the ratio is that of means on the same Q, and the wins are those of the mean over seeds. Zero "
         "gradients: share of training samples whose loss has none. Prediction scale: root mean square of the predicted "
         "coefficients. "
         f"Local = global: `global_fraction`. {task.n_train} training and {task.n_test} test samples. "
-        f"Made by: `{command}`",
+        f"Made by: `{outputs.command}`",
     )
 
 

@@ -6,9 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import pandas as pd
 
-from experiments.report.aggregation import aggregate, collect, require_finished
-from experiments.report.artifacts import Artifacts
-from experiments.sweep.studies import Study, StudyRun
+from experiments.report.aggregation import aggregate
+from experiments.report.outputs import StudyOutputs
 
 GROUP = ["n_variables", "series", "kappa"]
 KINDS: Mapping[str, tuple[str, bool | None]] = {
@@ -18,20 +17,20 @@ KINDS: Mapping[str, tuple[str, bool | None]] = {
 }
 
 
-def make(study: Study, planned: Sequence[StudyRun], artifacts: Artifacts, command: str, run_command: str) -> None:
-    """Write tables/<study>.csv and .md from the finished runs; the commands are as in `final_regret.make`."""
-    require_finished(planned, run_command)
-    table = summarize(collect(planned))
-    artifacts.csv(f"tables/{study.name}", table)
+def make(outputs: StudyOutputs) -> None:
+    """Write tables/<study>.csv and .md from the finished runs."""
+    table = summarize(outputs.metrics())
+    outputs.artifacts.csv(f"tables/{outputs.study.name}", table)
     kappas = sorted(table["kappa"].unique())
-    config, matrices = planned[0].config, {run.point["task.interaction"] for run in planned}
-    artifacts.markdown(
-        f"tables/{study.name}",
+    config, matrices = outputs.planned[0].config, {run.point["task.interaction"] for run in outputs.planned}
+    outputs.artifacts.markdown(
+        f"tables/{outputs.study.name}",
         ("n", "Smoothing", *(f"κ = {kappa:g}" for kappa in kappas)),
         _rows(table, kappas),
         f"Validation regret after {config.train.epochs} epochs, mean over {len(matrices)} matrices Q and "
-        f"{len({run.seed for run in planned})} seed(s), {config.task.n_val} validation samples; the least of each row "
-        f"is in bold and used in Figure 4(a). Nothing here was measured on test samples. Made by: `{command}`",
+        f"{len({run.seed for run in outputs.planned})} seed(s), {config.task.n_val} validation samples; the least of "
+        "each row is in bold and used in Figure 4(a). Nothing here was measured on test samples. "
+        f"Made by: `{outputs.command}`",
     )
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import matplotlib.pyplot as plt
 import torch
 from matplotlib.axes import Axes
@@ -11,36 +9,32 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from experiments.denoising.problem import differencing
-from experiments.denoising.tables.mse import STRUCTURES
+from experiments.denoising.series import STRUCTURES
 from experiments.report import style
-from experiments.report.aggregation import require_finished
-from experiments.report.artifacts import Artifacts
+from experiments.report.outputs import StudyOutputs
 from experiments.run import components
 from experiments.run.components import Components
-from experiments.sweep.studies import Study, StudyRun
 
 READING = "centred"
 SIGNALS = 3
 
 
-def make(study: Study, planned: Sequence[StudyRun], artifacts: Artifacts, command: str, run_command: str) -> None:
+def make(outputs: StudyOutputs) -> None:
     """Write figures/denoised_signals and figures/denoising_operators, .png and .pdf, from the trained models.
 
-    Of seed 0, the first reading and the smallest lambda that ran with every structure; arguments as for
-    `figure_4b.make`.
+    Of seed 0, the first reading and the smallest lambda that ran with every structure.
     """
-    require_finished(planned, run_command)
-    folders = {(run.series, run.point["task.weight"]): run.folder for run in planned if run.seed == 0}
+    outputs.require_finished()
+    folders = {(run.series, run.point["task.weight"]): run.folder for run in outputs.planned if run.seed == 0}
     weights = [{weight for series, weight in folders if series == READING + suffix} for suffix in STRUCTURES]
     weight = min(set.intersection(*weights))
     trained = {suffix: components.trained(folders[(READING + suffix, weight)]) for suffix in STRUCTURES}
-    data = f"{study.titles[READING]}, λ = {weight:g}, seed 0"
+    data = f"{outputs.study.titles[READING]}, λ = {weight:g}, seed 0"
     for name, figure in (
-        ("denoised_signals", draw_signals(trained, f"Test signals, {data}. Made by: {command}")),
-        ("denoising_operators", draw_operators(trained, f"{data}. Made by: {command}")),
+        ("denoised_signals", draw_signals(trained, f"Test signals, {data}. Made by: {outputs.command}")),
+        ("denoising_operators", draw_operators(trained, f"{data}. Made by: {outputs.command}")),
     ):
-        artifacts.figure(name, figure)
-        plt.close(figure)
+        outputs.artifacts.figure(name, figure)
 
 
 @torch.no_grad()

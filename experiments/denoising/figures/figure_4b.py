@@ -9,27 +9,22 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.denoising.tables.mse import READINGS, STRUCTURES, best_classical
+from experiments.denoising.classical import best_classical
+from experiments.denoising.series import READINGS, SERIES, STRUCTURES
 from experiments.report import style
-from experiments.report.aggregation import aggregate, collect, require_finished
-from experiments.report.artifacts import Artifacts
+from experiments.report.aggregation import aggregate
+from experiments.report.outputs import StudyOutputs
 from experiments.sweep.studies import Study, StudyRun
 
 
-def make(study: Study, planned: Sequence[StudyRun], artifacts: Artifacts, command: str, run_command: str) -> None:
-    """Write figures/figure_4b.png, .pdf and .csv from the finished runs.
-
-    `command` made the figure and stands in its caption; `run_command` makes the runs and stands in the
-    MissingRunsError raised when some are not finished.
-    """
-    require_finished(planned, run_command)
-    frame = collect(planned)
+def make(outputs: StudyOutputs) -> None:
+    """Write figures/figure_4b.png, .pdf and .csv from the finished runs."""
+    frame = outputs.metrics()
     curves = aggregate(frame[frame["split"] == "test"], ["series", "weight", "epoch"], "mse")
-    artifacts.csv("figures/figure_4b", curves)
-    classical = best_classical(planned).groupby("reading")["mse"].mean()
-    figure = draw(study, curves, classical, _caption(planned, command))
-    artifacts.figure("figure_4b", figure)
-    plt.close(figure)
+    outputs.artifacts.csv("figures/figure_4b", curves)
+    classical = best_classical(outputs.planned).groupby("reading")["mse"].mean()
+    figure = draw(outputs.study, curves, classical, _caption(outputs.planned, outputs.command))
+    outputs.artifacts.figure("figure_4b", figure)
 
 
 def draw(study: Study, curves: pd.DataFrame, classical: pd.Series, caption: str) -> Figure:
@@ -37,6 +32,7 @@ def draw(study: Study, curves: pd.DataFrame, classical: pd.Series, caption: str)
 
     classical: the test error of the classical denoiser of the best lambda, by reading.
     """
+    style.drawn(SERIES, curves["series"], "figure_4b")
     with plt.rc_context(style.STYLE):
         figure, axes = plt.subplots(
             len(STRUCTURES), len(READINGS), figsize=(7.4, 6.6), sharex=True, sharey="col", layout="constrained"

@@ -9,33 +9,31 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from experiments.report import style
-from experiments.report.aggregation import aggregate, collect, require_finished
-from experiments.report.artifacts import Artifacts
+from experiments.report.aggregation import aggregate
+from experiments.report.outputs import StudyOutputs
 from experiments.sweep.studies import Study, StudyRun
 
 LINES = {"fold": "-", "qpth": (0, (1, 1.4))}
 
 
-def make(study: Study, planned: Sequence[StudyRun], artifacts: Artifacts, command: str, run_command: str) -> None:
-    """Write figures/figure_6.png, .pdf and .csv from the finished runs; arguments as for `figure_4b.make`."""
-    require_finished(planned, run_command)
-    frame = collect(planned)
+def make(outputs: StudyOutputs) -> None:
+    """Write figures/figure_6.png, .pdf and .csv from the finished runs."""
+    frame = outputs.metrics()
     curves = aggregate(frame[frame["split"] == "test"], ["series", "weight", "epoch"], "mse")
-    artifacts.csv("figures/figure_6", curves)
-    figure = draw(study, curves, _caption(planned, command))
-    artifacts.figure("figure_6", figure)
-    plt.close(figure)
+    outputs.artifacts.csv("figures/figure_6", curves)
+    outputs.artifacts.figure("figure_6", draw(outputs.study, curves, _caption(outputs.planned, outputs.command)))
 
 
 def draw(study: Study, curves: pd.DataFrame, caption: str) -> Figure:
     """Return the figure of `curves` (columns series, weight, epoch, mean, low, high), a panel per lambda."""
     weights = sorted(curves["weight"].unique())
+    lines = style.drawn(LINES, curves["series"], "figure_6")
     with plt.rc_context(style.STYLE):
         figure, axes = plt.subplots(
             1, len(weights), figsize=(7.4, 2.6), sharex=True, squeeze=False, layout="constrained"
         )
         for weight, color, panel in zip(weights, style.COLORS, axes[0], strict=False):
-            for name, dashes in LINES.items():
+            for name, dashes in lines.items():
                 shown = curves[(curves["series"] == name) & (curves["weight"] == weight)]
                 width = 1.4 if name == "fold" else 2.6
                 style.curve(panel, shown, color=color, linestyle=dashes, linewidth=width, label=study.titles[name])

@@ -10,17 +10,17 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.denoising.tables import cost as denoising_cost
-from experiments.denoising.tables.cost import Bench
+from experiments.denoising import bench as benches
+from experiments.denoising.bench import REFERENCE, STUDY, Bench, Layer
 from experiments.report import style
-from experiments.report.artifacts import Artifacts, output_root
-from experiments.report.measurements import measured_once, peak_memory, settings_of
+from experiments.report.measurements import measured_once, peak_memory
+from experiments.report.outputs import Measurement
 from experiments.run import components, configuration
 from experiments.sweep import studies
 
 
 @dataclass(frozen=True)
-class Settings(denoising_cost.Settings):
+class Settings(benches.Settings):
     """How much is measured: for which numbers of iterations, for one reading and lambda of the study."""
 
     iterations: tuple[int, ...] = (10, 30, 100, 300, 1000, 3000)
@@ -37,10 +37,10 @@ PROFILES = {
 
 def measure(settings: Settings) -> pd.DataFrame:
     """Return one row per number of iterations and repetition; iterations 0 is folding around the exact solver."""
-    planned = studies.expand(studies.load(denoising_cost.STUDY), settings.profile, {settings.reading})
+    planned = studies.expand(studies.load(STUDY), settings.profile, {settings.reading})
     place = next(run for run in planned if run.point["task.weight"] == settings.weight and run.seed == settings.seed)
     bench = Bench(list(place.overrides), settings)
-    layers = {0: bench.layer(denoising_cost.REFERENCE)} | {k: _unrolled(bench, k) for k in settings.iterations}
+    layers = {0: bench.layer(REFERENCE)} | {k: _unrolled(bench, k) for k in settings.iterations}
     exact = bench.call(layers[0])[:2]
     rows = []
     for k, layer in layers.items():
@@ -53,29 +53,25 @@ def measure(settings: Settings) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _unrolled(bench: Bench, iterations: int) -> denoising_cost.Layer:
+def _unrolled(bench: Bench, iterations: int) -> Layer:
     # tol: unconverged samples are to be measured, not refused
     backend = ["backend=unroll", f"backend.iterations={iterations}", "backend.tol=1e6"]
     parts = components.build(configuration.compose([*bench.place, *backend]))
     return lambda D: parts.backend(parts.task.parameters(D, bench.samples))
 
 
-def make(profile: str, command: str) -> Artifacts:
+def make(measurement: Measurement) -> None:
     """Write figures/unrolling_cost.png, .pdf and .csv, measuring once per profile."""
-    settings = settings_of(PROFILES, profile)
+    settings = measurement.settings(PROFILES)
     rows = measured_once("denoising/unrolling", settings, measure)
     table = rows.groupby("iterations").median().reset_index()
-    artifacts = Artifacts(output_root(profile))
-    artifacts.csv("figures/unrolling_cost", table)
-    title = studies.load(denoising_cost.STUDY).titles[settings.reading]
+    measurement.artifacts.csv("figures/unrolling_cost", table)
+    title = studies.load(STUDY).titles[settings.reading]
     caption = (
         f"One batch of {settings.batch_size} signals, {title}, λ = {settings.weight:g}, float64, one thread, medians "
-        f"of {settings.repeats}. Errors are relative, against the exact solver.\nMade by: {command}"
+        f"of {settings.repeats}. Errors are relative, against the exact solver.\nMade by: {measurement.command}"
     )
-    figure = draw(table, caption)
-    artifacts.figure("unrolling_cost", figure)
-    plt.close(figure)
-    return artifacts
+    measurement.artifacts.figure("unrolling_cost", draw(table, caption))
 
 
 def draw(table: pd.DataFrame, caption: str) -> Figure:

@@ -2,59 +2,45 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import pandas as pd
 import torch
 from scipy import stats
-from scipy.optimize import minimize_scalar
-from torch import Tensor
 
-from experiments.denoising.problem import DenoisingProblem, differencing
-from experiments.denoising.task import DenoisingTask
-from experiments.report.aggregation import aggregate, collect, require_finished
-from experiments.report.artifacts import Artifacts
-from experiments.report.measurements import measured_once
-from experiments.run import components, configuration, folders
+from experiments.denoising.classical import best_classical, classical_errors
+from experiments.denoising.series import READINGS, STRUCTURES
+from experiments.report.aggregation import aggregate
+from experiments.report.outputs import StudyOutputs
+from experiments.run import components, folders
 from experiments.sweep.studies import Study, StudyRun
 
-READINGS = ("centred", "optnet", "literal")
-STRUCTURES = {
-    "": "all of D, as in the paper",
-    "_zero_sum": "rows of sum zero, decaying step",
-    "_filter": "one filter, weighted rows",
-}
 GROUP = ["series", "weight"]
 
 
-def make(study: Study, planned: Sequence[StudyRun], artifacts: Artifacts, command: str, run_command: str) -> None:
-    """Write tables/<study> and tables/<study>_best, .csv and .md, from the finished runs and their trained models.
-
-    `command` and `run_command` as in `figure_4b.make`.
-    """
-    require_finished(planned, run_command)
-    task, epochs = planned[0].config.task, planned[0].config.train.epochs
-    table = summarize(collect(planned))
-    artifacts.csv(f"tables/{study.name}", table)
-    artifacts.markdown(
-        f"tables/{study.name}",
+def make(outputs: StudyOutputs) -> None:
+    """Write tables/<study> and tables/<study>_best, .csv and .md, from the finished runs and their trained models."""
+    task, epochs = outputs.planned[0].config.task, outputs.planned[0].config.train.epochs
+    table = summarize(outputs.metrics())
+    outputs.artifacts.csv(f"tables/{outputs.study.name}", table)
+    outputs.artifacts.markdown(
+        f"tables/{outputs.study.name}",
         ("Data", "λ", "Classical", *(f"Learned: {how}" for how in STRUCTURES.values()), "Seconds per epoch"),
-        _rows(study, table),
+        _rows(outputs.study, table),
         f"Test MSE before training and after {epochs} epochs, mean ± standard deviation over {table['seeds'].max()} "
         f"seed(s); {task.n_train} training and {task.n_test} test signals. In bold what is below the classical "
-        f"denoiser of the same λ. Seconds per epoch of training on one thread. Made by: `{command}`",
+        f"denoiser of the same λ. Seconds per epoch of training on one thread. Made by: `{outputs.command}`",
     )
-    best = margins(planned, best_classical(planned))
-    artifacts.csv(f"tables/{study.name}_best", best)
-    artifacts.markdown(
-        f"tables/{study.name}_best",
+    best = margins(outputs.planned, best_classical(outputs.planned))
+    outputs.artifacts.csv(f"tables/{outputs.study.name}_best", best)
+    outputs.artifacts.markdown(
+        f"tables/{outputs.study.name}_best",
         ("Data", "Learned", "λ, by validation", "Test MSE", "Best classical λ", "Its test MSE", "Difference"),
-        [_best_row(study, row) for row in best.to_dict("records")],
+        [_best_row(outputs.study, row) for row in best.to_dict("records")],
         "The best learned denoiser, its λ chosen on the validation signals, against the classical denoiser of the λ "
         "that is best on the test signals themselves. Difference of the mean squared errors signal by signal, with "
-        f"its 95% confidence interval over all test signals of {best['seeds'].max()} seed(s). Made by: `{command}`",
+        f"its 95% confidence interval over all test signals of {best['seeds'].max()} seed(s). "
+        f"Made by: `{outputs.command}`",
     )
 
 
@@ -69,58 +55,6 @@ def summarize(frame: pd.DataFrame) -> pd.DataFrame:
     }.items():
         table = table.merge(part[[*GROUP, "mean"]].rename(columns={"mean": name}), on=GROUP)
     return table
-
-
-@dataclass(frozen=True)
-class DataSet:
-    """One data set of the study, as a run's overrides describe it, and the range of lambda to search."""
-
-    reading: str
-    seed: int
-    overrides: tuple[str, ...]
-    low: float
-    high: float
-
-
-@dataclass(frozen=True)
-class DataSets:
-    """All data sets of the study."""
-
-    sets: tuple[DataSet, ...]
-
-
-def best_classical(planned: Sequence[StudyRun]) -> pd.DataFrame:
-    """Return the classical denoiser of the least test error: reading, seed, weight, mse, one row per data set.
-
-    lambda is sought between the smallest and the largest of the study for that reading.
-    """
-    sets = {}
-    for run in planned:
-        if run.series in READINGS:
-            weights = [other.point["task.weight"] for other in planned if other.series == run.series]
-            place = DataSet(run.series, run.seed, run.overrides, min(weights), max(weights))
-            sets.setdefault((run.series, run.seed), place)
-    return measured_once("denoising/best_classical", DataSets(tuple(sets.values())), _search)
-
-
-def _search(settings: DataSets) -> pd.DataFrame:
-    rows = []
-    for place in settings.sets:
-        task = components.build(configuration.compose(list(place.overrides))).task
-
-        def error(log_weight: float, task: DenoisingTask = task) -> float:
-            return float(_classical_errors(task, math.exp(log_weight)).mean())
-
-        bounds = math.log(place.low), math.log(place.high)
-        found = minimize_scalar(error, bounds=bounds, method="bounded", options={"xatol": 1e-3})
-        rows.append({"reading": place.reading, "seed": place.seed, "weight": math.exp(found.x), "mse": found.fun})
-    return pd.DataFrame(rows)
-
-
-def _classical_errors(task: DenoisingTask, weight: float) -> Tensor:
-    """Return the squared error of each test signal after total variation of this weight, (samples,)."""
-    task.problem = DenoisingProblem(weight, task.n_inputs)
-    return task.errors(differencing(task.n_inputs), task.splits["test"])
 
 
 def margins(planned: Sequence[StudyRun], classical: pd.DataFrame) -> pd.DataFrame:
@@ -142,7 +76,7 @@ def margins(planned: Sequence[StudyRun], classical: pd.DataFrame) -> pd.DataFram
                     learned.append(parts.task.errors(parts.model(test["inputs"]), test))
                 weights.append(run.point["task.weight"])
                 classical_weights.append(place.loc[(reading, seed), "weight"])
-                base.append(_classical_errors(parts.task, classical_weights[-1]))
+                base.append(classical_errors(parts.task, classical_weights[-1]))
             mine, theirs = torch.cat(learned), torch.cat(base)
             difference = mine - theirs
             rows.append(

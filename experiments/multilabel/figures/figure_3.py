@@ -15,8 +15,8 @@ from torch.nn import functional as F
 
 from experiments.multilabel.problem import TopKStep, solve_topk
 from experiments.report import style
-from experiments.report.artifacts import Artifacts, output_root
-from experiments.report.measurements import measured_once, settings_of
+from experiments.report.measurements import measured_once
+from experiments.report.outputs import Measurement
 from foldopt import fold
 from foldopt.diagnostics import backward_trace, spectral_radius
 from foldopt.step import record
@@ -77,33 +77,30 @@ def _spectral_radius(step: TopKStep, x: Tensor, c: Tensor) -> float:
     return float(spectral_radius(record(lambda state, params: (step(*state, *params),), (x,), (c,)))[0])
 
 
-def make(profile: str, command: str) -> Artifacts:
+def make(measurement: Measurement) -> None:
     """Write figures/figure_3.png, .pdf and .csv and tables/figure_3.md, measuring once per profile."""
-    settings = settings_of(PROFILES, profile)
+    settings = measurement.settings(PROFILES)
     rows = measured_once("multilabel/figure-3", settings, measure)
     curves = summarize(rows)
-    artifacts = Artifacts(output_root(profile))
-    artifacts.csv("figures/figure_3", curves)
+    measurement.artifacts.csv("figures/figure_3", curves)
     said = (
         f"{settings.instances} top-{settings.k} problems of {settings.n} random logits of norm 1, projected gradient "
         f"of stepsize {settings.stepsize}, float64; relative errors in L1."
     )
-    caption = f"{said}\nMedians, bands from the smallest to the largest. Made by: {command}"
-    figure = draw(curves, rows["rho"].median(), caption)
-    artifacts.figure("figure_3", figure)
-    plt.close(figure)
+    caption = f"{said}\nMedians, bands from the smallest to the largest. Made by: {measurement.command}"
+    measurement.artifacts.figure("figure_3", draw(curves, rows["rho"].median(), caption))
     table = rates(rows)
-    artifacts.csv("tables/figure_3", table)
-    artifacts.markdown(
+    measurement.artifacts.csv("tables/figure_3", table)
+    measurement.artifacts.markdown(
         "tables/figure_3",
         ("Pass", *(f"Iterations to {threshold:.0e}" for threshold in THRESHOLDS), "Rate", "−log ρ(Φ)"),
         (
             [row[0], *(f"{value:.0f}" for value in row[1:-2]), *(f"{v:.2f}" for v in row[-2:])]
             for row in table.to_numpy()
         ),
-        f"Medians of {said} Rate: decrease of log(error) per iteration between 1e-4 and 1e-10. Made by: `{command}`",
+        f"Medians of {said} Rate: decrease of log(error) per iteration between 1e-4 and 1e-10. "
+        f"Made by: `{measurement.command}`",
     )
-    return artifacts
 
 
 def summarize(rows: pd.DataFrame) -> pd.DataFrame:

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from data.noisy_labels import SOURCES
+from experiments.multilabel.series import EXACT, PERTURBED, caption, title
 from experiments.report import style
-from experiments.report.aggregation import aggregate, collect, require_finished
-from experiments.report.artifacts import Artifacts
-from experiments.sweep.studies import Study, StudyRun
+from experiments.report.aggregation import aggregate
+from experiments.report.outputs import StudyOutputs
+from experiments.sweep.studies import Study
 
 KEYS = ["series", "temperature", "split", "epoch"]
 ACCURACIES = {"top1": "Top-1", "top5": "Top-5"}
 SPLITS = {"train": "training, noisy labels", "test": "test"}
-EXACT, PERTURBED = "exact", "perturbed"
 LINES = {
     "cvxpylayers": {"color": style.COLORS[4], "linestyle": "-", "linewidth": 2.6},
     "pgd": {"color": style.COLORS[2], "linestyle": "--", "linewidth": 1.8},
@@ -27,50 +24,25 @@ LINES = {
 }
 
 
-def make(study: Study, planned: Sequence[StudyRun], artifacts: Artifacts, command: str, run_command: str) -> None:
+def make(outputs: StudyOutputs) -> None:
     """Write figures/figure_7 and figures/multilabel_gradients, .png, .pdf and .csv, from the finished runs.
 
-    Where the images are the stand-in, the file names say so. Arguments as for `figure_4b.make`.
+    Where the images are the stand-in, the file names say so.
     """
-    require_finished(planned, run_command)
-    frame = collect(planned)
+    frame = outputs.metrics()
     frame = frame[frame["epoch"] > 0]
     curves = pd.concat(
         [aggregate(frame.dropna(subset=[name]), KEYS, name).assign(accuracy=name) for name in ACCURACIES]
     )
-    name = f"figure_7{suffix(planned)}"
-    artifacts.csv(f"figures/{name}", curves)
-    figure = draw(study, curves, noise_floor(frame), title(planned), caption(planned, command))
-    artifacts.figure(name, figure)
-    plt.close(figure)
+    name = f"figure_7{outputs.suffix}"
+    outputs.artifacts.csv(f"figures/{name}", curves)
+    images, said = title(outputs.planned), caption(outputs.planned, outputs.command)
+    outputs.artifacts.figure(name, draw(outputs.study, curves, noise_floor(frame), images, said))
     errors = aggregate(frame.dropna(subset=["gradient_error"]), ["series", "temperature", "epoch"], "gradient_error")
     errors = errors[errors["series"].isin(LINES)]
-    name = f"multilabel_gradients{suffix(planned)}"
-    artifacts.csv(f"figures/{name}", errors)
-    figure = draw_errors(study, errors, title(planned), caption(planned, command))
-    artifacts.figure(name, figure)
-    plt.close(figure)
-
-
-def suffix(planned: Sequence[StudyRun]) -> str:
-    """Return what the names of files made from these runs end with."""
-    return "_stand_in" if planned[0].config.task.get("data") == "stand_in" else ""
-
-
-def title(planned: Sequence[StudyRun]) -> str:
-    """Return what the images are."""
-    source = SOURCES[planned[0].config.task.data]
-    return source[0].upper() + source[1:]
-
-
-def caption(planned: Sequence[StudyRun], command: str) -> str:
-    """Return what was trained on what, and the command."""
-    config = planned[0].config
-    return (
-        f"{title(planned)}: {config.task.n_train} training and {config.task.n_test} test images, label "
-        f"noise {config.task.noise:g}; DenseNet {config.model.depth}-{config.model.growth}, SGD {config.train.lr:g}, "
-        f"batch size {config.train.batch_size};\n{style.seeds_note(planned)}. Made by: {command}"
-    )
+    name = f"multilabel_gradients{outputs.suffix}"
+    outputs.artifacts.csv(f"figures/{name}", errors)
+    outputs.artifacts.figure(name, draw_errors(outputs.study, errors, images, said))
 
 
 def noise_floor(frame: pd.DataFrame) -> pd.DataFrame:
@@ -95,6 +67,7 @@ def noise_floor(frame: pd.DataFrame) -> pd.DataFrame:
 
 def draw(study: Study, curves: pd.DataFrame, floor: pd.DataFrame, title: str, caption: str) -> Figure:
     """Return the figure of `curves` (columns of KEYS, accuracy, mean, low, high): a row per temperature."""
+    style.drawn({EXACT: None, PERTURBED: None, **LINES}, curves["series"], "figure_7")
     temperatures = sorted(curves["temperature"].unique(), reverse=True)
     columns = [(split, name) for split in SPLITS for name in ACCURACIES]
     with plt.rc_context(style.STYLE):

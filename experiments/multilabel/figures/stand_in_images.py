@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import matplotlib.pyplot as plt
 import torch
 from matplotlib.figure import Figure
 
 from data.cifar100 import CLASSES, GROUP
 from data.stand_in import draw as draw_images
-from experiments.multilabel.figures.figure_7 import suffix
 from experiments.report import style
-from experiments.report.artifacts import Artifacts
-from experiments.sweep.studies import Study, StudyRun
+from experiments.report.outputs import StudyOutputs
 
 
-def make(study: Study, planned: Sequence[StudyRun], artifacts: Artifacts, command: str, run_command: str) -> None:
+def make(outputs: StudyOutputs) -> None:
     """Write figures/stand_in_images.png and .pdf where the study's images are the stand-in."""
-    if not suffix(planned):
+    if not outputs.suffix:
         return
-    figure = draw(f"Procedural images that stand in for CIFAR-100: a column per superclass. Made by: {command}")
-    artifacts.figure("stand_in_images", figure)
-    plt.close(figure)
+    caption = f"Procedural images that stand in for CIFAR-100: a column per superclass. Made by: {outputs.command}"
+    outputs.artifacts.figure("stand_in_images", draw(caption))
 
 
 def draw(caption: str) -> Figure:

@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import pandas as pd
 
-from experiments.multilabel.figures.figure_7 import EXACT, caption, suffix
-from experiments.report.aggregation import collect, require_finished
-from experiments.report.artifacts import Artifacts
-from experiments.sweep.studies import Study, StudyRun
+from experiments.multilabel.series import EXACT, caption
+from experiments.report.outputs import StudyOutputs
+from experiments.sweep.studies import Study
 
 SECONDS = ("seconds_network", "seconds_solve", "seconds_backward")
 
 
-def make(study: Study, planned: Sequence[StudyRun], artifacts: Artifacts, command: str, run_command: str) -> None:
-    """Write tables/figure_7.csv and .md from the finished runs; arguments as for `figure_4b.make`.
+def make(outputs: StudyOutputs) -> None:
+    """Write tables/figure_7.csv and .md from the finished runs.
 
     Where the images are the stand-in, the file names say so.
     """
-    require_finished(planned, run_command)
-    table = summarize(collect(planned))
-    name = f"tables/figure_7{suffix(planned)}"
-    artifacts.csv(name, table)
-    epochs, batch = planned[0].config.train.epochs, planned[0].config.train.batch_size
-    artifacts.markdown(
+    table = summarize(outputs.metrics())
+    name = f"tables/figure_7{outputs.suffix}"
+    outputs.artifacts.csv(name, table)
+    epochs, batch = outputs.planned[0].config.train.epochs, outputs.planned[0].config.train.batch_size
+    outputs.artifacts.markdown(
         name,
         (
             "τ",
@@ -39,11 +37,12 @@ def make(study: Study, planned: Sequence[StudyRun], artifacts: Artifacts, comman
             "Forward (ms)",
             "Backward (ms)",
         ),
-        _rows(study, table, batch),
+        _rows(outputs.study, table, batch),
         f"After {epochs} epochs, mean ± standard deviation over the seeds. Distance to exact: largest over seeds and "
         "epochs of the difference of the test accuracy to the exact run of the same seed; that of the perturbed start "
         "is the noise floor. Gradient error: relative, per training step, against the exact vjp at the exact solution. "
-        f"Milliseconds per batch of {batch}, one thread. {caption(planned, f'`{command}`')}".replace("\n", " "),
+        f"Milliseconds per batch of {batch}, one thread. "
+        + caption(outputs.planned, f"`{outputs.command}`").replace("\n", " "),
     )
 
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import pandas as pd
 import torch
 
-from experiments.report.artifacts import Artifacts, output_root
-from experiments.report.measurements import measured_once, seconds, settings_of
+from experiments.report.measurements import measured_once, seconds
+from experiments.report.outputs import Measurement
 from experiments.run import components
 from experiments.run.components import make as make_component
 from experiments.run.configuration import compose
@@ -87,23 +87,21 @@ def measure(settings: Settings) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def make(profile: str, command: str) -> Artifacts:
+def make(measurement: Measurement) -> None:
     """Write tables/layer_share.csv and .md, measuring once per profile and device."""
-    settings, device = settings_of(PROFILES, profile), device_name()
+    settings, device = measurement.settings(PROFILES), device_name()
     rows = measured_once("multilabel/layer-share", settings, measure, device, {k: v for k, (_, v) in LAYERS.items()})
     table = rows.groupby("layer", sort=False).median().reset_index()
-    artifacts = Artifacts(output_root(profile))
-    artifacts.csv("tables/layer_share", table)
+    measurement.artifacts.csv("tables/layer_share", table)
     where = "one thread of a CPU" if device.startswith("cpu") else device
-    artifacts.markdown(
+    measurement.artifacts.markdown(
         "tables/layer_share",
         ("Layer", "Network (ms)", "Layer (ms)", "Layer's share", "Images per second", f"Epoch of {IMAGES} (min)"),
         _rows(table, settings.batch_size),
         f"A training step of DenseNet {settings.depth}-{settings.growth}, batches of {settings.batch_size} stand-in "
         f"images, not CIFAR-100, on {where}; medians of {settings.repeats}. Network: forward, backward and optimizer; "
-        f"layer: forward and backward. Made by: `{command}`",
+        f"layer: forward and backward. Made by: `{measurement.command}`",
     )
-    return artifacts
 
 
 def device_name() -> str:

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from experiments.contracts.task import Samples
-from experiments.report.artifacts import Artifacts, output_root
-from experiments.report.measurements import measured_once, seconds, settings_of
+from experiments.report.measurements import measured_once, seconds
+from experiments.report.outputs import Measurement
 from experiments.run import components, configuration
 from foldopt.errors import SolverError
 
@@ -121,16 +121,15 @@ def _measured(bench: Bench, layer: Callable[[Tensor], Tensor], exact: tuple[Tens
     }
 
 
-def make(profile: str, command: str) -> Artifacts:
+def make(measurement: Measurement) -> None:
     """Write tables/topk_layers.csv and .md, measuring once per profile."""
-    settings = settings_of(PROFILES, profile)
+    settings = measurement.settings(PROFILES)
     rows = measured_once("multilabel/layers", settings, measure, {k: v for k, (_, v) in LAYERS.items()})
     table = rows.groupby(["temperature", "layer"], sort=False).median().reset_index()
-    artifacts = Artifacts(output_root(profile))
-    artifacts.csv("tables/topk_layers", table)
+    measurement.artifacts.csv("tables/topk_layers", table)
     bounds = table.groupby("temperature", sort=False)["at_bound"].first()
     said = ", ".join(f"{share:.0%} at τ = {temperature:g}" for temperature, share in bounds.items())
-    artifacts.markdown(
+    measurement.artifacts.markdown(
         "tables/topk_layers",
         ("τ", "Layer", "Forward (ms)", "Backward (ms)", "Error of x*", "Error of the gradient", "Without a gradient"),
         _rows(table),
@@ -139,9 +138,8 @@ def make(profile: str, command: str) -> Artifacts:
         "it is cvxpy's, by Clarabel. Samples "
         f"with an indicator at its bound: {said}. Largest error of x*, relative error of the gradient of the study's "
         f"loss, against exact; samples without a certified gradient count with one of zero, – is for a layer that "
-        f"refused to answer. Made by: `{command}`",
+        f"refused to answer. Made by: `{measurement.command}`",
     )
-    return artifacts
 
 
 def _rows(table: pd.DataFrame) -> Iterator[list[str]]:

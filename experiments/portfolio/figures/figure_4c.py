@@ -11,8 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments.report import style
-from experiments.report.aggregation import aggregate, collect, require_finished
-from experiments.report.artifacts import Artifacts
+from experiments.report.aggregation import aggregate
+from experiments.report.outputs import StudyOutputs
 from experiments.sweep.studies import Study, StudyRun
 
 MODEL_TITLES = {"mlp": "ReLU MLP", "mlp_bn": "ReLU MLP with batch norm"}
@@ -39,26 +39,20 @@ LINES = {
 }
 
 
-def make(study: Study, planned: Sequence[StudyRun], artifacts: Artifacts, command: str, run_command: str) -> None:
-    """Write figures/figure_4c.png, .pdf and .csv from the finished runs.
-
-    `command` made the figure and stands in its caption; `run_command` makes the runs and stands in the
-    MissingRunsError raised when some are not finished.
-    """
-    require_finished(planned, run_command)
-    frame = collect(planned)
+def make(outputs: StudyOutputs) -> None:
+    """Write figures/figure_4c.png, .pdf and .csv from the finished runs."""
+    frame = outputs.metrics()
     test = frame[frame["split"] == "test"]
     curves = aggregate(test, ["degree", "model", "series", "epoch"], "regret_percent")
-    artifacts.csv("figures/figure_4c", curves)
-    figure = draw(study, curves, _caption(planned, command))
-    artifacts.figure("figure_4c", figure)
-    plt.close(figure)
+    outputs.artifacts.csv("figures/figure_4c", curves)
+    outputs.artifacts.figure("figure_4c", draw(outputs.study, curves, _caption(outputs.planned, outputs.command)))
 
 
 def draw(study: Study, curves: pd.DataFrame, caption: str) -> Figure:
     """Return the figure of `curves` (columns degree, model, series, epoch, mean, low, high)."""
     degrees = sorted(curves["degree"].unique())
-    models = [model for model in MODEL_TITLES if model in set(curves["model"])]
+    models = list(style.drawn(MODEL_TITLES, curves["model"], "figure_4c"))
+    lines = style.drawn(LINES, curves["series"], "figure_4c")
     with plt.rc_context(style.STYLE):
         figure, axes = plt.subplots(
             len(models),
@@ -76,8 +70,7 @@ def draw(study: Study, curves: pd.DataFrame, caption: str) -> Figure:
             row[0].set_ylabel("Test regret (%)")
         for panel in axes[-1]:
             panel.set_xlabel("Epoch")
-        shown = [name for name in LINES if name in set(curves["series"])]
-        handles = [plt.Line2D([], [], **_line_arguments(name), label=study.titles[name]) for name in shown]
+        handles = [plt.Line2D([], [], **_line_arguments(name), label=study.titles[name]) for name in lines]
         figure.legend(handles=handles, loc="outside upper center", ncols=3, frameon=False, handlelength=2.6)
         figure.supxlabel(caption, **style.CAPTION)
     return figure

@@ -6,32 +6,27 @@ from collections.abc import Iterator, Sequence
 
 import pandas as pd
 
-from experiments.report.aggregation import aggregate, at_best_validation, collect, require_finished, seeds_said
-from experiments.report.artifacts import Artifacts
-from experiments.sweep.studies import Study, StudyRun
+from experiments.report.aggregation import aggregate, at_best_validation, seeds_said
+from experiments.report.outputs import StudyOutputs
+from experiments.sweep.studies import Study
 
 GROUP = ["degree", "model", "series"]
 
 
-def make(study: Study, planned: Sequence[StudyRun], artifacts: Artifacts, command: str, run_command: str) -> None:
-    """Write tables/<study>.csv and .md (mean and standard deviation over seeds) from the finished runs.
-
-    `command` made the table and stands in its note; `run_command` makes the runs and stands in the
-    MissingRunsError raised when some are not finished.
-    """
-    require_finished(planned, run_command)
-    table = summarize(collect(planned))
-    artifacts.csv(f"tables/{study.name}", table)
-    task = planned[0].config.task
-    epochs = sorted({run.config.train.epochs for run in planned})
+def make(outputs: StudyOutputs) -> None:
+    """Write tables/<study>.csv and .md (mean and standard deviation over seeds) from the finished runs."""
+    table = summarize(outputs.metrics())
+    outputs.artifacts.csv(f"tables/{outputs.study.name}", table)
+    task = outputs.planned[0].config.task
+    epochs = sorted({run.config.train.epochs for run in outputs.planned})
     degrees = sorted(table["degree"].unique())
-    artifacts.markdown(
-        f"tables/{study.name}",
+    outputs.artifacts.markdown(
+        f"tables/{outputs.study.name}",
         ("Model", "Series", *(f"Degree {degree}" for degree in degrees), "Seconds per epoch"),
-        _rows(study, table, degrees),
+        _rows(outputs.study, table, degrees),
         f"Final test regret ({' or '.join(map(str, epochs))} epochs) in percent of the optimal value, mean ± standard "
-        f"deviation over {seeds_said(planned)}; {task.n_train} training and {task.n_test} test samples, noise "
-        f"tau = {task.tau}. Seconds per epoch of training on one thread. Made by: `{command}`",
+        f"deviation over {seeds_said(outputs.planned)}; {task.n_train} training and {task.n_test} test samples, noise "
+        f"tau = {task.tau}. Seconds per epoch of training on one thread. Made by: `{outputs.command}`",
     )
 
 

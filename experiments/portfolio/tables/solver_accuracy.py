@@ -14,8 +14,8 @@ import torch
 
 from experiments.contracts.task import Task
 from experiments.portfolio.problem import PortfolioProblem
-from experiments.report.artifacts import Artifacts, output_root
-from experiments.report.measurements import measured_once, seconds, settings_of
+from experiments.report.measurements import measured_once, seconds
+from experiments.report.outputs import Measurement
 from experiments.run import components
 from experiments.run.configuration import compose
 
@@ -164,23 +164,21 @@ def summarize(rows: pd.DataFrame, by: list[str]) -> pd.DataFrame:
     return table.reset_index()
 
 
-def make(profile: str, command: str) -> Artifacts:
+def make(measurement: Measurement) -> None:
     """Write tables/solver_accuracy.csv and .md, measuring once per profile; return what was written.
 
     The measurement is kept beside the run folders, so that a second call has nothing to measure.
     """
-    settings = settings_of(PROFILES, profile)
+    settings = measurement.settings(PROFILES)
     rows = measured_once("portfolio/solver_accuracy", settings, measure, OVERRIDES)
-    artifacts = Artifacts(output_root(profile))
-    artifacts.csv("tables/solver_accuracy", summarize(rows, ["solver", "kind", "degree"]))
-    artifacts.markdown(
+    measurement.artifacts.csv("tables/solver_accuracy", summarize(rows, ["solver", "kind", "degree"]))
+    measurement.artifacts.markdown(
         "tables/solver_accuracy",
         HEADER,
         [_markdown_row(row) for row in summarize(rows, ["kind", "solver"]).to_dict("records")],
         f"Degrees {', '.join(map(str, settings.degrees))}, batches of {settings.batch_size}, one thread, "
-        f"milliseconds per instance. Errors are those against the exact solver. Made by: `{command}`",
+        f"milliseconds per instance. Errors are those against the exact solver. Made by: `{measurement.command}`",
     )
-    return artifacts
 
 
 def _markdown_row(row: dict) -> list[str]:

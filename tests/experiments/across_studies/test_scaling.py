@@ -7,7 +7,9 @@ import pandas as pd
 import pytest
 
 from experiments.across_studies import scaling
+from experiments.report.artifacts import Artifacts
 from experiments.report.measurements import in_own_process
+from experiments.report.outputs import Measurement
 
 
 def law(backend, exponent, values, least=1e6):
@@ -51,8 +53,7 @@ def test_the_figure_and_the_table_show_every_layer(tmp_path, monkeypatch):
     )
     measured = rows.assign(seconds_forward=rows["seconds"], seconds_backward=0.0).drop(columns="seconds")
     monkeypatch.setattr(scaling, "measured_once", lambda *_: measured)
-    monkeypatch.setattr(scaling, "output_root", lambda profile: tmp_path)
-    scaling.make("smoke", "make scaling PROFILE=smoke")
+    scaling.make(Measurement("scaling", "smoke", Artifacts(tmp_path)))
     text = (tmp_path / "tables/scaling.md").read_text()
     assert text.count("| 2.0 | 2.0 | 2.0 | 2.0 | 2.0 | 2.0 |") == sum(len(c.backends) for c in scaling.LAYERS.values())
     assert "Made by: `make scaling PROFILE=smoke`" in text

@@ -14,6 +14,7 @@ from experiments.bilinear.tables import regret as bilinear_regret
 from experiments.bilinear.tables import smoothing_strength
 from experiments.report.aggregation import MissingRunsError
 from experiments.report.artifacts import Artifacts
+from experiments.report.outputs import StudyOutputs
 from experiments.run import components, configuration, folders
 from experiments.run.components import CombinationError
 from experiments.run.execution import execute
@@ -185,16 +186,16 @@ def test_figure_and_table_of_known_runs(tmp_path):
         for q in (0, 1)
         for seed in (0, 1)
     ]
-    artifacts = Artifacts(tmp_path)
+    outputs = StudyOutputs(study, planned, "default", Artifacts(tmp_path))
     for maker in (figure_4a.make, bilinear_regret.make):
-        maker(study, planned, artifacts, "make figure-4a", "make reproduce")
+        maker(outputs)
     lines = (tmp_path / "tables" / "figure_4a.md").read_text().splitlines()
     assert lines[2].startswith("| 20 | two-stage, as in the paper | 4.00 ± 0.71 | 1.00 |  |")
     assert lines[3].startswith("| 20 | f-PGD, nonconvex, κ = 0.9 | 2.00 ± 0.71 | 0.49 | 2 of 2 |")
     assert len(pd.read_csv(tmp_path / "figures" / "figure_4a.csv")) == 4
     (planned[0].folder / "summary.json").unlink()
     with pytest.raises(MissingRunsError, match="two_stage-20-0-0"):
-        figure_4a.make(study, planned, artifacts, "make figure-4a", "make reproduce")
+        figure_4a.make(outputs)
 
 
 def test_kappa_is_chosen_on_validation_within_each_kind(tmp_path):
@@ -204,7 +205,7 @@ def test_kappa_is_chosen_on_validation_within_each_kind(tmp_path):
         for series, best in (("fold", 0.9), ("fold_entropy", 1.25))
         for kappa in (0.5, 0.9, 1.25, 2.0)
     ]
-    smoothing_strength.make(study, planned, Artifacts(tmp_path), "make bilinear-kappa", "make reproduce")
+    smoothing_strength.make(StudyOutputs(study, planned, "default", Artifacts(tmp_path)))
     table = pd.read_csv(tmp_path / "tables" / "bilinear_kappa.csv")
     chosen = table[table["chosen"]].set_index("kind")["kappa"].to_dict()
     assert chosen == {"quadratic, nonconvex": 0.9, "quadratic, convex": 1.25, "entropy": 1.25}

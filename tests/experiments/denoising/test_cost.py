@@ -4,10 +4,12 @@ import pandas as pd
 import pytest
 import torch
 
+from experiments.denoising.bench import Bench, Settings
 from experiments.denoising.figures import figure_6, unrolling_cost
 from experiments.denoising.tables import cost as denoising_cost
-from experiments.denoising.tables.cost import Bench, Settings
 from experiments.report import measurements
+from experiments.report.artifacts import Artifacts
+from experiments.report.outputs import Measurement
 from experiments.sweep.studies import load
 from foldopt.errors import InputError
 
@@ -105,6 +107,6 @@ def test_figure_6_has_a_panel_per_weight_and_two_curves_in_each():
 
 
 @pytest.mark.parametrize("module", [denoising_cost, unrolling_cost])
-def test_an_unknown_profile_is_refused(module):
+def test_an_unknown_profile_is_refused(module, tmp_path):
     with pytest.raises(InputError, match="choose one of smoke, default, paper"):
-        module.make("huge", "make")
+        module.make(Measurement("denoising-cost", "huge", Artifacts(tmp_path)))

@@ -7,11 +7,14 @@ import pandas as pd
 import pytest
 from omegaconf import OmegaConf
 
+from experiments.denoising.classical import best_classical
 from experiments.denoising.figures import denoised_signals, figure_4b
-from experiments.denoising.tables import mse as denoising
+from experiments.denoising.series import READINGS, STRUCTURES
+from experiments.denoising.tables import mse
 from experiments.report import measurements
 from experiments.report.aggregation import MissingRunsError, aggregate, collect
 from experiments.report.artifacts import Artifacts
+from experiments.report.outputs import StudyOutputs
 from experiments.run import configuration, folders
 from experiments.run.execution import execute
 from experiments.sweep import studies
@@ -30,8 +33,8 @@ def study():
 def planned(tmp_path):
     """Two lambdas: at the smaller one learning halves the error with each epoch, at the larger one it doubles it."""
     planned = []
-    for reading in denoising.READINGS:
-        for suffix in denoising.STRUCTURES:
+    for reading in READINGS:
+        for suffix in STRUCTURES:
             for weight in (1, 4):
                 if (reading, suffix, weight) == ("literal", "_filter", 4):
                     continue
@@ -70,12 +73,12 @@ def trained(tmp_path, console):
 
 
 def test_the_table_has_classical_and_learned_errors_and_marks_what_is_better(study, planned):
-    table = denoising.summarize(collect(planned)).set_index(["series", "weight"])
+    table = mse.summarize(collect(planned)).set_index(["series", "weight"])
     assert len(table) == 17
     columns = ["seeds", "classical", "learned", "seconds_epoch"]
     assert table.loc[("optnet", 1), columns].tolist() == [1, 1.0, 0.25, 0.25]
     assert table.loc[("optnet", 4), columns].tolist() == [1, 4.0, 16.0, 0.25]
-    rows = list(denoising._rows(study, table.reset_index()))
+    rows = list(mse._rows(study, table.reset_index()))
     assert rows[0] == ["heights in [-3, 3], noise 1", "1", "1", "**0.25**", "**0.25**", "**0.25**", "0.2"]
     assert rows[-1] == ["heights in [10, 100], noise 1", "4", "4", "16", "16", "", "0.2"]
 
@@ -84,12 +87,12 @@ def test_every_output_of_the_study_from_trained_models(tmp_path, monkeypatch, st
     monkeypatch.setattr(measurements, "RESULTS", tmp_path / "results")
     for first in (True, False):
         artifacts = Artifacts(tmp_path / "results")
-        for maker in (figure_4b, denoising, denoised_signals):
-            maker.make(study, trained, artifacts, "make figure-4b", "make reproduce")
+        for maker in (figure_4b, mse, denoised_signals):
+            maker.make(StudyOutputs(study, trained, "default", artifacts))
         assert len(artifacts.written) == (11 if first else 0)
     curves = pd.read_csv(tmp_path / "results" / "figures" / "figure_4b.csv")
     assert len(curves) == 9 * 2 * 2
-    classical = denoising.best_classical(trained)
+    classical = best_classical(trained)
     assert classical.groupby("reading").size().tolist() == [2, 2, 2]
     for row in classical.to_dict("records"):
         same = [run for run in trained if (run.series, run.seed) == (row["reading"], row["seed"])]
@@ -98,7 +101,7 @@ def test_every_output_of_the_study_from_trained_models(tmp_path, monkeypatch, st
         ]
         assert row["mse"] <= min(starts) * (1 + 1e-12), "no worse than any lambda of the study"
 
-    best = denoising.margins(trained, classical)
+    best = mse.margins(trained, classical)
     assert len(best) == 9
     for row in best.to_dict("records"):
         runs_of = [run for run in trained if run.series == row["reading"] + row["structure"]]
@@ -117,7 +120,7 @@ def test_every_output_of_the_study_from_trained_models(tmp_path, monkeypatch, st
 def test_the_figure_shows_every_curve_and_the_best_classical(study, planned):
     frame = collect(planned)
     curves = aggregate(frame[frame["split"] == "test"], ["series", "weight", "epoch"], "mse")
-    classical = pd.Series(0.75, index=denoising.READINGS)
+    classical = pd.Series(0.75, index=READINGS)
     figure = figure_4b.draw(study, curves, classical, "caption")
     assert [len(panel.get_lines()) for panel in figure.axes] == [3] * 8 + [2]
     assert set(figure.axes[0].get_lines()[-1].get_ydata()) == {0.75}
@@ -125,16 +128,16 @@ def test_the_figure_shows_every_curve_and_the_best_classical(study, planned):
 
 def test_missing_runs_are_named(tmp_path, study, planned):
     (planned[0].folder / "summary.json").unlink()
-    for maker in (figure_4b.make, denoising.make, denoised_signals.make):
+    for maker in (figure_4b.make, mse.make, denoised_signals.make):
         with pytest.raises(MissingRunsError, match="centred 1"):
-            maker(study, planned, Artifacts(tmp_path / "results"), "make figure-4b", "make reproduce")
+            maker(StudyOutputs(study, planned, "default", Artifacts(tmp_path / "results")))
 
 
 @pytest.mark.parametrize("profile", ["default", "paper"])
 def test_every_reading_learns_all_of_d_at_four_weights_and_every_structure(study, profile):
     """As in the paper: all training signals, batches of 32. What it does not have runs on a part of the weights."""
     expanded = studies.expand(study, profile)
-    for reading, suffix in product(denoising.READINGS, denoising.STRUCTURES):
+    for reading, suffix in product(READINGS, STRUCTURES):
         paper, found = (
             {run.point["task.weight"] for run in expanded if (run.series, run.seed) == (series, 0)}
             for series in (reading, reading + suffix)

@@ -13,6 +13,7 @@ from experiments.multilabel.tables import layer_share
 from experiments.multilabel.tables import layers as topk_layers
 from experiments.multilabel.task import PADDING, shifted_and_mirrored
 from experiments.report.artifacts import Artifacts
+from experiments.report.outputs import StudyOutputs
 from experiments.run import components, configuration, folders
 from experiments.run.components import CombinationError
 from experiments.run.execution import execute
@@ -231,7 +232,7 @@ def test_the_figure_shows_the_noise_floor_and_its_files_say_stand_in(planned, tm
     study, made = planned
     artifacts = Artifacts(tmp_path / "out")
     for maker in (figure_7.make, multilabel_accuracy.make, stand_in_images.make):
-        maker(study, made, artifacts, "make figure-7", "make reproduce")
+        maker(StudyOutputs(study, made, "default", artifacts))
     curves = pd.read_csv(tmp_path / "out/figures/figure_7_stand_in.csv")
     last = curves[(curves["epoch"] == 2) & (curves["accuracy"] == "top5") & (curves["series"] == "sqp")]
     assert last["mean"].tolist() == [12.5] * 6, "mean of the seeds, for two temperatures and three splits"

@@ -4,6 +4,8 @@ import torch
 from experiments.portfolio.problem import PortfolioProblem
 from experiments.portfolio.tables import solver_accuracy
 from experiments.portfolio.tables.solver_accuracy import Settings, compare, summarize
+from experiments.report.artifacts import Artifacts
+from experiments.report.outputs import Measurement
 from foldopt.errors import InputError
 
 
@@ -36,6 +38,6 @@ def test_the_measurement_shows_what_scaling_does():
     assert table.loc["gurobi", "gradient_error_median"] < 1e-2
 
 
-def test_an_unknown_profile_lists_the_choices():
+def test_an_unknown_profile_lists_the_choices(tmp_path):
     with pytest.raises(InputError, match="profile='huge' does not exist; choose one of smoke, default, paper"):
-        solver_accuracy.make("huge", "make solver-table")
+        solver_accuracy.make(Measurement("solver-table", "huge", Artifacts(tmp_path)))

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 from pathlib import Path
 
@@ -10,22 +11,24 @@ from scipy import stats
 
 from experiments.portfolio.figures import figure_4c
 from experiments.portfolio.tables import final_regret
-from experiments.report import style
+from experiments.report import paired, style
 from experiments.report.aggregation import (
     MissingRunsError,
     aggregate,
     at_best_validation,
     collect,
-    paired,
     require_finished,
     seeds_said,
 )
+from experiments.report.aggregation import (
+    paired as paired_rows,
+)
 from experiments.report.artifacts import Artifacts, output_root
-from experiments.report.paired import PAIRINGS
-from experiments.report.paired import make as make_paired
+from experiments.report.outputs import StudyOutputs, make_outputs
 from experiments.run import folders
 from experiments.sweep import studies
 from experiments.sweep.studies import Study, StudyRun
+from foldopt.errors import InputError
 
 CONFIG = OmegaConf.create({"task": {"n_train": 96, "n_test": 64, "tau": 0.1}, "train": {"epochs": 3}})
 SERIES = ("fold", "fold_gurobi", "cvxpylayers_paper", "cvxpylayers_normalized", "two_stage")
@@ -66,6 +69,11 @@ def planned(tmp_path) -> list[StudyRun]:
     return planned
 
 
+@pytest.fixture
+def outputs(tmp_path, study, planned) -> StudyOutputs:
+    return StudyOutputs(study, planned, "default", Artifacts(tmp_path / "results"))
+
+
 def test_aggregation_agrees_with_numbers_by_hand():
     frame = pd.DataFrame({"series": ["a"] * 5 + ["b"], "value": [1.0, 2.0, 3.0, 4.0, 5.0, 7.0]})
     table = aggregate(frame, ["series"], "value").set_index("series")
@@ -88,7 +96,7 @@ def test_paired_differences_agree_with_the_paired_t_test():
         for _ in range(2)
     ]
     frame = pd.DataFrame(rows)
-    table = paired(frame, ["n"], "seed", "value", [("ours", "theirs"), ("ours", "same"), ("ours", "ours")])
+    table = paired_rows(frame, ["n"], "seed", "value", [("ours", "theirs"), ("ours", "same"), ("ours", "ours")])
     assert len(table) == 6
     means = frame[frame["n"] == 2].groupby(["series", "seed"])["value"].mean().unstack("series")
     test = stats.ttest_rel(means["ours"], means["theirs"])
@@ -113,9 +121,9 @@ def test_only_units_that_both_series_have_are_paired():
         ]
         + [{"series": "c", "seed": 0, "n": 1, "value": 1.0}]
     )
-    table = paired(frame, ["n"], "seed", "value", [("a", "b"), ("a", "c"), ("a", "absent")])
+    table = paired_rows(frame, ["n"], "seed", "value", [("a", "b"), ("a", "c"), ("a", "absent")])
     assert table[["against", "pairs"]].to_numpy().tolist() == [["b", 3]], "one pair tests nothing"
-    assert paired(frame[frame["seed"] == 0], ["n"], "seed", "value", [("a", "b")]).empty
+    assert paired_rows(frame[frame["seed"] == 0], ["n"], "seed", "value", [("a", "b")]).empty
 
 
 def test_seeds_are_said_with_the_series_that_have_fewer(planned):
@@ -139,18 +147,20 @@ def test_a_band_is_the_confidence_interval_and_leaves_the_axes_to_what_was_obser
     plt.close(figure)
 
 
-@pytest.mark.parametrize("name", [name for name in PAIRINGS if name not in ("figure_4a", "figure_4b")])
+@pytest.mark.parametrize("name", [name for name in studies.names() if name != "figure_4b"])
 def test_every_comparison_is_one_of_series_that_the_study_has(name):
-    pairing = PAIRINGS[name]
-    assert {series for pair in pairing.comparisons for series in pair} <= set(studies.load(name).series)
+    study = studies.load(name)
+    comparisons = study.paired.comparisons if study.paired else ()
+    assert {series for pair in comparisons for series in pair} <= set(study.series)
+    assert ("experiments.report.paired" in study.outputs) == bool(comparisons)
 
 
-def test_the_table_of_paired_tests_names_both_series(tmp_path, study, planned):
-    make_paired(study, planned, Artifacts(tmp_path), "make figure-4c", "make reproduce")
-    table = pd.read_csv(tmp_path / "tables/figure_4c_paired.csv")
+def test_the_table_of_paired_tests_names_both_series(tmp_path, outputs):
+    paired.make(outputs)
+    table = pd.read_csv(tmp_path / "results/tables/figure_4c_paired.csv")
     row = table[(table["against"] == "two_stage") & (table["degree"] == 2) & (table["model"] == "mlp")].iloc[0]
     assert (row["mean"], row["against_mean"], row["pairs"]) == (24.0, 1.5, 2)
-    text = (tmp_path / "tables/figure_4c_paired.md").read_text()
+    text = (tmp_path / "results/tables/figure_4c_paired.md").read_text()
     assert "| 2 | mlp | f-SQP, exact forward | two-stage, targets as they are | 2 | +22.5 ±" in text
 
 
@@ -175,10 +185,10 @@ def test_collect_carries_the_place_of_each_run(planned):
 
 def test_figure_and_table_files_are_byte_identical_on_a_second_call(tmp_path, study, planned):
     def make_all() -> Artifacts:
-        artifacts = Artifacts(tmp_path / "results")
-        figure_4c.make(study, planned, artifacts, "make figure-4c", "make reproduce")
-        final_regret.make(study, planned, artifacts, "make figure-4c", "make reproduce")
-        return artifacts
+        outputs = StudyOutputs(study, planned, "default", Artifacts(tmp_path / "results"))
+        figure_4c.make(outputs)
+        final_regret.make(outputs)
+        return outputs.artifacts
 
     first = make_all()
     assert {str(path.relative_to(tmp_path / "results")) for path in first.written} == {
@@ -198,7 +208,7 @@ def test_figure_and_table_files_are_byte_identical_on_a_second_call(tmp_path, st
     assert (row["mean"], row["n"], row["low"], row["high"]) == (pytest.approx(1.5), 2, 1.0, 2.0)
 
 
-def test_final_table_takes_the_last_epoch_and_reads_well(tmp_path, study, planned):
+def test_final_table_takes_the_last_epoch_and_reads_well(tmp_path, planned, outputs):
     table = final_regret.summarize(collect(planned))
     row = table[(table["series"] == "fold") & (table["degree"] == 1) & (table["model"] == "mlp")].iloc[0]
     assert row["seeds"] == 2
@@ -206,20 +216,34 @@ def test_final_table_takes_the_last_epoch_and_reads_well(tmp_path, study, planne
     assert row["regret_sd"] == pytest.approx((64 - 32) / 4 / np.sqrt(2))
     assert row["seconds_epoch_mean"] == pytest.approx(0.48)
 
-    final_regret.make(study, planned, Artifacts(tmp_path / "results"), "make figure-4c", "make reproduce")
+    final_regret.make(outputs)
     lines = (tmp_path / "results" / "tables" / "figure_4c.md").read_text().splitlines()
     assert lines[2] == "| mlp | f-SQP, exact forward | 12.00 ± 5.66 | 24.00 ± 11.31 | 36.00 ± 16.97 | 0.96 |"
     assert "Made by: `make figure-4c`" in lines[-1]
 
 
-def test_missing_runs_are_named_with_the_command_that_makes_them(tmp_path, study, planned):
+def test_missing_runs_are_named_with_the_command_that_makes_them(tmp_path, planned, outputs):
     (planned[3].folder / "summary.json").unlink()
     with pytest.raises(MissingRunsError) as caught:
-        figure_4c.make(study, planned, Artifacts(tmp_path / "results"), "make figure-4c", "make reproduce")
+        figure_4c.make(outputs)
     assert planned[3].label in str(caught.value)
     assert f"1 of {len(planned)} runs are not finished" in str(caught.value)
     assert "Make them with: make reproduce" in str(caught.value)
     assert not (tmp_path / "results").exists()
+
+
+def test_a_series_that_the_figure_does_not_know_is_named(planned, outputs):
+    stranger = dataclasses.replace(planned[0], series="spo_minus")
+    added = dataclasses.replace(outputs, planned=[*planned, stranger])
+    with pytest.raises(InputError, match=r"figure_4c does not know how to draw the series spo_minus; it has cvxpylay"):
+        figure_4c.make(added)
+
+
+def test_a_module_that_a_study_names_must_be_there(outputs):
+    for path in ("experiments.portfolio.figures.figure_5", "experiments.portfolio.series_of_mine", "no_dots"):
+        study = dataclasses.replace(outputs.study, outputs=(path,))
+        with pytest.raises(InputError, match=f"study figure_4c needs {path}.make, which cannot be imported"):
+            make_outputs(dataclasses.replace(outputs, study=study))
 
 
 def test_many_missing_runs_are_counted_not_listed(tmp_path):

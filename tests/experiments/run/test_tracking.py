@@ -13,6 +13,7 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -72,15 +73,16 @@ def study(monkeypatch, tmp_path):
         "grid": {"task.degree": [3]},
         "series": {"two_stage": {"title": "two-stage", "overrides": ["backend=two_stage"]}},
         "profiles": {"smoke": {"seeds": 1, "series": {"two_stage": {}}}},
+        "outputs": ["small_figure"],
     }
 
-    def figure(study, planned, artifacts, command, run_command):
-        artifacts.write("figures/figure_4c.png", b"a picture")
-        artifacts.csv("figures/figure_4c", folders.load_metrics(planned[0].folder)[["epoch", "split", "regret"]])
+    def make(outputs):
+        outputs.artifacts.write("figures/figure_4c.png", b"a picture")
+        metrics = folders.load_metrics(outputs.planned[0].folder)
+        outputs.artifacts.csv("figures/figure_4c", metrics[["epoch", "split", "regret"]])
 
+    monkeypatch.setitem(sys.modules, "small_figure", SimpleNamespace(make=make))
     monkeypatch.setattr(studies, "load", lambda name: studies.parse(raw, "a test"))
-    monkeypatch.setattr(reproduction, "FIGURES", {"figure_4c": [figure]})
-    monkeypatch.setattr(reproduction, "MEASUREMENTS", {})
     monkeypatch.setattr(reproduction, "output_root", lambda profile: tmp_path / "results")
     return studies.load("figure_4c")
 
