@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from experiments.backends import Parameters
+from experiments.contracts.backend import Parameters
 from experiments.denoising.problem import differencing
 from experiments.report.measurements import measured_once, seconds
 from experiments.report.outputs import Measurement

@@ -26,6 +26,7 @@ from experiments.bilinear.smoothing import (
     objective,
     project,
 )
+from experiments.numerics.checks import require_finite
 from foldopt.checks import require_positive, require_whole
 from foldopt.errors import InputError
 from foldopt.layers import f_pgd_b
@@ -258,12 +259,7 @@ class BilinearProblem:
                 raise InputError(
                     f"{name} has shape {tuple(value.shape)}, expected (B, {self.n}) for c and d: one per row of Q."
                 )
-            bad = (~value.isfinite().all(1)).nonzero()[:, 0].tolist()
-            if bad:
-                raise InputError(
-                    f"{name} holds NaN or inf in {len(bad)} of {len(value)} samples, first {bad[:10]}; check the "
-                    "predictions."
-                )
+            require_finite(name, value, "check the predictions")
         return c.detach().double(), d.detach().double()
 
 

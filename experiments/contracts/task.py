@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from experiments.backends import Parameters
+from experiments.contracts.backend import Parameters
 
 Samples = dict[str, Tensor]
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from experiments.denoising.dual import DualSystem, stepsize
+from experiments.numerics.checks import require_finite
 from experiments.numerics.cone import cvxpy_for
 from experiments.numerics.graphs import replayed
 from foldopt.checks import require_whole
@@ -286,7 +287,5 @@ def _checked(D: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
         )
     if not D.isfinite().all():
         raise InputError(f"D of shape {tuple(D.shape)} holds NaN or inf; lower train.lr.")
-    bad = (~d.isfinite().all(1)).nonzero()[:, 0].tolist()
-    if bad:
-        raise InputError(f"d holds NaN or inf in {len(bad)} of {len(d)} signals, first {bad[:10]}.")
+    require_finite("d", d, "check the data", "signals")
     return D.detach().double(), d.detach().double()

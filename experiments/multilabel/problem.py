@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from experiments.numerics.checks import require_finite
 from experiments.numerics.cone import cvxpy_for
 from foldopt.checks import require_positive, require_whole
 from foldopt.errors import InputError
@@ -137,12 +138,7 @@ class TopKProblem:
     def _checked(self, c: Tensor) -> Tensor:
         if c.dim() != 2 or c.shape[1] != self.n:
             raise InputError(f"c has shape {tuple(c.shape)}, expected (B, {self.n}): one logit per class.")
-        finite = c.isfinite()
-        if not finite.all():
-            bad = (~finite.all(1)).nonzero()[:, 0].tolist()
-            raise InputError(
-                f"c holds NaN or inf in {len(bad)} of {len(c)} samples, first {bad[:10]}; check the network."
-            )
+        require_finite("c", c, "check the network")
         return c
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
+from experiments.numerics.checks import require_finite
 from experiments.numerics.cone import cvxpy_for
 from experiments.portfolio.exact import PortfolioSolution, kkt_residual, smallest_variance, solve
 from experiments.portfolio.sqp import PortfolioSQP
@@ -176,12 +177,7 @@ class PortfolioProblem:
     def _checked(self, c: Tensor) -> Tensor:
         if c.dim() != 2 or c.shape[1] != self.n:
             raise InputError(f"c has shape {tuple(c.shape)}, expected (B, {self.n}): one return per asset of V.")
-        finite = c.isfinite()
-        if not finite.all():
-            bad = (~finite.all(1)).nonzero()[:, 0].tolist()
-            raise InputError(
-                f"c holds NaN or inf in {len(bad)} of {len(c)} samples, first {bad[:10]}; check the predictions."
-            )
+        require_finite("c", c, "check the predictions")
         return c.detach().double()
 
 

@@ -17,7 +17,7 @@ from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from experiments.backends import Backend
+from experiments.contracts.backend import Backend
 from experiments.contracts.task import Task
 from experiments.run.checkpoint import load
 from experiments.run.configuration import group_options

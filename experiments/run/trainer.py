@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from experiments.backends import Backend
+from experiments.contracts.backend import Backend
 from experiments.contracts.task import Samples, Task
 from experiments.run.checkpoint import Checkpoint, Row
 from experiments.run.components import Components, make

@@ -54,7 +54,9 @@ def test_imports_follow_the_rules(source):
 
 def test_the_library_knows_nothing_of_the_harness():
     for source in (ROOT / "foldopt").rglob("*.py"):
-        assert not [name for name in imported(source) if name.split(".")[0] in ("experiments", "data", "scripts")], source
+        assert not [name for name in imported(source) if name.split(".")[0] in ("experiments", "data", "scripts")], (
+            source
+        )
 
 
 @pytest.mark.parametrize(
