@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -44,8 +43,7 @@ def make(outputs: StudyOutputs) -> None:
 
 def draw(study: Study, table: pd.DataFrame, caption: str) -> Figure:
     """Return the figure of `table`: a panel per task, a line per series."""
-    with plt.rc_context(style.STYLE):
-        figure, axes = plt.subplots(1, len(PANELS), figsize=(7.4, 2.7), layout="constrained")
+    with style.panels(caption, 1, len(PANELS), figsize=(7.4, 2.7)) as (figure, axes):
         for (task, (_, label)), panel in zip(PANELS.items(), axes, strict=True):
             for series in (name for name in LINES if name.startswith(task)):
                 shown = table[table["series"] == series]
@@ -55,7 +53,6 @@ def draw(study: Study, table: pd.DataFrame, caption: str) -> Figure:
             panel.invert_xaxis()
             style.grid(panel)
             panel.legend(fontsize=6.5, frameon=False, loc="best")
-        figure.supxlabel(caption, **style.CAPTION)
     return figure
 
 

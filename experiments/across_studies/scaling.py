@@ -216,8 +216,7 @@ def draw(table: pd.DataFrame, fitted: pd.DataFrame, caption: str) -> Figure:
     measures = (("seconds", "time_slope", "Time (s)", 1.0), ("peak_bytes", "memory_slope", "Memory (MB)", 1e-6))
     kinds = [(axis, *measure) for axis in AXES for measure in measures]
     exponents = fitted.set_index(["layer", "axis", "backend"]).sort_index()
-    with plt.rc_context(style.STYLE):
-        figure, axes = plt.subplots(len(kinds), len(LAYERS), figsize=(7.4, 9.6), layout="constrained")
+    with style.panels(caption, len(kinds), len(LAYERS), figsize=(7.4, 9.6)) as (figure, axes):
         for row, (axis, column, slope, label, unit) in zip(axes, kinds, strict=True):
             for (name, layer), panel in zip(LAYERS.items(), row, strict=True):
                 part = table[(table["layer"] == name) & (table["axis"] == axis)]
@@ -233,7 +232,6 @@ def draw(table: pd.DataFrame, fitted: pd.DataFrame, caption: str) -> Figure:
             plt.Line2D([], [], marker="o", markersize=3, label=title, **line) for title, _, line in BACKENDS.values()
         ]
         figure.legend(handles=handles, loc="outside upper center", ncols=4, frameon=False)
-        figure.supxlabel(caption, **style.CAPTION)
     return figure
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
+from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from experiments.report.aggregation import seeds_said
@@ -19,6 +22,15 @@ T = TypeVar("T")
 STYLE = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False}
 COLORS = ("#CC79A7", "#E69F00", "#0072B2", "#009E73", "#D55E00", "#56B4E9")  # Okabe and Ito
 CAPTION = {"fontsize": 6.5, "color": "0.3"}
+
+
+@contextmanager
+def panels(caption: str, *grid: int, **options: Any) -> Iterator[tuple[Figure, Any]]:
+    """Open a figure in this style with its axes, as ``plt.subplots(*grid, **options)`` does; end it with a caption."""
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(*grid, layout="constrained", **options)
+        yield figure, axes
+        figure.supxlabel(caption, **CAPTION)
 
 
 def plain_log(axis: Axis, subs: tuple[float, ...]) -> None:

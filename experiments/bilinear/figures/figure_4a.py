@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments.bilinear.series import final, ratios
+from experiments.report import style
 from experiments.report.aggregation import aggregate, seeds_said
 from experiments.report.outputs import StudyOutputs
 from experiments.sweep.studies import Study, StudyRun
@@ -30,15 +30,9 @@ def make(outputs: StudyOutputs) -> None:
 def draw(study: Study, last: pd.DataFrame, caption: str) -> Figure:
     """Return the figure of the final test rows (columns n_variables, series, interaction, seed, regret)."""
     sizes = sorted(last["n_variables"].unique(), reverse=True)
-    with plt.rc_context({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False}):
-        figure, axes = plt.subplots(
-            len(sizes),
-            2,
-            figsize=(7.4, 2.35 * len(sizes) + 0.8),
-            width_ratios=(1.7, 1),
-            squeeze=False,
-            layout="constrained",
-        )
+    with style.panels(
+        caption, len(sizes), 2, figsize=(7.4, 2.35 * len(sizes) + 0.8), width_ratios=(1.7, 1), squeeze=False
+    ) as (figure, axes):
         for (left, right), n in zip(axes, sizes, strict=True):
             _draw_groups(left, study, last[last["n_variables"] == n])
             left.set_title(f"n = {n}", fontsize=8)
@@ -47,7 +41,6 @@ def draw(study: Study, last: pd.DataFrame, caption: str) -> Figure:
         axes[-1, 0].set_xlabel("Matrix Q")
         axes[-1, 1].set_xlabel("Mean regret / that of two-stage")
         figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper left", ncols=2, frameon=False)
-        figure.supxlabel(caption, fontsize=6.5, color="0.3")
     return figure
 
 

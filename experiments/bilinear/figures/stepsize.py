@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
@@ -13,6 +12,7 @@ from matplotlib.figure import Figure
 from data.bilinear import generate, interaction
 from experiments.bilinear.problem import BilinearProblem
 from experiments.bilinear.smoothing import GradientStep
+from experiments.report import style
 from experiments.report.outputs import StudyOutputs
 from foldopt import fold
 from foldopt.diagnostics import stepsize_study
@@ -47,8 +47,11 @@ def measure(steps: Sequence[float] = STEPS) -> pd.DataFrame:
 
 def draw(table: pd.DataFrame, command: str) -> Figure:
     """Return the figure: products with Phi, and rho(Phi), against the stepsize."""
-    with plt.rc_context({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False}):
-        figure, (left, right) = plt.subplots(1, 2, figsize=(7.4, 2.7), layout="constrained")
+    caption = (
+        f"Smoothed bilinear program, n = {N}, κ = {KAPPA}, {BATCH} instances, relative tolerance 1e-10. LFPI is "
+        f"shown where it solves every\ninstance in 1000 products; a direct solve needs none. Made by: {command}"
+    )
+    with style.panels(caption, 1, 2, figsize=(7.4, 2.7)) as (figure, (left, right)):
         for column, label, color in LINES:
             shown = table if column != "lfpi_products" else table[table["lfpi_solved"] == 1]
             left.plot(shown["stepsize"], shown[column], color=color, marker="o", markersize=3, label=label)
@@ -62,10 +65,4 @@ def draw(table: pd.DataFrame, command: str) -> Figure:
             panel.set_yscale("log")
             panel.set_xlabel("Stepsize α, in units of 1/σ")
             panel.grid(visible=True, which="major", color="0.9", linewidth=0.6)
-        figure.supxlabel(
-            f"Smoothed bilinear program, n = {N}, κ = {KAPPA}, {BATCH} instances, relative tolerance 1e-10. LFPI is "
-            f"shown where it solves every\ninstance in 1000 products; a direct solve needs none. Made by: {command}",
-            fontsize=6.5,
-            color="0.3",
-        )
     return figure

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import matplotlib.pyplot as plt
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -46,10 +45,7 @@ def draw_signals(trained: dict[str, Components], caption: str) -> Figure:
     found = {"classical": parts.task.problem.exact(differencing(d.shape[1]), d).x}
     for suffix in ("", "_filter"):
         found[f"learned, {STRUCTURES[suffix]}"] = parts.task.problem.exact(_operator(trained[suffix]), d).x
-    with plt.rc_context(style.STYLE):
-        figure, axes = plt.subplots(
-            len(found), SIGNALS, figsize=(7.4, 4.8), sharex=True, sharey="col", layout="constrained"
-        )
+    with style.panels(caption, len(found), SIGNALS, figsize=(7.4, 4.8), sharex=True, sharey="col") as (figure, axes):
         for row, (title, x) in zip(axes, found.items(), strict=True):
             errors = (x - chosen["signals"]).square().mean(1)
             for k, panel in enumerate(row):
@@ -62,7 +58,6 @@ def draw_signals(trained: dict[str, Components], caption: str) -> Figure:
             panel.set_xlabel("Position")
         handles, labels = axes[0, 0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False, fontsize=7)
-        figure.supxlabel(caption, **style.CAPTION)
     return figure
 
 
@@ -73,10 +68,8 @@ def draw_operators(trained: dict[str, Components], caption: str) -> Figure:
     start = differencing(next(iter(operators.values())).shape[1])
     shown = {"before\ntraining": start}
     shown |= {f"learned:\n{STRUCTURES[suffix]}": D for suffix, D in operators.items()}
-    with plt.rc_context(style.STYLE):
-        figure, axes = plt.subplots(
-            2, len(shown), figsize=(7.4, 3.6), height_ratios=(1.6, 1), sharey="row", layout="constrained"
-        )
+    shape = {"figsize": (7.4, 3.6), "height_ratios": (1.6, 1), "sharey": "row"}
+    with style.panels(caption, 2, len(shown), **shape) as (figure, axes):
         for (title, D), (matrix, middle) in zip(shown.items(), axes.T, strict=True):
             size = float(D.abs().amax())
             image = matrix.imshow(D / size, cmap="RdBu", vmin=-1, vmax=1, interpolation="nearest")
@@ -86,7 +79,6 @@ def draw_operators(trained: dict[str, Components], caption: str) -> Figure:
         axes[0, 0].set_ylabel("Row")
         axes[1, 0].set_ylabel("Middle row / its largest")
         figure.colorbar(image, ax=axes[0, -1], shrink=0.9, label="D / its largest entry")
-        figure.supxlabel(caption, **style.CAPTION)
     return figure
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -33,10 +32,10 @@ def draw(study: Study, curves: pd.DataFrame, classical: pd.Series, caption: str)
     classical: the test error of the classical denoiser of the best lambda, by reading.
     """
     style.drawn(SERIES, curves["series"], "figure_4b")
-    with plt.rc_context(style.STYLE):
-        figure, axes = plt.subplots(
-            len(STRUCTURES), len(READINGS), figsize=(7.4, 6.6), sharex=True, sharey="col", layout="constrained"
-        )
+    with style.panels(caption, len(STRUCTURES), len(READINGS), figsize=(7.4, 6.6), sharex=True, sharey="col") as (
+        figure,
+        axes,
+    ):
         for (suffix, how), row in zip(STRUCTURES.items(), axes, strict=True):
             for reading, panel in zip(READINGS, row, strict=True):
                 name = reading + suffix
@@ -46,7 +45,6 @@ def draw(study: Study, curves: pd.DataFrame, classical: pd.Series, caption: str)
             row[0].set_ylabel("Test MSE")
         for panel in axes[-1]:
             panel.set_xlabel("Epoch")
-        figure.supxlabel(caption, **style.CAPTION)
     return figure
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -28,10 +27,7 @@ def draw(study: Study, curves: pd.DataFrame, caption: str) -> Figure:
     """Return the figure of `curves` (columns series, weight, epoch, mean, low, high), a panel per lambda."""
     weights = sorted(curves["weight"].unique())
     lines = style.drawn(LINES, curves["series"], "figure_6")
-    with plt.rc_context(style.STYLE):
-        figure, axes = plt.subplots(
-            1, len(weights), figsize=(7.4, 2.6), sharex=True, squeeze=False, layout="constrained"
-        )
+    with style.panels(caption, 1, len(weights), figsize=(7.4, 2.6), sharex=True, squeeze=False) as (figure, axes):
         for weight, color, panel in zip(weights, style.COLORS, axes[0], strict=False):
             for name, dashes in lines.items():
                 shown = curves[(curves["series"] == name) & (curves["weight"] == weight)]
@@ -41,7 +37,6 @@ def draw(study: Study, curves: pd.DataFrame, caption: str) -> Figure:
             style.epochs(panel)
             panel.legend(fontsize=6.5, frameon=False, loc="best", handlelength=2)
         axes[0, 0].set_ylabel("Test MSE")
-        figure.supxlabel(caption, **style.CAPTION)
     return figure
 
 

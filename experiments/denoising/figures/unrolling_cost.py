@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 
-import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -78,8 +77,7 @@ def draw(table: pd.DataFrame, caption: str) -> Figure:
     """Return the figure of `table` (one row per number of iterations, 0 being folding)."""
     fold, unrolled = table[table["iterations"] == 0].iloc[0], table[table["iterations"] > 0]
     milliseconds = 1e3 * (table["seconds_forward"] + table["seconds_backward"])
-    with plt.rc_context(style.STYLE):
-        figure, (time, memory, error) = plt.subplots(1, 3, figsize=(7.4, 2.6), layout="constrained")
+    with style.panels(caption, 1, 3, figsize=(7.4, 2.6)) as (figure, (time, memory, error)):
         for panel, values, label in (
             (time, milliseconds, "Forward and backward (ms)"),
             (memory, table["peak_bytes"] / 1e6, "Peak memory (MB)"),
@@ -102,7 +100,6 @@ def draw(table: pd.DataFrame, caption: str) -> Figure:
             )
         error.set_ylabel("Relative error")
         _log_axes(error)
-        figure.supxlabel(caption, **style.CAPTION)
     return figure
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
@@ -111,8 +110,7 @@ def summarize(rows: pd.DataFrame) -> pd.DataFrame:
 
 def draw(curves: pd.DataFrame, rho: float, caption: str) -> Figure:
     """Return the figure of `curves`, with the line of Theorem 1 for the median spectral radius `rho`."""
-    with plt.rc_context(style.STYLE):
-        figure, panel = plt.subplots(figsize=(6.6, 3.6), layout="constrained")
+    with style.panels(caption, figsize=(6.6, 3.6)) as (figure, panel):
         for (start, which), (label, color, dashes) in LINES.items():
             shown = curves[(curves["start"] == start) & (curves["pass"] == which)].copy()
             shown[["mean", "low", "high"]] = shown[["mean", "low", "high"]].clip(lower=SMALLEST)
@@ -121,7 +119,6 @@ def draw(curves: pd.DataFrame, rho: float, caption: str) -> Figure:
         panel.set(yscale="log", xlabel="Iteration", ylabel="Relative error", ylim=(SMALLEST / 2, 1e3))
         style.grid(panel)
         panel.legend(fontsize=7, frameon=False, loc="upper right")
-        figure.supxlabel(caption, **style.CAPTION)
     return figure
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -70,10 +69,7 @@ def draw(study: Study, curves: pd.DataFrame, floor: pd.DataFrame, title: str, ca
     style.drawn({EXACT: None, PERTURBED: None, **LINES}, curves["series"], "figure_7")
     temperatures = sorted(curves["temperature"].unique(), reverse=True)
     columns = [(split, name) for split in SPLITS for name in ACCURACIES]
-    with plt.rc_context(style.STYLE):
-        figure, axes = plt.subplots(
-            len(temperatures), 4, figsize=(7.6, 4.6), sharex=True, squeeze=False, layout="constrained"
-        )
+    with style.panels(caption, len(temperatures), 4, figsize=(7.6, 4.6), sharex=True, squeeze=False) as (figure, axes):
         for temperature, row in zip(temperatures, axes, strict=True):
             for (split, name), panel in zip(columns, row, strict=True):
                 here = {"temperature": temperature, "split": split, "accuracy": name}
@@ -85,7 +81,6 @@ def draw(study: Study, curves: pd.DataFrame, floor: pd.DataFrame, title: str, ca
         handles, labels = axes[0, 0].get_legend_handles_labels()
         place = {"loc": "outside upper center", "ncols": 3, "frameon": False, "fontsize": 7}
         figure.legend(handles, labels, title=title, title_fontsize=9, **place)
-        figure.supxlabel(caption, **style.CAPTION)
     return figure
 
 
@@ -110,10 +105,7 @@ def _draw_panel(panel: Axes, study: Study, curves: pd.DataFrame, floor: pd.DataF
 def draw_errors(study: Study, errors: pd.DataFrame, title: str, caption: str) -> Figure:
     """Return the figure of `errors` (series, temperature, epoch, mean, low, high), a panel per temperature."""
     temperatures = sorted(errors["temperature"].unique(), reverse=True)
-    with plt.rc_context(style.STYLE):
-        figure, axes = plt.subplots(
-            1, len(temperatures), figsize=(6.4, 3.1), sharey=True, squeeze=False, layout="constrained"
-        )
+    with style.panels(caption, 1, len(temperatures), figsize=(6.4, 3.1), sharey=True, squeeze=False) as (figure, axes):
         for temperature, panel in zip(temperatures, axes[0], strict=True):
             for series, line in LINES.items():
                 shown = errors[(errors["series"] == series) & (errors["temperature"] == temperature)]
@@ -124,5 +116,4 @@ def draw_errors(study: Study, errors: pd.DataFrame, title: str, caption: str) ->
         axes[0, 0].set_ylabel("Relative error of the gradient\nagainst exact, mean over steps")
         axes[0, -1].legend(fontsize=7, frameon=False, loc="best")
         figure.suptitle(title, fontsize=9)
-        figure.supxlabel(caption, **style.CAPTION)
     return figure

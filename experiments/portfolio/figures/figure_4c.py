@@ -53,16 +53,15 @@ def draw(study: Study, curves: pd.DataFrame, caption: str) -> Figure:
     degrees = sorted(curves["degree"].unique())
     models = list(style.drawn(MODEL_TITLES, curves["model"], "figure_4c"))
     lines = style.drawn(LINES, curves["series"], "figure_4c")
-    with plt.rc_context(style.STYLE):
-        figure, axes = plt.subplots(
-            len(models),
-            len(degrees),
-            figsize=(2.35 * len(degrees) + 0.2, 1.95 * len(models) + 0.95),
-            sharex=True,
-            sharey=True,
-            squeeze=False,
-            layout="constrained",
-        )
+    with style.panels(
+        caption,
+        len(models),
+        len(degrees),
+        figsize=(2.35 * len(degrees) + 0.2, 1.95 * len(models) + 0.95),
+        sharex=True,
+        sharey=True,
+        squeeze=False,
+    ) as (figure, axes):
         for row, model in zip(axes, models, strict=True):
             for panel, degree in zip(row, degrees, strict=True):
                 _draw_panel(panel, curves[(curves["degree"] == degree) & (curves["model"] == model)])
@@ -72,7 +71,6 @@ def draw(study: Study, curves: pd.DataFrame, caption: str) -> Figure:
             panel.set_xlabel("Epoch")
         handles = [plt.Line2D([], [], **_line_arguments(name), label=study.titles[name]) for name in lines]
         figure.legend(handles=handles, loc="outside upper center", ncols=3, frameon=False, handlelength=2.6)
-        figure.supxlabel(caption, **style.CAPTION)
     return figure
 
 
