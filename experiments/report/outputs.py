@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 
 import pandas as pd
 
-from experiments.report.aggregation import collect, require_finished
 from experiments.report.artifacts import Artifacts
+from experiments.sweep.metrics import collect, require_finished
 from experiments.sweep.studies import Study, StudyRun
 from foldopt.errors import InputError
 

@@ -22,6 +22,7 @@ from omegaconf import DictConfig
 from experiments.run import configuration, folders
 from experiments.run.interruption import STOP_CODES, StopRequest
 from experiments.sweep import slurm, studies
+from experiments.sweep.metrics import collect
 from experiments.sweep.pool import THREAD_VARIABLES, attempt, run_overrides
 from experiments.sweep.studies import StudyRun
 from foldopt.checks import require_whole
@@ -145,8 +146,6 @@ class Sweep:
 
     def collect(self) -> tuple[Path, int]:
         """Write the metrics of all finished runs, a row per run, epoch and split; return the file and their number."""
-        from experiments.report.aggregation import collect  # scipy, which takes long to import
-
         finished = [run for run in self.planned if folders.status(run.folder) == "finished"]
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "metrics.csv"

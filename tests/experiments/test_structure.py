@@ -40,7 +40,7 @@ def forbidden(source):
             found.append(f"{name}: numerics/ knows nothing of the harness")
         if parts[0] == "run" and target[1] in ("sweep", "report"):
             found.append(f"{name}: one run knows nothing of sweeps and reports")
-        if parts[0] == "sweep" and target[1] == "report" and target[2] != "aggregation":
+        if parts[0] == "sweep" and target[1] == "report":
             found.append(f"{name}: a sweep makes no report")
         if len(parts) > 1 and {parts[1], *target[2:3]} == {"figures", "tables"}:
             found.append(f"{name}: tables and figures do not import each other")

@@ -12,13 +12,13 @@ from experiments.bilinear.figures import stepsize as bilinear_stepsize
 from experiments.bilinear.tables import certificates as bilinear_certificates
 from experiments.bilinear.tables import regret as bilinear_regret
 from experiments.bilinear.tables import smoothing_strength
-from experiments.report.aggregation import MissingRunsError
 from experiments.report.artifacts import Artifacts
 from experiments.report.outputs import StudyOutputs
 from experiments.run import components, configuration, folders
 from experiments.run.components import CombinationError
 from experiments.run.execution import execute
 from experiments.sweep import studies
+from experiments.sweep.metrics import MissingRunsError
 from experiments.sweep.studies import StudyRun
 from foldopt.errors import InputError
 

@@ -12,12 +12,13 @@ from experiments.denoising.figures import denoised_signals, figure_4b
 from experiments.denoising.series import READINGS, STRUCTURES
 from experiments.denoising.tables import mse
 from experiments.report import measurements
-from experiments.report.aggregation import MissingRunsError, aggregate, collect
+from experiments.report.aggregation import aggregate
 from experiments.report.artifacts import Artifacts
 from experiments.report.outputs import StudyOutputs
 from experiments.run import configuration, folders
 from experiments.run.execution import execute
 from experiments.sweep import studies
+from experiments.sweep.metrics import MissingRunsError, collect
 from experiments.sweep.studies import StudyRun
 
 TASK = {"n_train": 64, "n_test": 32, "length": 30}

@@ -12,14 +12,7 @@ from scipy import stats
 from experiments.portfolio.figures import figure_4c
 from experiments.portfolio.tables import final_regret
 from experiments.report import paired, style
-from experiments.report.aggregation import (
-    MissingRunsError,
-    aggregate,
-    at_best_validation,
-    collect,
-    require_finished,
-    seeds_said,
-)
+from experiments.report.aggregation import aggregate, at_best_validation, seeds_said
 from experiments.report.aggregation import (
     paired as paired_rows,
 )
@@ -27,6 +20,7 @@ from experiments.report.artifacts import Artifacts, output_root
 from experiments.report.outputs import StudyOutputs, make_outputs
 from experiments.run import folders
 from experiments.sweep import studies
+from experiments.sweep.metrics import MissingRunsError, collect, require_finished
 from experiments.sweep.studies import Study, StudyRun
 from foldopt.errors import InputError
 
