@@ -6,11 +6,18 @@ PROFILE ?= default
 TRACKED = $(if $(TRACKING),--tracking $(TRACKING))
 UV_VERSION := 0.13.9
 
-.PHONY: help test test-slow test-all nightly endurance coverage lint format reproduce sweep slurm figures report verify bilinear-kappa bilinear-certificates figure-3 figure-4a figure-4b figure-4c figure-6 \
-	figure-7 topk-layers layer-share portfolio-settings solver-table linear-solvers scaling forward-tolerance denoising-cost unrolling-cost bench bench-qp bench-cvxpy verdicts peers clean lock
+STUDIES := $(subst _,-,$(basename $(notdir $(wildcard conf/study/*.yaml))))
+MEASUREMENTS := $(shell sed -n '/^measurements:/,/^[^ ]/s/^  \([a-z0-9-]*\):.*/\1/p' conf/study/*.yaml)
+
+.PHONY: help test test-slow test-all nightly endurance coverage lint format reproduce sweep slurm figures report verify \
+	$(STUDIES) $(MEASUREMENTS) bench bench-qp bench-cvxpy verdicts peers clean lock
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo; echo "Figures and tables of a study from its run folders:"
+	@awk '/^title: /{name = FILENAME; gsub(/.*\/|\.yaml/, "", name); gsub("_", "-", name); sub(/^title: /, ""); printf "  make %-22s %s\n", name, $$0}' conf/study/*.yaml
+	@echo; echo "What is measured without training:"
+	@awk '/^[^ ]/{on = /^measurements:/} on && /^  /{split($$0, part, / # /); sub(/:.*/, ""); printf "  make %-22s %s\n", $$1, part[2]}' conf/study/*.yaml
 
 # The lock pins every package and the hashes of its files, so it is installed as it stands (--no-deps): qpth's own pin of
 # numpy is overridden there.
@@ -38,7 +45,7 @@ endurance: .venv/.installed ## 10,000 training steps of every layer: memory, fil
 	OMP_NUM_THREADS=1 ENDURANCE_STEPS=10000 $(PY) -m pytest -s -m slow tests/foldopt/test_endurance.py
 
 coverage: .venv/.installed ## run the tests of the library and show how much of it they run; below 95% fails
-	OMP_NUM_THREADS=1 $(PY) -m coverage run --source foldopt -m pytest tests/foldopt tests/experiments/problems
+	OMP_NUM_THREADS=1 $(PY) -m coverage run --source foldopt -m pytest tests/foldopt tests/experiments/portfolio tests/experiments/bilinear tests/experiments/denoising tests/experiments/multilabel tests/experiments/across_studies
 	$(PY) -m coverage report --skip-covered --fail-under 95
 
 lint: .venv/.installed ## check style, and the library's types
@@ -70,53 +77,12 @@ report: .venv/.installed ## the paper's claims with verdicts, from the tables an
 verify: .venv/.installed ## check that figures and tables in results/ are those of the run folders
 	$(PY) -m scripts.figures --check --profile $(PROFILE)
 
-bilinear-kappa: .venv/.installed ## table that chooses the smoothing of the bilinear program, from the run folders
-	$(PY) -m scripts.figures --study bilinear_kappa --profile $(PROFILE)
+# A study is one file of conf/study: its name makes its figures and tables, its `measurements` are targets as well.
+$(STUDIES): .venv/.installed
+	$(PY) -m scripts.figures --study $(subst -,_,$@) --profile $(PROFILE)
 
-bilinear-certificates: .venv/.installed ## the smoothed bilinear solver against Gurobi's proven bounds (a table)
-	$(PY) -m scripts.measure bilinear-certificates --profile $(PROFILE)
-
-figure-4a: .venv/.installed ## Figure 4(a) and its table from the run folders
-	$(PY) -m scripts.figures --study figure_4a --profile $(PROFILE)
-
-figure-4b: .venv/.installed ## Figure 4(b), its tables, pictures of signals and operators, from the run folders
-	$(PY) -m scripts.figures --study figure_4b --profile $(PROFILE)
-
-figure-4c: .venv/.installed ## Figure 4(c) and its table from the run folders
-	$(PY) -m scripts.figures --study figure_4c --profile $(PROFILE)
-
-figure-6: .venv/.installed ## Figure 6 from the run folders
-	$(PY) -m scripts.figures --study figure_6 --profile $(PROFILE)
-
-figure-7: .venv/.installed ## Figure 7, its table and the errors of its gradients, from the run folders
-	$(PY) -m scripts.figures --study figure_7 --profile $(PROFILE)
-
-figure-3: .venv/.installed ## Figure 3 and its table: convergence of unrolled projected gradient, forward and back
-	$(PY) -m scripts.measure figure-3 --profile $(PROFILE)
-
-topk-layers: .venv/.installed ## accuracy and time of every layer of the multilabel study (a table)
-	$(PY) -m scripts.measure topk-layers --profile $(PROFILE)
-
-layer-share: .venv/.installed ## the layer's share of a training step of DenseNet 40-40 (a table)
-	$(PY) -m scripts.measure layer-share --profile $(PROFILE)
-
-portfolio-settings: .venv/.installed ## table of training settings from the run folders
-	$(PY) -m scripts.figures --study portfolio_settings --profile $(PROFILE)
-
-solver-table: .venv/.installed ## accuracy and time of the portfolio solvers
-	$(PY) -m scripts.measure solver-table --profile $(PROFILE)
-
-denoising-cost: .venv/.installed ## time, memory and accuracy of every backend on the denoiser, per lambda
-	$(PY) -m scripts.measure denoising-cost --profile $(PROFILE)
-
-linear-solvers: .venv/.installed ## solvers of the adjoint equation on the layers of all studies (a table)
-	$(PY) -m scripts.measure linear-solvers --profile $(PROFILE)
-
-scaling: .venv/.installed ## growth of every backend in n, batch and iterations: exponents of time and memory (a figure)
-	$(PY) -m scripts.measure scaling --profile $(PROFILE)
-
-forward-tolerance: .venv/.installed ## sensitivity of training to the forward solver's tolerance, from the run folders
-	$(PY) -m scripts.figures --study forward_tolerance --profile $(PROFILE)
+$(MEASUREMENTS): .venv/.installed
+	$(PY) -m scripts.measure $@ --profile $(PROFILE)
 
 bench: .venv/peers/.installed ## time, memory and accuracy of every layer beside its peers, against the targets (some 20 minutes; THREADS="1 4")
 	.venv/peers/bin/python -m scripts.bench --profile $(PROFILE) $(addprefix --threads=,$(THREADS))
@@ -129,9 +95,6 @@ bench-cvxpy: .venv/peers/.installed ## CvxpyLayer beside cvxpylayers on all kind
 
 verdicts: .venv/.installed ## QPLayer's verdicts and gradients against exact arithmetic on random integer programs (some 5 minutes; a table)
 	OMP_NUM_THREADS=1 $(PY) -m scripts.verdicts
-
-unrolling-cost: .venv/.installed ## time and memory of unrolling the denoiser as its iterations grow (a figure)
-	$(PY) -m scripts.measure unrolling-cost --profile $(PROFILE)
 
 .venv/peers/.installed: .venv/.installed
 	$(PYTHON) -m venv .venv/peers

@@ -10,10 +10,11 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from experiments import runs, slurm
-from experiments.execution import execute, validation
-from experiments.interruption import STOP_CODES
-from experiments.spelling import misspelt
+from experiments.run import folders
+from experiments.run.execution import execute, validation
+from experiments.run.interruption import STOP_CODES
+from experiments.run.spelling import misspelt
+from experiments.sweep import slurm
 
 
 class RunFailed(Exception):  # noqa: N818
@@ -29,8 +30,8 @@ def main(cfg: DictConfig) -> float:
     if code in STOP_CODES or (code and HydraConfig.get().mode == RunMode.RUN):
         sys.exit(code)
     if code:
-        raise RunFailed(f"exit code {code}, see {runs.folder(cfg)}")
-    return float(validation(runs.load_metrics(runs.folder(cfg))).min())
+        raise RunFailed(f"exit code {code}, see {folders.of(cfg)}")
+    return float(validation(folders.load_metrics(folders.of(cfg))).min())
 
 
 if __name__ == "__main__":

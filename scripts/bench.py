@@ -9,9 +9,9 @@ import sys
 import torch
 from rich.console import Console
 
-from experiments import studies
 from experiments.benchmark import report
 from experiments.benchmark.layers import LAYERS
+from experiments.sweep import studies
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -9,10 +9,10 @@ import sys
 import torch
 from rich.console import Console
 
-from experiments.artifacts import Artifacts, output_root
 from experiments.benchmark import cvxpy_report
 from experiments.benchmark.cvxpy_kinds import KINDS
 from experiments.benchmark.report import machine
+from experiments.report.artifacts import Artifacts, output_root
 
 
 def main(arguments: list[str] | None = None) -> int:

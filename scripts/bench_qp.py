@@ -13,11 +13,11 @@ from pathlib import Path
 import pandas as pd
 from rich.console import Console
 
-from experiments.artifacts import Artifacts, output_root
 from experiments.benchmark import collection, collection_run, large_sparse, qp_report
 from experiments.benchmark.hard_cases import cases
 from experiments.benchmark.qp_peers import CONTENDERS
 from experiments.benchmark.report import machine
+from experiments.report.artifacts import Artifacts, output_root
 
 
 def main(arguments: list[str] | None = None) -> int:

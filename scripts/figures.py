@@ -7,10 +7,10 @@ import sys
 
 from rich.console import Console
 
-from experiments import studies
-from experiments.reproduction import make_figures
-from experiments.tracking import MODES
-from experiments.verification import verify
+from experiments.report.reproduction import make_figures
+from experiments.report.verification import verify
+from experiments.run.tracking import MODES
+from experiments.sweep import studies
 
 
 def main(arguments: list[str] | None = None) -> int:

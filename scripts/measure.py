@@ -7,8 +7,8 @@ import sys
 
 from rich.console import Console
 
-from experiments import studies
-from experiments.reproduction import measure, measurements
+from experiments.report.reproduction import measure, measurements
+from experiments.sweep import studies
 
 
 def main(arguments: list[str] | None = None) -> int:

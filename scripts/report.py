@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 
-from experiments import report, studies
+from experiments.report import page as report
+from experiments.sweep import studies
 
 
 def main(arguments: list[str] | None = None) -> int:

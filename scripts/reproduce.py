@@ -8,9 +8,10 @@ import sys
 
 from rich.console import Console
 
-from experiments import report, studies
-from experiments.reproduction import reproduce
-from experiments.tracking import MODES
+from experiments.report import page as report
+from experiments.report.reproduction import reproduce
+from experiments.run.tracking import MODES
+from experiments.sweep import studies
 
 
 def main(arguments: list[str] | None = None) -> int:

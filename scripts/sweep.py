@@ -10,9 +10,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from experiments import runs, studies
-from experiments.sweeps import STATES, Sweep, work
-from experiments.tracking import MODES
+from experiments.run import configuration
+from experiments.run.tracking import MODES
+from experiments.sweep import studies
+from experiments.sweep.cluster import STATES, Sweep, work
 from foldopt.errors import FoldoptError
 
 COMMANDS = {
@@ -84,7 +85,7 @@ def _do(options: argparse.Namespace, study: str, console: Console) -> int:
 
 def _submit(sweep: Sweep, states: tuple[str, ...], options: argparse.Namespace, console: Console) -> int:
     chosen = [state.run for state in sweep.states() if state.state in states]
-    launcher = runs.compose_launcher("slurm", options.slurm)
+    launcher = configuration.compose_launcher("slurm", options.slurm)
     for submission in sweep.submit(chosen, launcher, options.runs_per_job):
         console.print(f"submitted {len(submission.tasks)} jobs, logs in {submission.folder}")
     console.print(f"{sweep.study} ({sweep.profile}): {len(chosen)} of {len(sweep.planned)} runs submitted")
@@ -108,7 +109,7 @@ def _status(sweep: Sweep, console: Console) -> int:
 
 
 def _collect(sweep: Sweep, mode: str | None, console: Console) -> int:
-    from experiments.reproduction import make_figures  # plots, which no other command needs
+    from experiments.report.reproduction import make_figures  # plots, which no other command needs
 
     path, finished = sweep.collect()
     console.print(f"{path}: the metrics of {finished} of {len(sweep.planned)} runs")

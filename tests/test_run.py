@@ -13,7 +13,7 @@ TINY = ["task.n_train=32", "task.n_val=8", "task.n_test=8", "train.epochs=1", "t
 
 MY_TASK = '''
 import torch
-from experiments.problems.portfolio import PortfolioProblem
+from experiments.portfolio.problem import PortfolioProblem
 
 class TwoAssets:
     """Two assets whose returns are the two features."""

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from data import cifar100
-from experiments.checkpoint import Checkpoint
+from experiments.run.checkpoint import Checkpoint
 from foldopt.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -6,7 +6,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from experiments.backends import Parameters, failures, lacks
+from experiments.backends.layer import failures, lacks
+from experiments.contracts.backend import Parameters
 from foldopt import CvxpyLayer
 from foldopt.linear_solve import LinearSolver
 

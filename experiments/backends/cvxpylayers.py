@@ -6,7 +6,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from experiments.backends import Parameters, lacks
+from experiments.backends.layer import lacks
+from experiments.contracts.backend import Parameters
 from foldopt.checks import require_positive
 from foldopt.linear_solve import LinearSolver
 from foldopt.solvers.cvxpylayers import ConeLayer

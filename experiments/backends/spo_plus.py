@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from experiments.backends import Parameters, lacks
+from experiments.backends.layer import lacks
+from experiments.contracts.backend import Parameters
 from foldopt.linear_solve import LinearSolver
 from foldopt.step import as_tuple
 

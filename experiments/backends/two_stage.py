@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from experiments.backends import Parameters
+from experiments.contracts.backend import Parameters
 from foldopt.linear_solve import LinearSolver
 from foldopt.step import as_tuple
 

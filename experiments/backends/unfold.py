@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
-from experiments.backends import LayerBackend, lacks
-from experiments.backends.fold import TOLERANCES, solver_and_step
+from experiments.backends.layer import SolutionBackend
 from foldopt import unfold
 from foldopt.linear_solve import LinearSolver
 
 
-class UnfoldBackend(LayerBackend):
-    """`iterations` steps of the problem's optimizer from what its forward solver found, in float64.
+class UnfoldBackend(SolutionBackend):
+    """`iterations` steps of the problem's optimizer from what its forward solver found.
 
-    Others: as for `FoldBackend`. By Theorem 1 the backward pass is LFPI with as many iterations.
+    Others: as for `SolutionBackend`. By Theorem 1 the backward pass is LFPI with as many iterations.
     """
 
     def __init__(
@@ -29,15 +26,5 @@ class UnfoldBackend(LayerBackend):
         on_failure: str,
         forward_tol: float | None = None,
     ) -> None:
-        solve, update = solver_and_step(task.problem, optimizer, forward, forward_tol)
-        options = {
-            "tol": TOLERANCES[forward] if tol is None else tol,
-            "on_failure": on_failure,
-            "iterations": iterations,
-        }
-        super().__init__(task.problem, unfold(solve, update, dtype=torch.float64, **options))
-
-    @staticmethod
-    def unsuitable(task: Any) -> str | None:
-        """Return why the task's problem cannot be unfolded, None if it can."""
-        return lacks(task, "optimizers", "its problem has no update step (optimizers)")
+        options = {"iterations": iterations}
+        super().__init__(task.problem, unfold, optimizer, forward, forward_tol, tol, on_failure, **options)

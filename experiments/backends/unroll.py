@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from experiments.backends import LayerBackend, lacks, optimizer_of
+from experiments.backends.layer import LayerBackend, lacks, optimizer_of
 from foldopt import unroll
 from foldopt.linear_solve import LinearSolver
 

@@ -15,7 +15,7 @@ import scipy.sparse as sp
 from experiments.benchmark.collection import Arguments, Vector
 from experiments.benchmark.libraries import LIBRARIES, ask, one_pass, warm_up
 from experiments.benchmark.reference import Reference
-from experiments.measurements import LAST_BITS
+from experiments.report.measurements import LAST_BITS
 
 ROUNDS = 5
 HORIZON, STATES, CONTROLS = 200, 12, 4

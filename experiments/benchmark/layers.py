@@ -10,9 +10,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from experiments import components, runs
-from experiments.problems.bilinear import BilinearProblem
-from experiments.tables.linear_solvers import MULTILABEL, parameters_in_training
+from experiments.across_studies.linear_solvers import MULTILABEL, parameters_in_training
+from experiments.bilinear.problem import BilinearProblem
+from experiments.run import components
+from experiments.run.configuration import compose
 from foldopt import QPLayer
 from foldopt.solvers.cvxpylayers import ConeLayer
 from foldopt.solvers.qpth import solve_qpth
@@ -101,7 +102,7 @@ class Layer:
         """Return the parts of a run at `place`."""
         size = [f"task.n_train={place.batch}", "task.n_val=1", "task.n_test=1"]
         size += [f"{self.key}={place.n}"] if self.key else []
-        return components.build(runs.compose([*self.overrides, *self.variants[place.variant], *size, *overrides]))
+        return components.build(compose([*self.overrides, *self.variants[place.variant], *size, *overrides]))
 
 
 def _solved(parts: components.Components, leaves: Leaves) -> Tensor:

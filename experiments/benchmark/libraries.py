@@ -16,7 +16,7 @@ from torch import Tensor
 from experiments.benchmark.collection import Arguments, Vector
 from experiments.benchmark.hard_cases import F64
 from experiments.benchmark.qp_peers import OF_QPSOLVERS, Setting, moreau_settings, moreau_solution
-from experiments.measurements import peak_memory, seconds
+from experiments.report.measurements import peak_memory, seconds
 from foldopt import QPLayer
 
 REFUSALS = {"KinkError": "kink", "NotUniqueError": "not unique", "DependentRowsError": "dependent rows"}

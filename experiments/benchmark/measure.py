@@ -13,10 +13,10 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from experiments import runs
 from experiments.benchmark.layers import LAYERS, OURS, REFERENCE, Layer, Leaves, Place, Solve
-from experiments.components import make
-from experiments.measurements import LAST_BITS, peak_memory, seconds
+from experiments.report.measurements import LAST_BITS, peak_memory, seconds
+from experiments.run import configuration
+from experiments.run.components import make
 from foldopt.errors import FoldoptError
 
 COLUMNS = (
@@ -198,7 +198,7 @@ def _linear_solve(batch: int, size: int, device: torch.device) -> Call:
 def _network_step(layer: Layer, place: Place, device: torch.device) -> Call:
     """Return what takes a training step of the study's network alone, the layer's gradient being given."""
     parts = layer.built(place, layer.contenders[OURS].overrides)
-    cfg = runs.compose([*layer.overrides])
+    cfg = configuration.compose([*layer.overrides])
     optimizer = make(cfg.optimizer, "optimizer", params=parts.model.to(device).parameters(), lr=cfg.train.lr)
     parts.task.to(device)
     samples = parts.task.splits["train"]

@@ -13,13 +13,13 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from experiments.artifacts import Artifacts, output_root
 from experiments.benchmark.layers import LAYERS, OURS, Layer
 from experiments.benchmark.measure import FLOOR, NETWORK, Settings, measure
 from experiments.benchmark.verdicts import FASTER, exponents, judged, medians, throughput
-from experiments.execution import made_with
-from experiments.figures import style
-from experiments.measurements import measured_once
+from experiments.report import style
+from experiments.report.artifacts import Artifacts, output_root
+from experiments.report.measurements import measured_once
+from experiments.run.execution import made_with
 
 BESIDE = {FLOOR: "batched LU of the backward pass's size", NETWORK: "step of the network alone"}
 QUICK = {"limit": 1.0, "budget": 0.5}  # on a GPU, where many small kernels make the slow slower still

@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from experiments import runs
+from experiments.run import configuration, folders
 
 TINY = [
     "task.n_train=64",
@@ -21,7 +21,7 @@ def tiny(tmp_path):
     """Compose a run of seconds whose folder is in tmp_path."""
 
     def compose(*overrides):
-        return runs.compose([*TINY, f"paths.runs={tmp_path}", *overrides])
+        return configuration.compose([*TINY, f"paths.runs={tmp_path}", *overrides])
 
     return compose
 
@@ -36,7 +36,7 @@ def untimed():
     """Return metrics.csv of a folder without its times."""
 
     def read(folder) -> pd.DataFrame:
-        frame = runs.load_metrics(folder)
+        frame = folders.load_metrics(folder)
         return frame.drop(columns=[name for name in frame if name.startswith("seconds_")])
 
     return read

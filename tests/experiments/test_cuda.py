@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from experiments.benchmark.layers import LAYERS, Place
-from experiments.problems.graphs import KEPT, replayed
+from experiments.numerics.graphs import KEPT, replayed
 
 without_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 WHO = {

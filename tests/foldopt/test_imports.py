@@ -15,7 +15,7 @@ def test_importing_foldopt_imports_torch_only():
 
 def test_the_harness_imports_optional_solvers_where_they_are_used():
     code = (
-        "import sys, experiments.execution, experiments.backends.cvxpylayers, experiments.problems.portfolio;"
+        "import sys, experiments.run.execution, experiments.backends.cvxpylayers, experiments.portfolio.problem;"
         "print([name for name in ('gurobipy', 'cvxpy', 'cvxpylayers', 'wandb') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -7,7 +7,7 @@ import torch
 
 import foldopt
 from experiments.backends.fold import FoldBackend
-from experiments.problems.portfolio import PortfolioProblem
+from experiments.portfolio.problem import PortfolioProblem
 from foldopt.checks import certified
 from foldopt.errors import FixedPointError, SolverError
 from foldopt.linear_solve import linear_solver

@@ -2,7 +2,7 @@
 
 import pytest
 
-from experiments.artifacts import Artifacts
+from experiments.report.artifacts import Artifacts
 from scripts import bench
 
 

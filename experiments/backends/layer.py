@@ -1,0 +1,129 @@
+"""What backends share: layers of foldopt around a problem, their failures, and why a problem is unsuitable."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from experiments.contracts.backend import Parameters
+from foldopt.checks import require_positive
+from foldopt.errors import InputError
+from foldopt.fixed_point import FoldInfo
+from foldopt.fold import FixedPointLayer
+
+TOLERANCES = {"exact": 1e-6, "gurobi": 1e-3, "fdpg": 1e-5, "cvxpy": 1e-3}
+
+
+class LayerBackend:
+    """A backend around a layer of foldopt, of whose state the problem reads the decisions."""
+
+    trains_on: ClassVar[str] = "decision"
+
+    def __init__(self, problem: Any, layer: FixedPointLayer) -> None:
+        self.problem, self.layer = problem, layer
+        self.products = 0
+
+    def __call__(self, parameters: Parameters) -> Tensor:
+        """Return the decisions for the predicted parameters."""
+        params = self.problem.params(parameters)
+        return self.problem.decisions(self.layer(*params), *params)
+
+    def take_failures(self) -> int:
+        """Return how many samples of the last call failed, forward or backward.
+
+        `products` then tells how many products with Phi the adjoint equations of that call took in all.
+        """
+        last, self.layer.last = self.layer.last, None
+        backward = None if last is None else last.backward
+        self.products = 0 if backward is None else int(backward.iterations.sum())
+        return failures(last)
+
+
+class SolutionBackend(LayerBackend):
+    """A layer that starts at what the problem's forward solver found and differentiates its update step, in float64.
+
+    optimizer: the update step, one of the problem's, or "auto", its first. forward: one of the problem's solvers.
+    forward_tol: that solver's own tolerance, None for its default. tol, on_failure: as for `foldopt.fold`; tol None
+    follows the accuracy of the forward solver.
+    """
+
+    def __init__(
+        self,
+        problem: Any,
+        make: Callable[..., FixedPointLayer],
+        optimizer: str,
+        forward: str,
+        forward_tol: float | None,
+        tol: float | None,
+        on_failure: str,
+        **options: Any,
+    ) -> None:
+        """make: `foldopt.fold` or `foldopt.unfold`; options: its further arguments."""
+        solve, update = solver_and_step(problem, optimizer, forward, forward_tol)
+        tol = TOLERANCES[forward] if tol is None else tol
+        super().__init__(problem, make(solve, update, dtype=torch.float64, tol=tol, on_failure=on_failure, **options))
+
+    @staticmethod
+    def unsuitable(task: Any) -> str | None:
+        """Return why the task's problem has no update step, None if it has."""
+        return lacks(task, "optimizers", "its problem has no update step (optimizers)")
+
+
+def failures(last: FoldInfo | None) -> int:
+    """Return how many samples failed, forward or backward, by the certificates of a layer's last call."""
+    if last is None:
+        return 0
+    ok = last.ok if last.backward is None else last.ok & last.backward.ok
+    return int((~ok).sum())
+
+
+def optimizer_of(problem: Any, name: str) -> str:
+    """Return the problem's optimizer called `name`, or its first for "auto".
+
+    Raises InputError if it has none of that name.
+    """
+    able = list(problem.optimizers)
+    if name != "auto" and name not in able:
+        raise InputError(f"backend.optimizer={name!r} is not there for this task; choose auto or one of {able}.")
+    return able[0] if name == "auto" else name
+
+
+def solver_and_step(
+    problem: Any, optimizer: str, forward: str, forward_tol: float | None
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Return the problem's solver called `forward` and its update step called `optimizer`.
+
+    forward_tol: given to the solver as `tol` unless it is None. Raises InputError for names that the problem does not
+    have, and for a tolerance of a solver that has none.
+    """
+    name = optimizer_of(problem, optimizer)
+    update = problem.optimizers[name]()
+    if forward not in problem.forwards:
+        raise InputError(
+            f"backend.forward={forward!r} is not there for this task; choose one of {list(problem.forwards)}."
+        )
+    solve = partial(problem.solve, forward)
+    if forward_tol is not None:
+        require_positive("backend.forward_tol", forward_tol)
+        if forward not in getattr(problem, "tolerant", ()):
+            raise InputError(
+                f"backend.forward_tol={forward_tol}: backend.forward={forward!r} takes no tolerance for this task; "
+                "leave it null."
+            )
+        solve = partial(solve, tol=forward_tol)
+    if not hasattr(problem, "state"):
+        return solve, update
+    return lambda *params: problem.state(name, solve(*params), *params), update
+
+
+def lacks(task: Any, feature: str, why: str) -> str | None:
+    """Return why the task's problem has no attribute called `feature`, None if it has.
+
+    That is what the problem says itself in `lacking`, else `why`.
+    """
+    problem = task.problem
+    return None if hasattr(problem, feature) else getattr(problem, "lacking", {}).get(feature, why)

@@ -1,0 +1,126 @@
+"""Predict the linear coefficients of a nonconvex bilinear program, decide by its optimum, lose regret (paper E.1)."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from data import bilinear
+from experiments.bilinear.problem import BilinearProblem
+from experiments.contracts.task import Samples
+from foldopt.checks import require_whole
+from foldopt.errors import InputError
+
+INTERACTIONS = 15
+
+
+class BilinearTask:
+    """Bilinear task on the data of `data.bilinear.generate`, with one of 15 matrices of `data.bilinear.interaction`.
+
+    interaction: which Q, 0..14; it is its seed, which has nothing to do with that of the data.
+    n_variables: n, of each block.
+    p, q, kappa, smoothing, stepsize, starts, time_limit: as for `BilinearProblem`. Others: as for `generate`.
+    standardize: the model predicts (target - mean) / deviation, with one mean and one deviation of all training
+    targets.
+
+    The loss of a decision is its regret in the *smoothed* program. The metrics are those of the program as it stands.
+    """
+
+    shared: ClassVar[bool] = False
+    objective: ClassVar[str] = "regret"
+
+    def __init__(
+        self,
+        seed: int,
+        interaction: int,
+        n_variables: int,
+        p: int,
+        q: int,
+        kappa: float,
+        smoothing: str,
+        stepsize: float,
+        starts: int,
+        time_limit: float,
+        standardize: bool,
+        n_train: int,
+        n_val: int,
+        n_test: int,
+        n_features: int,
+        hidden: int,
+    ) -> None:
+        require_whole("interaction", interaction, 0)
+        if interaction >= INTERACTIONS:
+            raise InputError(f"interaction={interaction}: there are {INTERACTIONS} matrices Q, take 0..14.")
+        require_whole("n_variables", n_variables, 2)
+        drawn = bilinear.generate(seed, n_train, n_val, n_test, 2 * n_variables, n_features, hidden)
+        Q = bilinear.interaction(interaction, n_variables)
+        self.problem = BilinearProblem(Q, p, q, kappa, smoothing, stepsize, starts, time_limit)
+        self.n_inputs, self.n_outputs = n_features, 2 * n_variables
+        train = drawn.targets["train"]
+        self.shift, self.scale = (float(train.mean()), float(train.std())) if standardize else (0.0, 1.0)
+        self.splits = {name: self._samples(drawn.features[name], t) for name, t in drawn.targets.items()}
+
+    def _samples(self, features: Tensor, targets: Tensor) -> Samples:
+        c, d = targets.chunk(2, dim=1)
+        optimum = torch.cat(
+            [self.problem.solve("exact", *part) for part in zip(c.split(100), d.split(100), strict=True)]
+        )
+        return {
+            "inputs": features.float(),
+            "targets": targets,
+            "optimal": self.problem.vertex(c, d).value,
+            "smoothed_optimal": self.problem.smoothed_value(optimum, c, d),
+        }
+
+    def to(self, device: torch.device) -> None:
+        """Move the splits to the device."""
+        self.splits = {name: {k: v.to(device) for k, v in s.items()} for name, s in self.splits.items()}
+
+    def parameters(self, outputs: Tensor, samples: Samples) -> tuple[Tensor, Tensor]:
+        """Return the predicted coefficients (c, d), (B, n) each, float64."""
+        return (self.shift + self.scale * outputs.double()).chunk(2, dim=1)
+
+    def truth(self, samples: Samples) -> tuple[Tensor, Tensor]:
+        """Return the true coefficients (c, d)."""
+        return samples["targets"].chunk(2, dim=1)
+
+    def decision_losses(self, decisions: Tensor, samples: Samples) -> Tensor:
+        """Return the regret of the decisions in the smoothed program, (B,)."""
+        return samples["smoothed_optimal"] - self.problem.smoothed_value(decisions, *self.truth(samples))
+
+    def prediction_losses(self, outputs: Tensor, samples: Samples) -> Tensor:
+        """Return the mean squared error over the coefficients in units of the outputs, (B,)."""
+        return (outputs - (samples["targets"] - self.shift) / self.scale).square().mean(1)
+
+    def metrics(self, outputs: Tensor, samples: Samples) -> dict[str, float]:
+        """Return regret, regret_percent (of the sum of |optimal values|), mse and prediction_scale."""
+        c, d = self.parameters(outputs, samples)
+        regret = samples["optimal"] - self.problem.value(self.problem.decide(c, d), *self.truth(samples))
+        predicted = torch.cat([c, d], 1)
+        return {
+            "regret": float(regret.mean()),
+            "regret_percent": float(100 * regret.sum() / samples["optimal"].abs().sum()),
+            "mse": float((predicted - samples["targets"]).square().mean()),
+            "prediction_scale": float(predicted.square().mean().sqrt()),
+        }
+
+    def diagnose(self, outputs: Tensor, samples: Samples) -> dict[str, float]:
+        """Return spectral_radius, global_fraction and solver_timeouts (since the last call) for a training batch.
+
+        global_fraction is the share of samples on which maximizing over the blocks from the centre alone ends at the
+        best optimum found from vertices all around; empty for the program without smoothing, as spectral_radius.
+        """
+        problem = self.problem
+        late, problem.timeouts = problem.timeouts, 0
+        if not problem.kappa:
+            return {"solver_timeouts": late}
+        c, d = self.parameters(outputs, samples)
+        best = problem.smoothed(c, d, starts=problem.spread(problem.n))
+        local = problem.smoothed(c, d, starts=problem.centre[None, : problem.n])
+        return {
+            "spectral_radius": float(problem.spectral_radius(torch.cat([best.x, best.y], 1)).mean()),
+            "global_fraction": float((local.value >= best.value - 1e-9 * best.value.abs()).double().mean()),
+            "solver_timeouts": late,
+        }

@@ -1,0 +1,1 @@
+"""The denoising study (paper E.2): problem, learned operator, task, figures, tables and claims."""

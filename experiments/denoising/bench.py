@@ -1,0 +1,99 @@
+"""One batch of the denoising study and the layers that are measured on it: their time and their errors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import count
+
+import torch
+from torch import Tensor
+
+from experiments.contracts.task import Samples
+from experiments.denoising.problem import DenoisingStep
+from experiments.report.measurements import LAST_BITS, seconds
+from experiments.run import components, configuration
+from experiments.run.components import Components
+from foldopt import fold
+
+Layer = Callable[[Tensor], Tensor]
+STUDY = "figure_4b"
+REFERENCE = "fold"
+OVERRIDES: Mapping[str, list[str]] = {
+    "fold": ["backend=fold"],
+    "fold_fdpg": ["backend=fold", "backend.forward=fdpg"],
+    "unroll": ["backend=unroll", "backend.iterations=300", "backend.tol=1e6"],
+    "qpth": ["backend=qpth"],
+    "qpth_float32": ["backend=qpth", "backend.dtype=float32", "backend.ridge=1e-4", "backend.eps=1e-6"],
+    "cvxpylayers": ["backend=cvxpylayers"],
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How much is measured; profile: whose readings and lambdas. learned: deviation of the noise on D."""
+
+    profile: str
+    repeats: int = 2
+    batch_size: int = 32
+    learned: float = 0.02
+    seed: int = 0
+
+
+class Bench:
+    """One batch of a data set, a D, and the layers to measure on them."""
+
+    def __init__(self, overrides: list[str], settings: Settings) -> None:
+        self.place = [part for part in overrides if not part.startswith("backend")]
+        parts = self.built("fold")
+        self.task = parts.task
+        self.samples: Samples = {k: v[: settings.batch_size] for k, v in parts.task.splits["train"].items()}
+        start = parts.model(self.samples["inputs"]).detach()
+        generator = torch.Generator().manual_seed(settings.seed)
+        noise = torch.randn(start.shape, generator=generator, dtype=start.dtype)
+        self.D = start + settings.learned * noise
+        self.before = start
+        self.turn = count()
+
+    def built(self, name: str) -> Components:
+        """Build the parts of a run with the backend that OVERRIDES names."""
+        return components.build(configuration.compose([*self.place, *OVERRIDES[name]]))
+
+    def layer(self, name: str) -> Layer:
+        """Return the layer from D to the denoised signals."""
+        if name == "fold_warm":
+            return self._warm()
+        parts = self.built(name)
+        return lambda D: parts.backend(parts.task.parameters(D, self.samples))
+
+    def _warm(self) -> Layer:
+        """Return folding around the exact solver, started at the duals of the D before the noise."""
+        problem, d = self.task.problem, self.samples["noisy"]
+        memory = problem.exact(self.before, d).w
+        folded = fold(lambda D, d, _: problem.exact(D, d, warm=memory).w, DenoisingStep(), dtype=torch.float64)
+
+        def layer(D: Tensor) -> Tensor:
+            params = problem.params((D, d))
+            return problem.decisions(folded(*params), *params)
+
+        return layer
+
+    def loss(self, x: Tensor) -> Tensor:
+        """Return the training loss of denoised signals."""
+        return self.task.decision_losses(x, self.samples).mean()
+
+    def call(self, layer: Layer) -> tuple[Tensor, Tensor, float, float]:
+        """Return x, the gradient with respect to D, and the seconds of forward and backward."""
+        leaf = (self.D * (1 + next(self.turn) * LAST_BITS)).requires_grad_()
+        x, forward = seconds(lambda: layer(leaf))
+        loss = self.loss(x)
+        (gradient,), backward = seconds(lambda: torch.autograd.grad(loss, leaf))
+        return x.detach(), gradient, forward, backward
+
+    def errors(self, x: Tensor, gradient: Tensor, exact: tuple[Tensor, Tensor]) -> dict[str, float]:
+        """Return the relative errors of x and of the gradient against the exact ones."""
+        x_exact, g_exact = exact
+        return {
+            "error_x": float(((x - x_exact).norm(dim=1) / x_exact.norm(dim=1)).max()),
+            "error_gradient": float((gradient - g_exact).norm() / g_exact.norm()),
+        }

@@ -1,0 +1,119 @@
+"""Top-5 classification of images with noisy labels (paper sections 6 and E.3): features c, log x*(c), -log x*_y."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from data.noisy_labels import generate
+from experiments.contracts.task import Samples
+from experiments.multilabel.problem import TopKProblem
+from foldopt.checks import require_positive
+
+CHANNELS, CLASSES = 3, 100
+PADDING = 4
+TINY = 1e-12  # length of features below which they are not normalized
+
+
+class MultilabelTask:
+    """Classification of the images of `data.noisy_labels.generate`; arguments as there, `data` being its source.
+
+    k, stepsize, solver: as for `TopKProblem`. temperature: tau of c = z / (tau |z|), z the network's features, above 0,
+    as the authors have it with 1; None: c = z. augment: shift and mirror the training images.
+
+    A decision is log x, and its loss -log x_y with the label y. The metrics are accuracies in percent: "top1" and
+    "top5", whether the label is the class, or among the 5 classes, of the largest c.
+    """
+
+    shared: ClassVar[bool] = False
+    objective: ClassVar[str] = "loss"
+    running: ClassVar[tuple[str, ...]] = ("top1", "top5")
+
+    def __init__(
+        self,
+        seed: int,
+        data: str,
+        n_train: int,
+        n_val: int,
+        n_test: int,
+        noise: float,
+        groups: str,
+        k: int,
+        temperature: float | None,
+        augment: bool,
+        stepsize: float,
+        solver: str,
+    ) -> None:
+        if temperature is not None:
+            require_positive("temperature", temperature)
+        self.temperature, self.augment = temperature, augment
+        self.problem = TopKProblem(CLASSES, k, stepsize, solver)
+        self.n_inputs, self.n_outputs = CHANNELS, CLASSES
+        drawn = generate(data, seed, n_train, n_val, n_test, noise, groups)
+        self.splits = {name: {"inputs": drawn.images[name], "labels": y} for name, y in drawn.labels.items()}
+        pixels = drawn.images["train"].double() / 255
+        self.mean, self.deviation = (
+            t.float().view(-1, 1, 1) for t in (pixels.mean((0, 2, 3)), pixels.std((0, 2, 3)) + TINY)
+        )
+
+    def to(self, device: torch.device) -> None:
+        """Move the splits to the device."""
+        self.splits = {name: {k: v.to(device) for k, v in s.items()} for name, s in self.splits.items()}
+        self.mean, self.deviation = self.mean.to(device), self.deviation.to(device)
+
+    def prepare(self, images: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Return images (B, 3, h, w), uint8, as the model gets them: normalized by the training images' channels.
+
+        generator: to shift and mirror with, for training; None leaves them as they are.
+        """
+        if self.augment and generator is not None:
+            images = shifted_and_mirrored(images, generator)
+        return (images.float() / 255 - self.mean) / self.deviation
+
+    def parameters(self, outputs: Tensor, samples: Samples) -> Tensor:
+        """Return the logits c, (B, 100), float64."""
+        z = outputs.double()
+        return z if self.temperature is None else F.normalize(z, dim=1, eps=TINY) / self.temperature
+
+    def decision_losses(self, decisions: Tensor, samples: Samples) -> Tensor:
+        """Return -log x_y, (B,), of log x (B, 100)."""
+        return -decisions.gather(1, samples["labels"][:, None])[:, 0]
+
+    def prediction_losses(self, outputs: Tensor, samples: Samples) -> Tensor:
+        """Return the cross entropy of softmax(c), (B,): where no x is at its bound, the decision loss plus log k."""
+        return F.cross_entropy(self.parameters(outputs, samples), samples["labels"], reduction="none")
+
+    def exact_gradient(self, outputs: Tensor, samples: Samples) -> Tensor:
+        """Return the gradient of the mean decision loss of the exact solution with respect to the outputs."""
+        with torch.enable_grad():
+            leaf = outputs.detach().requires_grad_()
+            log_x = self.problem.closed_form(self.parameters(leaf, samples))
+            return torch.autograd.grad(self.decision_losses(log_x, samples).mean(), leaf)[0]
+
+    def metrics(self, outputs: Tensor, samples: Samples) -> dict[str, float]:
+        """Return top1 and top5 in percent, the mean loss and bound_fraction, the share of samples with an x at 1."""
+        c = self.parameters(outputs, samples)
+        found = self.problem.exact(c)
+        hit = c.topk(5, dim=1).indices == samples["labels"][:, None]
+        return {
+            "loss": float(self.decision_losses(found.log_x, samples).mean()),
+            "top1": 100 * float(hit[:, 0].double().mean()),
+            "top5": 100 * float(hit.any(1).double().mean()),
+            "bound_fraction": float((~found.free).any(1).double().mean()),
+        }
+
+
+def shifted_and_mirrored(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Return images (B, C, h, w) shifted by up to 4 pixels, over black, and mirrored with probability 1/2."""
+    B, _, h, w = images.shape
+    down, right = torch.randint(2 * PADDING + 1, (2, B, 1), generator=generator).to(images.device)
+    mirror = (torch.rand(B, 1, generator=generator) < 0.5).to(images.device)
+    rows, columns = (torch.arange(size, device=images.device) for size in (h, w))
+    columns = torch.where(mirror, w - 1 - columns, columns)
+    padded = F.pad(images, (PADDING,) * 4)
+    sample = torch.arange(B, device=images.device)[:, None, None]
+    chosen = padded.permute(0, 2, 3, 1)[sample, (rows + down)[:, :, None], (columns + right)[:, None]]
+    return chosen.permute(0, 3, 1, 2)

@@ -1,0 +1,1 @@
+"""Batched mathematics that the problems of several studies share; it knows no study."""

@@ -1,0 +1,194 @@
+"""Portfolio optimization under a risk limit (paper eq. 20): max c'x subject to x'Vx <= gamma, sum x = 1, x >= 0.
+
+In the form of eq. (1): f = -c'x, h = sum x - 1, g = (x'Vx / gamma - 1, -x). The risk constraint is divided by gamma:
+V is of the order of 1e-6 in the study, and as written the constraint's scale ruins first-order solvers. Multipliers
+are those of the Lagrangian -c'x + nu (sum x - 1) + lam_0 (x'Vx / gamma - 1) - lam_1..n' x, with lam >= 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from experiments.numerics.checks import require_finite
+from experiments.numerics.cone import cvxpy_for
+from experiments.portfolio.exact import PortfolioSolution, kkt_residual, smallest_variance, solve
+from experiments.portfolio.sqp import PortfolioSQP
+from foldopt.batched import matvec
+from foldopt.errors import InfeasibleError, InputError
+from foldopt.solvers.gurobi import GurobiQCQP
+from foldopt.updates.sqp import SQP, SQPData, SQPState
+
+if TYPE_CHECKING:
+    import cvxpy
+
+
+class PortfolioProblem:
+    """The portfolio problem of one risk model.
+
+    Args:
+        V: (n, n) symmetric positive semidefinite covariance of the asset returns.
+        gamma: risk limit on the variance x'Vx, above the smallest variance that a portfolio can have.
+
+    Raises InputError for a V that is no covariance and a gamma that is no positive number, InfeasibleError where no
+    portfolio satisfies the risk limit.
+    """
+
+    forwards: ClassVar[tuple[str, ...]] = ("exact", "gurobi")
+
+    def __init__(self, V: Tensor, gamma: float) -> None:
+        if V.dim() != 2 or V.shape[0] != V.shape[1]:
+            raise InputError(f"V has shape {tuple(V.shape)}, expected a square (n, n) covariance.")
+        self.V = V.detach().double().cpu()
+        self.n = len(V)
+        _check_covariance(self.V)
+        self.gamma = float(gamma)
+        if not 0 < self.gamma < torch.inf:
+            raise InputError(f"gamma={gamma}: the risk limit is a positive variance.")
+        least = float(smallest_variance(self.V[None])[0])
+        if self.gamma <= least * (1 + 1e-9):
+            raise InfeasibleError(
+                f"gamma={self.gamma:.6g}: no portfolio has so little risk, the smallest variance is {least:.6g}; raise "
+                "gamma above it."
+            )
+        self._gurobi: GurobiQCQP | None = None
+
+    @property
+    def optimizers(self) -> dict[str, Callable[[], SQP]]:
+        """Update steps that can be folded, by name."""
+        return {"sqp": lambda: PortfolioSQP(self)}
+
+    def unrolled(self, optimizer: str) -> tuple[Callable[..., SQPState], SQP]:
+        """Return a cold start and the step to unroll from there."""
+        return lambda c, *_: self.sqp_start(c), self.optimizers[optimizer]()
+
+    def solve(self, forward: str, c: Tensor, *_: Tensor) -> SQPState:
+        """Return the state at the solution that the solver `forward` finds."""
+        return getattr(self, forward)(c).state
+
+    def decisions(self, state: SQPState, *_: Tensor) -> Tensor:
+        """Return the portfolios (B, n) of a state."""
+        return state[0]
+
+    def params(self, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the parameters (c, V, gamma) of every layer of this problem, on the device of c and in float64."""
+        return c, self.V.to(c.device), torch.tensor(self.gamma, dtype=torch.float64, device=c.device)
+
+    def decide(self, c: Tensor) -> Tensor:
+        """Return optimal portfolios (B, n)."""
+        return self.exact(c).x
+
+    def value(self, x: Tensor, c: Tensor) -> Tensor:
+        """Return the expected return c'x of each sample, (B,)."""
+        return (x * c).sum(1)
+
+    def regret(self, x: Tensor, c: Tensor) -> Tensor:
+        """Return the exact optimal value for c less the value of x, (B,); at least 0 for feasible x up to rounding."""
+        return self.value(self.exact(c).x, c.double()) - self.value(x.double(), c.double())
+
+    def violation(self, x: Tensor) -> dict[str, Tensor]:
+        """Return how far each x (B, n) is from feasible, (B,) each: relative risk excess, budget error, negativity."""
+        x = x.double()
+        risk = torch.einsum("bi,ij,bj->b", x, self.V.to(x.device), x) / self.gamma - 1
+        return {
+            "risk": risk.clamp(min=0),
+            "budget": (x.sum(1) - 1).abs(),
+            "negativity": (-x).amax(1).clamp(min=0),
+        }
+
+    def sqp_data(self, x: Tensor, nu: Tensor, lam: Tensor, c: Tensor, V: Tensor, gamma: Tensor) -> SQPData:
+        """Return the quadratic model at (x, nu, lam) in closed form; V (n, n) or (B, n, n), gamma () or (B,)."""
+        B, n = x.shape
+        V, limit = V.expand(B, n, n), gamma.expand(B)[:, None]
+        Vx = matvec(V, x) / limit
+        g = torch.cat([(x * Vx).sum(1, keepdim=True) - 1, -x], 1)
+        identity = torch.eye(n, dtype=x.dtype, device=x.device).expand(B, n, n)
+        jacobian_g = torch.cat([2 * Vx[:, None, :], -identity], 1)
+        hessian = (2 * lam[:, :1] / limit)[:, :, None] * V
+        return SQPData(-c, hessian, x.sum(1, keepdim=True) - 1, torch.ones_like(x)[:, None, :], g, jacobian_g)
+
+    def sqp_start(self, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return a cold start (x, nu, lam) of SQP: equal weights, and the multipliers' sizes from the spread of c."""
+        c = self._checked(c)
+        mean = c.mean(1, keepdim=True)
+        lam = torch.zeros(len(c), self.n + 1, dtype=c.dtype, device=c.device)
+        lam[:, 0] = (c.amax(1) - mean[:, 0]).clamp(min=torch.finfo(c.dtype).eps)
+        return torch.full_like(c, 1 / self.n), mean, lam
+
+    def exact(
+        self, c: Tensor, V: Tensor | None = None, gamma: Tensor | None = None, *, warm: Tensor | None = None
+    ) -> PortfolioSolution:
+        """Solve to machine precision, batched, in float64.
+
+        The support is found by block pivoting: on a fixed support the solution is a closed form (Merton, "An analytic
+        derivation of the efficient portfolio frontier", 1972), and assets leave it where x < 0 and enter it where
+        their reduced cost is negative. What has not settled after a number of pivots goes to the interior point, and
+        the support found there to the closed form again.
+
+        Args:
+            c: (B, n), expected returns. V: (n, n) or (B, n, n). gamma: () or (B,). Both default to the problem's own.
+            warm: (B, n), solutions of similar instances; their supports are where the pivoting starts.
+
+        Raises InputError for wrong shapes and for NaN or inf in c (with the batch indices), InfeasibleError with the
+        indices of the samples whose own V and gamma admit no portfolio.
+        """
+        own = self.params(c)
+        c = self._checked(c)
+        B, n = c.shape
+        V = own[1] if V is None else V.detach().to(c)
+        gamma = own[2] if gamma is None else torch.as_tensor(gamma).detach().to(c)
+        for name, value, shape in (("V", V, (n, n)), ("gamma", gamma, ())):
+            if tuple(value.shape) not in (shape, (B, *shape)):
+                raise InputError(f"{name} has shape {tuple(value.shape)}, expected {shape} or {(B, *shape)}.")
+        if warm is not None and warm.shape != c.shape:
+            raise InputError(f"warm has shape {tuple(warm.shape)}, expected that of c, {tuple(c.shape)}.")
+        return solve(c, V, gamma.expand(B), None if warm is None else warm.to(c) > 0)
+
+    def gurobi(self, c: Tensor) -> PortfolioSolution:
+        """Solve one by one with Gurobi (cached model, objective updated), to a residual of about 1e-5; see `exact`."""
+        c = self._checked(c)
+        if self._gurobi is None:
+            n, ones = self.n, torch.ones(1, self.n, dtype=torch.float64)
+            nonnegative = (-torch.eye(n, dtype=torch.float64), torch.zeros(n, dtype=torch.float64))
+            risk = (2 * self.V[None] / self.gamma, torch.zeros_like(ones), ones[:, 0])
+            self._gurobi = GurobiQCQP(n, ones, ones[:, 0], *nonnegative, quadratic=risk)
+        found = self._gurobi(-c)
+        state = found.x, found.equality_dual, found.inequality_dual
+        residual = kkt_residual(*state, *self.params(c))
+        return PortfolioSolution(*state, found.iterations, residual, found.ok)
+
+    def cvxpy(self, scaling: str) -> tuple[cvxpy.Problem, list[cvxpy.Parameter], list[cvxpy.Variable]]:
+        """Return the problem in cvxpy's form with its parameter c and variable x.
+
+        scaling: "paper" takes the risk limit as it is written, x'Vx <= gamma; "normalized" divides it by gamma.
+        """
+        cp = cvxpy_for(scaling)
+        eigenvalues, vectors = torch.linalg.eigh(self.V)
+        root = (vectors * eigenvalues.clamp(min=0).sqrt()).mT
+        limit = self.gamma if scaling == "paper" else 1.0
+        root = root if scaling == "paper" else root / self.gamma**0.5
+        x, c = cp.Variable(self.n), cp.Parameter(self.n)
+        constraints = [cp.sum_squares(root.numpy() @ x) <= limit, cp.sum(x) == 1, x >= 0]
+        return cp.Problem(cp.Maximize(c @ x), constraints), [c], [x]
+
+    def _checked(self, c: Tensor) -> Tensor:
+        if c.dim() != 2 or c.shape[1] != self.n:
+            raise InputError(f"c has shape {tuple(c.shape)}, expected (B, {self.n}): one return per asset of V.")
+        require_finite("c", c, "check the predictions")
+        return c.detach().double()
+
+
+def _check_covariance(V: Tensor) -> None:
+    if not V.isfinite().all():
+        raise InputError(f"V of shape {tuple(V.shape)} holds NaN or inf.")
+    asymmetry, size = float((V - V.mT).abs().max()), float(V.abs().max())
+    if asymmetry > 1e-10 * size:
+        raise InputError(f"V is not symmetric, max |V - V'| = {asymmetry:.3g}; pass (V + V') / 2 if that is meant.")
+    smallest = float(torch.linalg.eigvalsh(V)[0])
+    if smallest < -1e-10 * size:
+        raise InputError(
+            f"V is not positive semidefinite, its smallest eigenvalue is {smallest:.3g}; a covariance has none below 0."
+        )

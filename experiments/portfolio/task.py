@@ -1,0 +1,76 @@
+"""Predict asset returns, invest in the optimal portfolio for the prediction, lose regret."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from data.portfolio import generate
+from experiments.contracts.task import Samples
+from experiments.portfolio.problem import PortfolioProblem
+
+
+class PortfolioTask:
+    """Portfolio task on the data of `data.portfolio.generate`; arguments as there, seed included.
+
+    standardize: the model predicts (c - mean) / deviation, with the mean and standard deviation over all training
+    returns (one number each, so that the scale of the loss changes but not the relative importance of assets).
+    """
+
+    shared: ClassVar[bool] = False
+    objective: ClassVar[str] = "regret"
+
+    def __init__(
+        self,
+        seed: int,
+        degree: int,
+        n_train: int,
+        n_val: int,
+        n_test: int,
+        n_assets: int,
+        n_features: int,
+        tau: float,
+        standardize: bool,
+    ) -> None:
+        drawn = generate(seed, degree, n_train, n_val, n_test, n_assets, n_features, tau)
+        self.problem = PortfolioProblem(drawn.V, drawn.gamma)
+        self.n_inputs, self.n_outputs = n_features, n_assets
+        train = drawn.returns["train"]
+        self.shift, self.scale = (float(train.mean()), float(train.std())) if standardize else (0.0, 1.0)
+        self.splits = {name: self._samples(drawn.features[name], c) for name, c in drawn.returns.items()}
+
+    def _samples(self, features: Tensor, c: Tensor) -> Samples:
+        optimal = self.problem.value(self.problem.exact(c).x, c)
+        return {"inputs": features.float(), "returns": c, "optimal": optimal}
+
+    def to(self, device: torch.device) -> None:
+        """Move the splits to the device."""
+        self.splits = {name: {k: v.to(device) for k, v in s.items()} for name, s in self.splits.items()}
+
+    def parameters(self, outputs: Tensor, samples: Samples) -> Tensor:
+        """Return the predicted returns (B, n), float64."""
+        return self.shift + self.scale * outputs.double()
+
+    def truth(self, samples: Samples) -> Tensor:
+        """Return the true returns (B, n)."""
+        return samples["returns"]
+
+    def decision_losses(self, decisions: Tensor, samples: Samples) -> Tensor:
+        """Return the regret of the portfolios, (B,)."""
+        return samples["optimal"] - self.problem.value(decisions, samples["returns"])
+
+    def prediction_losses(self, outputs: Tensor, samples: Samples) -> Tensor:
+        """Return the mean squared error over the assets in units of the outputs, (B,)."""
+        return (outputs - (samples["returns"] - self.shift) / self.scale).square().mean(1)
+
+    def metrics(self, outputs: Tensor, samples: Samples) -> dict[str, float]:
+        """Return regret, regret_percent (of the sum of |optimal values|) and mse (of the returns)."""
+        c = self.parameters(outputs, samples)
+        regret = self.decision_losses(self.problem.exact(c).x, samples)
+        return {
+            "regret": float(regret.mean()),
+            "regret_percent": float(100 * regret.sum() / samples["optimal"].abs().sum()),
+            "mse": float((c - samples["returns"]).square().mean()),
+        }

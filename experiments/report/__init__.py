@@ -1,0 +1,1 @@
+"""From run folders to figures, tables, claims with verdicts, and the report."""

@@ -1,0 +1,70 @@
+"""Writes figures and tables so that the same runs give the same bytes, and says what changed."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.figure import Figure
+
+from experiments.run.configuration import ROOT
+from experiments.run.folders import write_atomically
+
+RESULTS = ROOT / "results"
+METADATA: Mapping[str, dict[str, None]] = {
+    "png": {"Software": None},
+    "pdf": {"Creator": None, "Producer": None, "CreationDate": None},
+}
+
+
+@dataclass
+class Artifacts:
+    """Files of one command under `root`; `written` and `unchanged` record what each write did."""
+
+    root: Path
+    written: list[Path] = field(default_factory=list)
+    unchanged: list[Path] = field(default_factory=list)
+
+    def write(self, name: str, content: bytes) -> Path:
+        """Write `content` to root/name unless it is there already."""
+        path = self.root / name
+        if path.is_file() and path.read_bytes() == content:
+            self.unchanged.append(path)
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, content)
+            self.written.append(path)
+        return path
+
+    def figure(self, name: str, figure: Figure) -> None:
+        """Write figures/<name>.png (200 dpi) and .pdf without time stamps, and close the figure."""
+        for kind, metadata in METADATA.items():
+            buffer = io.BytesIO()
+            figure.savefig(buffer, format=kind, dpi=200, metadata=metadata)
+            self.write(f"figures/{name}.{kind}", buffer.getvalue())
+        plt.close(figure)
+
+    def csv(self, name: str, table: pd.DataFrame) -> None:
+        """Write `table` as <name>.csv with 6 significant digits."""
+        self.write(f"{name}.csv", table.to_csv(index=False, float_format="%.6g", lineterminator="\n").encode())
+
+    def markdown(self, name: str, header: Sequence[str], rows: Iterable[Sequence[str]], note: str) -> None:
+        """Write a table of texts as <name>.md, `note` below it."""
+        lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+        lines += ["| " + " | ".join(row) + " |" for row in rows]
+        self.write(f"{name}.md", ("\n".join([*lines, "", note]) + "\n").encode())
+
+    def lines(self) -> list[str]:
+        """Return one line per file that was written, or one saying that nothing changed."""
+        if not self.written:
+            return [f"Nothing to do: {len(self.unchanged)} files under {self.root} are up to date."]
+        return [f"wrote {path}" for path in self.written]
+
+
+def output_root(profile: str) -> Path:
+    """Return where a profile's figures and tables go: results/ for default, results/<profile>/ else."""
+    return RESULTS if profile == "default" else RESULTS / profile

@@ -1,0 +1,92 @@
+"""What makes a figure or a table: the object that every `make` of a study's module gets, and how a study names them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any, TypeVar
+
+import pandas as pd
+
+from experiments.report.artifacts import Artifacts
+from experiments.sweep.metrics import collect, require_finished
+from experiments.sweep.studies import Study, StudyRun
+from foldopt.errors import InputError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class StudyOutputs:
+    """A study whose runs are to become figures and tables.
+
+    planned: its runs in `profile`. artifacts: where files are written.
+    """
+
+    study: Study
+    planned: Sequence[StudyRun]
+    profile: str
+    artifacts: Artifacts
+
+    @property
+    def command(self) -> str:
+        """The make command of these figures and tables, which stands in their captions."""
+        return make_command(self.study.target, self.profile)
+
+    @property
+    def suffix(self) -> str:
+        """What the names of files end with: they say so where the images are a stand-in for the real ones."""
+        return "_stand_in" if self.planned[0].config.task.get("data") == "stand_in" else ""
+
+    def require_finished(self) -> None:
+        """Raise MissingRunsError, with the command that makes them, unless all runs are finished."""
+        require_finished(self.planned, make_command("reproduce", self.profile))
+
+    def metrics(self) -> pd.DataFrame:
+        """Return the metrics of all runs, see `collect`; MissingRunsError unless all are finished."""
+        self.require_finished()
+        return collect(self.planned)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What is measured without training: its make target, its size, and where its table or figure is written."""
+
+    target: str
+    profile: str
+    artifacts: Artifacts
+
+    @property
+    def command(self) -> str:
+        """The make command of this measurement, which stands in its captions."""
+        return make_command(self.target, self.profile)
+
+    def settings(self, profiles: Mapping[str, T]) -> T:
+        """Return the settings of this profile; InputError lists those that exist."""
+        if self.profile not in profiles:
+            raise InputError(f"profile={self.profile!r} does not exist; choose one of {', '.join(profiles)}")
+        return profiles[self.profile]
+
+
+def make_command(target: str, profile: str) -> str:
+    """Return the make command of `target` in `profile`."""
+    return f"make {target}" if profile == "default" else f"make {target} PROFILE={profile}"
+
+
+def member(path: str, study: str) -> Any:
+    """Return the member of a module that a study's YAML names by its dotted path; InputError says what is missing."""
+    module, _, name = path.rpartition(".")
+    try:
+        return getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise InputError(f"study {study} needs {path}, which cannot be imported: {error}") from error
+
+
+def make_outputs(outputs: StudyOutputs) -> None:
+    """Write all figures and tables that the study's YAML lists under `outputs`, by the `make` of each module."""
+    makers: list[Callable[[StudyOutputs], None]] = [
+        member(f"{module}.make", outputs.study.name) for module in outputs.study.outputs
+    ]
+    for maker in makers:
+        maker(outputs)

@@ -1,0 +1,122 @@
+"""The report: the paper's claims with verdicts, the figures and the errata, as REPORT.md and as one HTML file."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from markdown_it import MarkdownIt
+
+from experiments.report.artifacts import Artifacts, output_root
+from experiments.report.claims import VERDICTS, Claim, Finding, Results, claims
+from experiments.run.configuration import ROOT
+from experiments.sweep import studies
+
+CLASSES = dict(zip(VERDICTS, ("confirmed", "conditional", "refuted", "untested"), strict=True))
+STYLE = """
+:root { color-scheme: light; }
+body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
+h1, h2, h3 { line-height: 1.2; } h2 { margin-top: 2.5rem; border-bottom: 1px solid #ddd; padding-bottom: .3rem; }
+img { max-width: 100%; } code { background: #f3f3f3; padding: .1em .3em; border-radius: .2em; }
+table { border-collapse: collapse; font-size: .87rem; } th { text-align: left; border-bottom: 2px solid #999; }
+td, th { padding: .45rem .6rem; vertical-align: top; } td { border-bottom: 1px solid #ddd; }
+.verdict { font-weight: 600; } .confirmed { color: #00724f; } .conditional { color: #0072b2; }
+.refuted { color: #b34700; } .untested { color: #666; }
+"""
+
+
+def make(profile: str) -> Artifacts:
+    """Write REPORT.md and report.html of a profile's results folder, from the tables and figures that are there."""
+    artifacts = Artifacts(output_root(profile))
+    text = write(Results(artifacts.root))
+    artifacts.write("REPORT.md", text.encode())
+    artifacts.write("report.html", render(text, artifacts.root).encode())
+    return artifacts
+
+
+def write(results: Results) -> str:
+    """Return the report as markdown."""
+    judged = {claim: claim.finding(results) for claim in claims()}
+    counts = Counter(finding.verdict for finding in judged.values())
+    summary = ", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS)
+    parts = [
+        "# Backpropagation of Unrolled Solvers with Folded Optimization: what was reproduced",
+        f"{len(judged)} claims of the paper: {summary}. Each verdict follows from the numbers beside it by a rule in "
+        "the claims.py of its study; the commands make those numbers.",
+        "## Claims",
+        "\n".join(_claims(judged)),
+        "## Figures",
+        *_figures(results.root),
+        "## Beyond the paper",
+        *_tables(results.root),
+        "## Errata of the paper",
+        _errata(),
+        "## Made with",
+        "\n".join(_provenance(results.root)),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _claims(judged: Mapping[Claim, Finding]) -> Iterator[str]:
+    yield "| Place | Claim | Measured | Verdict | Why | Made by |"
+    yield "|---|---|---|---|---|---|"
+    for claim, finding in judged.items():
+        made = ", ".join(f"`{command}`" for command in claim.commands)
+        measured, why = (text.replace("|", "\\|") for text in (finding.measured, finding.why))
+        yield f"| {claim.place} | {claim.statement} | {measured} | **{finding.verdict}** | {why} | {made} |"
+
+
+def _figures(root: Path) -> Iterator[str]:
+    for name, title in _titles("figures"):
+        if (root / "figures" / f"{name}.png").is_file():
+            yield f"### {title}\n\n![{title}](figures/{name}.png)"
+
+
+def _tables(root: Path) -> Iterator[str]:
+    for name, title in _titles("tables"):
+        path = root / "tables" / f"{name}.md"
+        if path.is_file():
+            yield f"### {title}\n\n{path.read_text().strip()}"
+
+
+def _titles(kind: str) -> Iterator[tuple[str, str]]:
+    """Yield file name and title of what the studies show in the report; kind: "figures" or "tables"."""
+    for name in studies.names():
+        yield from getattr(studies.load(name), kind).items()
+
+
+def _provenance(root: Path) -> Iterator[str]:
+    """List what each study's runs were made with; the file named has all of it."""
+    for path in sorted((root / "provenance").glob("*.json")):
+        content = json.loads(path.read_text())
+        torch = " and ".join(content["versions"]["torch"])
+        devices = " and ".join(content["devices"])
+        yield (
+            f"- `{path.stem}`: {content['runs']} runs, {content['seeds']} seeds, {content['hours']:g} h in all on "
+            f"{devices}, torch {torch}; `provenance/{path.name}` has commits, versions and configurations."
+        )
+
+
+def _errata() -> str:
+    """Return the errata that the README lists."""
+    readme = (ROOT / "README.md").read_text()
+    return re.search(r"^## Errata.*?\n\n(.*?)(?=^## |\Z)", readme, re.DOTALL | re.MULTILINE)[1].strip()
+
+
+def render(text: str, root: Path) -> str:
+    """Return markdown as an HTML page that holds its pictures, which lie under `root`."""
+    body = MarkdownIt("commonmark").enable("table").render(text)
+
+    def inlined(match: re.Match[str]) -> str:
+        return f'src="data:image/png;base64,{base64.b64encode((root / match[1]).read_bytes()).decode()}"'
+
+    body = re.sub(r'src="([^"]+\.png)"', inlined, body)
+    for verdict, name in CLASSES.items():
+        body = body.replace(f"<strong>{verdict}</strong>", f'<span class="verdict {name}">{verdict}</span>')
+    title = re.search(r"<h1>(.*?)</h1>", body)[1]
+    head = f'<meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
+    return f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n{body}</body></html>\n'

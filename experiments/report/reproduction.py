@@ -1,0 +1,142 @@
+"""From an empty results folder to figures and tables: the outputs of each study and how they are made."""
+
+from __future__ import annotations
+
+import json
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from rich.console import Console
+
+from experiments.report.artifacts import Artifacts, output_root
+from experiments.report.outputs import Measurement, StudyOutputs, make_outputs, member
+from experiments.run import configuration, folders, tracking
+from experiments.sweep import studies
+from experiments.sweep.pool import execute
+from experiments.sweep.studies import Study, StudyRun
+from foldopt.errors import FoldoptError, InputError
+
+
+def make_figures(names: Sequence[str], profile: str, console: Console, mode: str | None = None) -> int:
+    """Write figures and tables of the named studies from run folders; return 1 when runs are missing.
+
+    mode: of W&B, which gets them too where it is on; None: as each study says.
+    """
+    try:
+        for name in names:
+            study = studies.load(name)
+            _outputs(study, studies.expand(study, profile, mode=mode), profile, console)
+    except FoldoptError as error:
+        console.print(str(error), markup=False, soft_wrap=True)
+        return 1
+    return 0
+
+
+def reproduce(
+    names: Sequence[str], profile: str | None, workers: int, console: Console, mode: str | None = None
+) -> int:
+    """Execute the named studies, then make their figures, tables and measurements; return the exit code.
+
+    profile: None chooses by what is at hand, for each study, see `studies.profile_at_hand`. mode: of W&B, for the
+    runs that are left to do and for the figures; None: as each study says. A study with failed runs gets no figure, the
+    others do; a figure that cannot be made stops no other. 128 + signal when stopped: the same call goes on from there.
+    """
+    exit_code = 0
+    chosen: dict[str, str] = {}
+    for name in names:
+        study = studies.load(name)
+        chosen[name], why = (profile, None) if profile else studies.profile_at_hand(study)
+        planned = studies.expand(study, chosen[name], mode=mode)
+        said = why or f"profile {chosen[name]}"
+        console.print(f"{study.title} ({name}, {said}): {len(planned)} runs", markup=False, soft_wrap=True)
+        report = execute(planned, workers=workers, console=console)
+        for line in report.lines():
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+        if report.stopped_by is not None:
+            return report.exit_code
+        if missing := len(report.failed) + len(report.elsewhere):
+            exit_code = report.exit_code
+            console.print(f"No figure of {name}: {missing} of its runs are not finished.", markup=False)
+        else:
+            exit_code |= _tried(name, console, _outputs, study, planned, chosen[name], console)
+    for name in names:
+        for target in studies.load(name).measurements:
+            exit_code |= _tried(target, console, measure, target, chosen[name], console)
+    return exit_code
+
+
+def _tried(what: str, console: Console, do: Callable[..., None], *arguments: Any) -> int:
+    """Call ``do(*arguments)``; where it fails show why and return 1, so that what does not depend on it is made."""
+    try:
+        do(*arguments)
+    except Exception:
+        console.print(f"No figures or tables of {what}:", markup=False)
+        console.print(traceback.format_exc(), markup=False, highlight=False, soft_wrap=True)
+        return 1
+    return 0
+
+
+def measure(target: str, profile: str, console: Console) -> None:
+    """Make the measurement of a make target unless that was done before, and write its table or figure."""
+    known = measurements()
+    if target not in known:
+        raise InputError(f"measurement={target!r} is in no study; choose one of {', '.join(known)}")
+    console.print(f"Measuring: {target} (profile {profile})", markup=False)
+    measurement = Measurement(target, profile, Artifacts(output_root(profile)))
+    member(f"{known[target]}.make", target)(measurement)
+    _say(measurement.artifacts, console)
+
+
+def measurements() -> dict[str, str]:
+    """Return the module of every measurement by its make target, as the studies name them."""
+    return {target: module for name in studies.names() for target, module in studies.load(name).measurements.items()}
+
+
+def _outputs(study: Study, planned: Sequence[StudyRun], profile: str, console: Console) -> None:
+    torch.set_num_threads(1)  # as the runs: more would change digits, and wait for each other beside other work
+    artifacts = Artifacts(output_root(profile))
+    make_outputs(StudyOutputs(study, planned, profile, artifacts))
+    if study.outputs:
+        artifacts.write(f"provenance/{study.name}.json", provenance(planned).encode())
+    _say(artifacts, console)
+    _track(study, planned, profile, artifacts, console)
+
+
+def _track(study: Study, planned: Sequence[StudyRun], profile: str, artifacts: Artifacts, console: Console) -> None:
+    """Log what was made to W&B where the study's runs are tracked."""
+    config = planned[0].config
+    files = [*artifacts.written, *artifacts.unchanged]
+    folder = configuration.ROOT / config.paths.runs / "reports" / f"{study.name}-{profile}"
+    common = [tag for tag in config.tracking.tags if all(tag in run.config.tracking.tags for run in planned)]
+    settings = OmegaConf.merge(config.tracking, {"job_type": "report", "tags": common})
+    if files and tracking.log_figures(settings, artifacts.root, files, folder):
+        console.print(f"W&B: {len(files)} files of {study.name} are an artifact", markup=False)
+
+
+def provenance(planned: Sequence[StudyRun]) -> str:
+    """Return what the finished runs of a study were made with, as JSON: each value that occurs, once."""
+    summaries = [folders.load_summary(run.folder) for run in planned]
+    versions = {name for summary in summaries for name in summary["versions"]}
+    content = {
+        "runs": len(summaries),
+        "seeds": len({run.seed for run in planned}),
+        "hours": round(sum(summary["seconds_wall"] for summary in summaries) / 3600, 2),
+        "configurations": sorted(summary["identity"][:12] for summary in summaries),
+        "commits": sorted({summary["git"]["commit"] for summary in summaries if summary["git"]}),
+        "devices": sorted({summary["device"] for summary in summaries}),
+        "threads": sorted({summary["threads"] for summary in summaries}),
+        "python": sorted({summary["python"] for summary in summaries}),
+        "versions": {
+            name: sorted({summary["versions"].get(name) or "not installed" for summary in summaries})
+            for name in sorted(versions)
+        },
+    }
+    return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+
+
+def _say(artifacts: Artifacts, console: Console) -> None:
+    for line in artifacts.lines():
+        console.print(line, markup=False, highlight=False, soft_wrap=True)

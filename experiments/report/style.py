@@ -1,0 +1,89 @@
+"""What all figures share: fonts, colours that the colour-blind tell apart, logarithmic axes, curves with a band."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+from experiments.report.aggregation import seeds_said
+from experiments.sweep.studies import StudyRun
+from foldopt.errors import InputError
+
+T = TypeVar("T")
+
+STYLE = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False}
+COLORS = ("#CC79A7", "#E69F00", "#0072B2", "#009E73", "#D55E00", "#56B4E9")  # Okabe and Ito
+CAPTION = {"fontsize": 6.5, "color": "0.3"}
+
+
+@contextmanager
+def panels(caption: str, *grid: int, **options: Any) -> Iterator[tuple[Figure, Any]]:
+    """Open a figure in this style with its axes, as ``plt.subplots(*grid, **options)`` does; end it with a caption."""
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(*grid, layout="constrained", **options)
+        yield figure, axes
+        figure.supxlabel(caption, **CAPTION)
+
+
+def plain_log(axis: Axis, subs: tuple[float, ...]) -> None:
+    """Make an axis logarithmic, labelled in plain numbers at `subs` of each decade."""
+    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+    axis.set_major_locator(LogLocator(subs=subs))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def epochs(panel: Axes) -> None:
+    """Let the x axis count epochs, over a light grid."""
+    panel.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+    grid(panel)
+
+
+def grid(panel: Axes) -> None:
+    """Draw a light grid behind everything."""
+    panel.grid(visible=True, which="major", color="0.9", linewidth=0.6)
+    panel.set_axisbelow(True)
+
+
+def curve(panel: Axes, frame: pd.DataFrame, x: str = "epoch", **line: Any) -> None:
+    """Draw the column mean of `frame` against `x`, and its 95% confidence band.
+
+    With few seeds the band is much wider than what was observed, so that the axes leave room for the columns low and
+    high alone, and the band is cut off where it goes beyond. A frame without the column ci95 has low and high for band.
+    """
+    frame = frame.sort_values(x)
+    (drawn,) = panel.plot(frame[x], frame["mean"], **line)
+    panel.update_datalim(frame[[x, "low"]].to_numpy())
+    panel.update_datalim(frame[[x, "high"]].to_numpy())
+    room, least = panel.dataLim.get_points().copy(), panel.dataLim.minpos.copy()
+    low, high = frame["low"], frame["high"]
+    if "ci95" in frame:
+        low, high = frame["mean"] - frame["ci95"], frame["mean"] + frame["ci95"]
+    panel.fill_between(frame[x], low, high, color=drawn.get_color(), alpha=0.18, linewidth=0, zorder=1)
+    panel.dataLim.set_points(room)
+    panel.dataLim.minpos[:] = least
+    panel.autoscale_view()
+
+
+def drawn(lines: Mapping[str, T], found: Iterable[str], figure: str) -> dict[str, T]:
+    """Return how each series found is drawn, in the order of `lines`; InputError names those that `figure` lacks."""
+    found = set(found)
+    if unknown := sorted(found - set(lines)):
+        raise InputError(
+            f"{figure} does not know how to draw the series {', '.join(unknown)}; it has {', '.join(lines)}."
+        )
+    return {series: line for series, line in lines.items() if series in found}
+
+
+def seeds_note(planned: Sequence[StudyRun]) -> str:
+    """Return how a caption speaks of the seeds and the bands."""
+    said = seeds_said(planned)
+    return f"{said}, no band" if said == "1 seed" else f"mean over {said}, with its 95% confidence band (Student's t)"

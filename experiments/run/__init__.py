@@ -1,0 +1,1 @@
+"""One run: configuration, folder, components, trainer, checkpoint and tracking."""

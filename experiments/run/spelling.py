@@ -1,0 +1,72 @@
+"""Names in ``key=value`` that no configuration has, and which one was probably meant."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from experiments.run.configuration import CONF
+
+
+def meant(name: str, known: Iterable[str]) -> str:
+    """Return a question that names what is spelt like `name` among the known ones, or lists them if nothing is."""
+    known = sorted(known)
+    close = get_close_matches(name, known, n=1, cutoff=0.6)
+    return f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}."
+
+
+def misspelt(arguments: Sequence[str]) -> str | None:
+    """Return what is wrong with the key of an override of ``run.py``, None where every key exists.
+
+    Values, groups of another folder (--config-dir) and Hydra's own settings are left to Hydra.
+    """
+    if any(argument.startswith("--config") or argument in ("-cd", "-cn", "-cp") for argument in arguments):
+        return None
+    overrides = dict(argument.split("=", 1) for argument in arguments if "=" in argument and argument[0] not in "-+~")
+    config = OmegaConf.load(CONF / "config.yaml")
+    groups = {group: name for default in config.pop("defaults") for group, name in _choice(default)}
+    known = {*groups, *_keys(config)}
+    for group, name in groups.items():
+        chosen = overrides.get(group, name).split(",")
+        files = [CONF / group / f"{option.strip()}.yaml" for option in chosen]
+        known |= {f"{group}.{key}" for file in files for key in _keys_of(file)}
+    for key in overrides:
+        node, _, last = key.rpartition(".")
+        if key in known or key.startswith("hydra") or any(key.startswith(f"{k}.") for k in known - _parents(known)):
+            continue
+        if node in groups and _keys_missing(node, overrides.get(node, groups[node])):
+            continue  # Hydra lists the options of a group itself
+        if node in _parents(known):
+            inside = {k.rpartition(".")[2] for k in known if k.rpartition(".")[0] == node}
+            where = f"{node}={overrides.get(node, groups[node])}" if node in groups else node or "the configuration"
+            return f"{key}: {where} has no key {last!r}; {meant(last, inside)}"
+        return f"{key}: there is no such key; {meant(key, known)}"
+    return None
+
+
+def _choice(default: str | DictConfig) -> Iterator[tuple[str, str]]:
+    if isinstance(default, DictConfig):
+        yield from ((group, name) for group, name in default.items() if not group.startswith("override "))
+
+
+def _keys(node: DictConfig, prefix: str = "") -> Iterator[str]:
+    """Yield the dotted names of all that a configuration holds, inner nodes included."""
+    for key, value in node.items():
+        yield f"{prefix}{key}"
+        if isinstance(value, DictConfig):
+            yield from _keys(value, f"{prefix}{key}.")
+
+
+def _keys_of(file: Path) -> list[str]:
+    return list(_keys(OmegaConf.load(file))) if file.is_file() else []
+
+
+def _keys_missing(group: str, chosen: str) -> bool:
+    return not any((CONF / group / f"{option.strip()}.yaml").is_file() for option in chosen.split(","))
+
+
+def _parents(known: set[str]) -> set[str]:
+    return {"", *(key.rpartition(".")[0] for key in known)}

@@ -1,0 +1,332 @@
+"""The common trainer: trains one run epoch by epoch and records it so that it can be resumed exactly."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+from experiments.contracts.backend import Backend
+from experiments.contracts.task import Samples, Task
+from experiments.run.checkpoint import Checkpoint, Row
+from experiments.run.components import Components, make
+from experiments.run.folders import load_metrics
+from experiments.run.interruption import StopRequest
+from experiments.run.tracking import Tracker
+from foldopt.checks import require_positive, require_whole
+from foldopt.errors import FoldoptError, InputError
+
+log = logging.getLogger("foldopt.run")
+SCHEDULES = ("constant", "cosine")
+ZERO_GRADIENT = 1e-12
+
+
+class DivergenceError(FoldoptError, ArithmeticError):
+    """Training produced NaN or inf; says where, and what to try."""
+
+
+class Interrupted(Exception):  # noqa: N818
+    """A stop was asked for; `begun` is what was done of the epoch until then."""
+
+    def __init__(self, begun: dict[str, Any] | None = None) -> None:
+        self.begun = begun
+
+
+class Stopwatch:
+    """Seconds by name; waits for the GPU at every reading."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self.seconds, self._last = device, {}, 0.0
+
+    def start(self) -> None:
+        """Begin to measure."""
+        self._synchronize()
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        """Add the time since the last reading to `name`."""
+        self._synchronize()
+        now = time.perf_counter()
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._last
+        self._last = now
+
+    def _synchronize(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+
+def check_training(train: DictConfig) -> None:
+    """Raise InputError for settings of the training that cannot be, whatever the task."""
+    for name, least in (("epochs", 1), ("batch_size", 1), ("mse_epochs", 0)):
+        require_whole(f"train.{name}", train[name], least)
+    for name in ("lr", "loss_scale"):
+        require_positive(f"train.{name}", train[name])
+    if train.schedule not in SCHEDULES:
+        raise InputError(f"train.schedule={train.schedule!r} is unknown; choose one of {SCHEDULES}.")
+
+
+class Trainer:
+    """Trains the model of a run on its task through its backend.
+
+    Each epoch visits the training samples in an order that follows from (seed, epoch) alone. Val and test are
+    evaluated after every epoch, and before the first as epoch 0, in eval mode and with the task's exact solver
+    whatever the backend.
+    """
+
+    def __init__(self, cfg: DictConfig, parts: Components, folder: Path, device: torch.device) -> None:
+        self.cfg, self.device = cfg, device
+        self.task: Task = parts.task
+        self.backend: Backend = parts.backend
+        self.model: nn.Module = parts.model.to(device)
+        self.task.to(device)
+        train = cfg.train
+        self._check(train)
+        self.optimizer = make(cfg.optimizer, "optimizer", params=self.model.parameters(), lr=train.lr)
+        self.schedule = (
+            torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, train.epochs)
+            if train.schedule == "cosine"
+            else torch.optim.lr_scheduler.ConstantLR(self.optimizer, factor=1.0)
+        )
+        self.checkpoint = Checkpoint(folder, model=self.model, optimizer=self.optimizer, schedule=self.schedule)
+
+    def _check(self, train: DictConfig) -> None:
+        if train.mse_epochs and not hasattr(self.task, "prediction_losses"):
+            raise InputError(
+                f"train.mse_epochs={train.mse_epochs}: this task has no prediction error to train on; take 0."
+            )
+        size = min(train.batch_size, len(self.task.splits["train"]["inputs"]))
+        if size == 1 and any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in self.model.modules()):
+            raise InputError(
+                f"train.batch_size={train.batch_size}: this model normalizes over the samples of a batch, and 1 "
+                "is too few; take at least 2, and as many training samples."
+            )
+
+    def fit(self, tracker: Tracker, console: Console, stop: StopRequest) -> float:
+        """Train to the last epoch; return the seconds spent, those before a resumption included.
+
+        Raises Interrupted after a signal, DivergenceError where loss or predictions are no longer finite.
+        """
+        done, before, begun = self.checkpoint.restore(self.device)
+        if done >= 0:
+            more = f" and {begun['batches']} batches" if begun else ""
+            log.info("resumed after epoch %d of %d%s", done, self.cfg.train.epochs, more)
+            tracker.catch_up(load_metrics(self.checkpoint.path.parent))
+        begin = time.perf_counter()
+        with self._progress(console) as progress:
+            bar = progress.add_task("", total=self.cfg.train.epochs, completed=max(done, 0))
+            for epoch in range(done + 1, self.cfg.train.epochs + 1):
+                try:
+                    rows = self._counted(epoch, stop, begun)
+                except Interrupted as stopped:
+                    self.checkpoint.save(epoch - 1, before + time.perf_counter() - begin, [], stopped.begun)
+                    raise
+                begun = None
+                self.checkpoint.save(epoch, before + time.perf_counter() - begin, rows)
+                tracker.log(rows)
+                line = _line(epoch, self.cfg.train.epochs, rows)
+                log.info(line)
+                progress.update(bar, completed=epoch, description=_brief(rows))
+                if progress.disable:
+                    console.print(line, markup=False, highlight=False, soft_wrap=True)
+        return before + time.perf_counter() - begin
+
+    def _progress(self, console: Console) -> Progress:
+        columns = TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn()
+        return Progress(
+            *columns,
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not (self.cfg.progress and console.is_terminal),
+        )
+
+    def _counted(self, epoch: int, stop: StopRequest, begun: dict[str, Any] | None) -> list[Row]:
+        """Do one epoch; what the problem refuses after training began is a divergence."""
+        try:
+            return self._epoch(epoch, stop, begun)
+        except InputError as error:
+            if epoch == 0:
+                raise
+            raise DivergenceError(
+                f"training diverged in epoch {epoch}: {error} Metrics and checkpoint of epoch {epoch - 1} are kept."
+            ) from error
+
+    def _epoch(self, epoch: int, stop: StopRequest, begun: dict[str, Any] | None) -> list[Row]:
+        rows = [self._train(epoch, stop, begun)] if epoch else []
+        return rows + [self._evaluate(epoch, split) for split in ("val", "test")]
+
+    def on_prediction(self, epoch: int) -> bool:
+        """Whether this epoch trains on the prediction loss: the backend's choice, or the warm start."""
+        return self.backend.trains_on == "prediction" or epoch <= self.cfg.train.mse_epochs
+
+    def _train(self, epoch: int, stop: StopRequest, begun: dict[str, Any] | None) -> Row:
+        """Train one epoch, from where it was stopped if it was `begun`."""
+        self.model.train()
+        watch = Stopwatch(self.device)
+        begin = time.perf_counter()
+        totals = {"zero": 0, "failures": 0, "products": 0, "samples": 0, "largest_error": 0.0}
+        sums, first = Counter(), 0
+        if begun:
+            first, totals, sums = begun["batches"], begun["totals"], Counter(begun["sums"])
+            watch.seconds = begun["seconds"]
+            begin -= begun["seconds_epoch"]
+        for number, batch in enumerate(islice(self._batches(epoch), first, None), first):
+            if stop.signal is not None:
+                spent = {"seconds": watch.seconds, "seconds_epoch": time.perf_counter() - begin}
+                raise Interrupted({"batches": number, "totals": totals, "sums": dict(sums), **spent})
+            values, zero = self._step(epoch, batch, watch)
+            size = len(batch["inputs"])
+            sums.update({name: value * size for name, value in values.items()})
+            totals["largest_error"] = max(totals["largest_error"], values.get("gradient_error", 0.0))
+            totals["zero"] += zero
+            totals["failures"] += self.backend.take_failures()
+            totals["products"] += getattr(self.backend, "products", 0)
+            totals["samples"] += size
+        self.schedule.step()
+        if totals["failures"]:
+            log.warning("epoch %d: the solver failed on %d of %d samples", epoch, totals["failures"], totals["samples"])
+        seconds = time.perf_counter() - begin
+        means = {name: value / totals["samples"] for name, value in sums.items()}
+        return {
+            "epoch": epoch,
+            "split": "train",
+            **means,
+            **({"gradient_error_max": totals["largest_error"]} if "gradient_error" in means else {}),
+            "seconds_network": watch.seconds["network"],
+            "seconds_solve": watch.seconds.get("solve", 0.0),
+            "seconds_backward": watch.seconds.get("backward", 0.0),
+            "seconds_epoch": seconds,
+            "samples": totals["samples"],
+            "zero_gradient_fraction": totals["zero"] / totals["samples"],
+            "solver_failures": totals["failures"],
+            "adjoint_products": totals["products"] / totals["samples"],
+            **self._diagnosed(batch),
+        }
+
+    @torch.no_grad()
+    def _diagnosed(self, batch: Samples) -> Row:
+        """Return what the task has to say of the last batch of an epoch, if it does."""
+        if not hasattr(self.task, "diagnose"):
+            return {}
+        self.model.eval()
+        return self.task.diagnose(self.model(self._prepared(batch["inputs"])), batch)
+
+    def _prepared(self, inputs: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Return inputs as the task has the model get them; generator: of random changes for training."""
+        return self.task.prepare(inputs, generator) if hasattr(self.task, "prepare") else inputs
+
+    def _batches(self, epoch: int) -> Iterator[Samples]:
+        samples = self.task.splits["train"]
+        n, size = len(samples["inputs"]), self.cfg.train.batch_size
+        generator = torch.Generator().manual_seed(self.cfg.seed * 1_000_003 + epoch)
+        order = torch.randperm(n, generator=generator)
+        for chosen in order.split(size):
+            if len(chosen) == 1 < min(n, size):
+                continue  # a last sample alone has no batch statistics
+            index = chosen.to(self.device)
+            batch = {name: values[index] for name, values in samples.items()}
+            yield batch | {"inputs": self._prepared(batch["inputs"], generator)}
+
+    def _step(self, epoch: int, batch: Samples, watch: Stopwatch) -> tuple[dict[str, float], int]:
+        """Take one optimizer step; return what the task follows, and how many samples had a zero gradient.
+
+        The graph is cut at the predicted parameters, so that the time of the layer and of the network are told apart.
+        """
+        watch.start()
+        outputs = self.model(batch["inputs"])
+        self._refuse_nan(outputs, "predictions", epoch)
+        leaf = outputs.detach().requires_grad_()
+        watch.lap("network")
+        if self.on_prediction(epoch):
+            loss = self.task.prediction_losses(leaf, batch).mean()
+            (gradient,) = torch.autograd.grad(loss, leaf)
+        elif self.backend.trains_on == "surrogate":
+            watch.lap("network")
+            losses = self.backend.losses(self.task.parameters(leaf, batch), self.task.truth(batch))
+            loss = self.cfg.train.loss_scale * losses.mean()
+            watch.lap("solve")
+            (gradient,) = torch.autograd.grad(loss, leaf)
+            watch.lap("backward")
+        else:
+            decisions = self.backend(self.task.parameters(leaf, batch))
+            watch.lap("solve")
+            loss = self.cfg.train.loss_scale * self._decision_loss(decisions, batch)
+            (gradient,) = torch.autograd.grad(loss, leaf) if loss.requires_grad else (torch.zeros_like(leaf),)
+            watch.lap("backward")
+        self._refuse_nan(loss, "the loss", epoch)
+        self._refuse_nan(gradient, "the gradient of the loss", epoch)
+        self.optimizer.zero_grad(set_to_none=True)
+        outputs.backward(gradient)
+        self.optimizer.step()
+        rows = 1 if self.task.shared else len(gradient)
+        sizes = gradient.detach().reshape(rows, -1).norm(dim=1)
+        zero = int((sizes <= ZERO_GRADIENT * sizes.amax()).sum()) * len(batch["inputs"]) // rows
+        watch.lap("network")
+        return {"loss": float(loss.detach()), **self._measured(epoch, outputs.detach(), batch, gradient)}, zero
+
+    @torch.no_grad()
+    def _measured(self, epoch: int, outputs: Tensor, batch: Samples, gradient: Tensor) -> dict[str, float]:
+        """Return the metrics that the task follows in training, and how far the gradient is from the exact one."""
+        running = getattr(self.task, "running", ())
+        found = self.task.metrics(outputs, batch) if running else {}
+        values = {name: found[name] for name in running}
+        if hasattr(self.task, "exact_gradient") and not self.on_prediction(epoch):
+            exact = self.cfg.train.loss_scale * self.task.exact_gradient(outputs, batch)
+            size = exact.norm()
+            values["gradient_error"] = float((gradient - exact).norm() / torch.where(size > 0, size, 1))
+        return values
+
+    def _decision_loss(self, decisions: Tensor, batch: Samples) -> Tensor:
+        """Return the mean loss over the samples that the backend solved (it returns NaN in the others)."""
+        sound = decisions.detach().flatten(1).isfinite().all(1)
+        filled = torch.where(sound.view(-1, *[1] * (decisions.dim() - 1)), decisions, 0.0)
+        losses = self.task.decision_losses(filled, batch)
+        return torch.where(sound, losses, 0.0).sum() / sound.sum().clamp(min=1)
+
+    def _refuse_nan(self, values: Tensor, what: str, epoch: int) -> None:
+        if not values.detach().isfinite().all():
+            raise DivergenceError(
+                f"training diverged: {what} hold NaN or inf in epoch {epoch}. Lower train.lr={self.cfg.train.lr} or "
+                f"change train.loss_scale={self.cfg.train.loss_scale}; metrics until epoch {epoch - 1} are kept."
+            )
+
+    @torch.no_grad()
+    def _evaluate(self, epoch: int, split: str) -> Row:
+        self.model.eval()
+        samples = self.task.splits[split]
+        parts = samples["inputs"].split(250)[: 1 if self.task.shared else None]
+        outputs = torch.cat([self.model(self._prepared(part)) for part in parts])
+        self._refuse_nan(outputs, "predictions", epoch)
+        metrics = self.task.metrics(outputs, samples)
+        if self.backend.trains_on == "prediction":
+            loss = float(self.task.prediction_losses(outputs, samples).mean())
+        else:
+            loss = self.cfg.train.loss_scale * metrics[self.task.objective]
+        return {"epoch": epoch, "split": split, **metrics, "loss": loss, "samples": len(samples["inputs"])}
+
+
+def _brief(rows: list[Row]) -> str:
+    """Return what fits beside a progress bar."""
+    val = next(row for row in rows if row["split"] == "val")
+    if "regret_percent" in val:
+        return f"val regret {val['regret_percent']:.2f}%"
+    return " ".join(f"val {name} {val[name]:.4g}" for name in ("regret", "mse", "top1", "top5") if name in val)
+
+
+def _line(epoch: int, epochs: int, rows: list[Row]) -> str:
+    row: dict[str, Any] = {f"{r['split']} {k}": v for r in rows for k, v in r.items()}
+    shown = [("train loss", ".4g"), ("val regret_percent", ".3f"), ("test regret_percent", ".3f"), ("test mse", ".3g")]
+    shown += [("train top5", ".1f"), ("test top1", ".1f"), ("test top5", ".1f")]
+    values = [f"{name.replace('_percent', ' %')} {row[name]:{form}}" for name, form in shown if name in row]
+    seconds = f"{row['train seconds_epoch']:.1f} s" if "train seconds_epoch" in row else "before training"
+    return f"epoch {epoch}/{epochs}: {', '.join(values)} ({seconds})"

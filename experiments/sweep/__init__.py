@@ -1,0 +1,1 @@
+"""Many runs: studies, the pool of worker processes, Slurm and searches."""

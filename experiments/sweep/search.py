@@ -1,0 +1,50 @@
+"""Hyper-parameter search by Hydra's Optuna sweeper: where its trials are kept, and its best configuration as a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf
+
+from experiments.run import configuration, folders
+
+
+class Search(Callback):
+    """Wraps a search: makes the folder of its storage before, writes conf/tuned/<study_name>.yaml after."""
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        """Make the folder; exit where the storage holds trials of a search that fixed other values.
+
+        SystemExit, because Hydra turns any other error of a callback into a warning.
+        """
+        folder = Path(config.hydra.sweep.dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        fixed = {"fixed": sorted(config.hydra.overrides.task)}
+        record = folder / "fixed.yaml"
+        if record.is_file() and OmegaConf.load(record) != OmegaConf.create(fixed):
+            raise SystemExit(
+                f"error: hydra.sweeper.study_name={config.hydra.sweeper.study_name}: its trials are of another search, "
+                f"with {OmegaConf.load(record).fixed}; name this one: hydra.sweeper.study_name=..."
+            )
+        OmegaConf.save(OmegaConf.create(fixed), record)
+
+    def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
+        """Write the best parameters of the storage as a file for +tuned=<study_name>."""
+        found = OmegaConf.load(Path(config.hydra.sweep.dir) / "optimization_results.yaml")
+        path = write_tuned(config.hydra.sweeper.study_name, found.best_params, found.best_value)
+        print(f"Best validation {found.best_value:.6g}; use it with: +tuned={path.stem}")
+
+
+def write_tuned(name: str, params: DictConfig, value: float) -> Path:
+    """Write conf/tuned/<name>.yaml, which sets `params`, a choice of a group or a value each; return its path."""
+    groups = [key for key in params if (configuration.CONF / key).is_dir()]
+    content = OmegaConf.create({"defaults": [{f"override /{group}": params[group]} for group in groups]})
+    for key in params.keys() - groups:
+        OmegaConf.update(content, key, params[key])
+    path = configuration.CONF / "tuned" / f"{name}.yaml"
+    path.parent.mkdir(exist_ok=True)
+    header = f"# @package _global_\n# The best of a search: {value:.6g} on validation.\n"
+    folders.write_atomically(path, header + OmegaConf.to_yaml(content, sort_keys=True))
+    return path
