@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("qpsolvers")
 pytest.importorskip("scipy")
 pytest.importorskip("cvxpy")

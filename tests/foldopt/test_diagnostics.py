@@ -178,6 +178,7 @@ def test_float32_layers_are_judged_by_their_own_precision():
     assert report.ok, str(report)
 
 
+@pytest.mark.slow
 def test_the_root_cause_comes_first():
     """Of a sample without a solution or without a derivative, before what follows from it."""
     eye, zeros = torch.eye(2, dtype=F64), torch.zeros(2, dtype=F64)

@@ -54,6 +54,7 @@ def solve_lasso(A, b, w):
     return x
 
 
+@pytest.mark.slow
 def test_proximal_gradient_on_the_lasso_of_first_and_second_order():
     g = torch.Generator().manual_seed(0)
     A = torch.randn(6, 4, generator=g, dtype=F64).requires_grad_()

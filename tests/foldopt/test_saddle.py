@@ -122,6 +122,7 @@ def test_a_matrix_that_is_not_symmetric_counts_by_its_symmetric_part():
     torch.testing.assert_close(gradient, gradient.T)
 
 
+@pytest.mark.slow
 def test_second_derivatives_by_differences():
     data = [t.detach() for t in quadratic_programs(B=3, n=6, m=3, k=1)]
     Q, p, G, h, A, b = data

@@ -104,6 +104,7 @@ def test_gradients_are_those_of_finite_differences(name):
     torch.testing.assert_close((grad * direction).sum(), (ends[0] - ends[1]) / (2 * eps), rtol=1e-7, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_higher_derivatives_and_transforms():
     dense, _, c = problem("curved equalities", n=6, batch=2)
     plain = c.detach()
@@ -193,6 +194,7 @@ def outcome(layer, params, which, weights):
     return None, torch.cat([g.flatten() for g in found if g is not None])
 
 
+@pytest.mark.slow
 def test_no_derivative_is_claimed_that_the_dense_layer_refuses():
     """Nor another one. Curved rows are among the degenerate ones here."""
     kinds = []
@@ -575,6 +577,7 @@ for grad, expected in zip(found, membrane.gradients(exact, held, g)):
 """
 
 
+@pytest.mark.slow
 def test_10000_variables_take_memory_for_the_factors_only(request):
     """The Hessian alone would take 800 MB as a dense matrix, and the Jacobian again."""
     script = LARGE.format(root=str(request.config.rootpath))

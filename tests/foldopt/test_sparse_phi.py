@@ -424,6 +424,7 @@ assert layer.last.backward.method == "direct"
 """
 
 
+@pytest.mark.slow
 def test_a_state_of_20000_numbers_takes_memory_for_its_factors_only(request):
     """A dense Phi of one sample would take 3.2 GB; the factors of both samples have some 2 million entries."""
     script = LARGE.format(root=str(request.config.rootpath))

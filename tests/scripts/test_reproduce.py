@@ -15,6 +15,8 @@ from experiments.sweep import studies
 from experiments.sweep.pool import Report
 from foldopt.errors import InputError
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 
 

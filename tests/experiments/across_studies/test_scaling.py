@@ -11,6 +11,8 @@ from experiments.report.artifacts import Artifacts
 from experiments.report.measurements import in_own_process
 from experiments.report.outputs import Measurement
 
+pytestmark = pytest.mark.slow
+
 
 def law(backend, exponent, values, least=1e6):
     rows = [

@@ -21,6 +21,8 @@ from foldopt.errors import KinkError
 from scripts import bench_qp
 from tests.experiments.benchmark.small_collection import write_small
 
+pytestmark = pytest.mark.slow
+
 DATA = Path(__file__).parents[3].parent / "shared" / "maros_meszaros"
 has_data = pytest.mark.skipif(
     not DATA.is_dir(), reason="the Maros-Meszaros problems are not there: ../shared/maros_meszaros"

@@ -22,6 +22,8 @@ from experiments.sweep.metrics import MissingRunsError
 from experiments.sweep.studies import StudyRun
 from foldopt.errors import InputError
 
+pytestmark = pytest.mark.slow
+
 SMALL = ["task=bilinear", "task.n_variables=8", "task.n_train=40", "task.n_val=8", "task.n_test=8"]
 
 

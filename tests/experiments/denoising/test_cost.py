@@ -13,6 +13,8 @@ from experiments.report.outputs import Measurement
 from experiments.sweep.studies import load
 from foldopt.errors import InputError
 
+pytestmark = pytest.mark.slow
+
 PLACE = ["task=denoising", "model=operator", "task.length=30", "task.weight=0.7", "task.low=-3", "task.high=3"]
 SMALL = [*PLACE, "task.noise=1", "task.n_train=64", "task.n_val=16", "task.n_test=16", "backend=fold"]
 

@@ -21,6 +21,8 @@ from experiments.sweep import studies
 from experiments.sweep.metrics import MissingRunsError, collect
 from experiments.sweep.studies import StudyRun
 
+pytestmark = pytest.mark.slow
+
 TASK = {"n_train": 64, "n_test": 32, "length": 30}
 CONFIG = OmegaConf.create({"task": TASK, "train": {"epochs": 2}})
 

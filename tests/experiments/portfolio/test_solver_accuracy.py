@@ -8,6 +8,8 @@ from experiments.report.artifacts import Artifacts
 from experiments.report.outputs import Measurement
 from foldopt.errors import InputError
 
+pytestmark = pytest.mark.slow
+
 
 def test_errors_are_relative_to_the_exact_layer():
     problem = PortfolioProblem(torch.eye(2), 0.9)

@@ -27,6 +27,8 @@ from experiments.sweep.studies import StudyRun
 from foldopt.errors import InputError
 from tests.drawn import properties
 
+pytestmark = pytest.mark.slow
+
 QUICK = ["task.n_train=16", "task.n_val=4", "task.n_test=4", "train.epochs=3", "train.batch_size=8", "device=cpu"]
 RUNS = 26  # of two kills each
 parts = st.floats(0, 1)

@@ -27,6 +27,8 @@ from experiments.run.trainer import Trainer
 from experiments.sweep import studies
 from tests.experiments.run import wandb_files
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[3]
 
 

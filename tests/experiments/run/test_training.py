@@ -52,6 +52,7 @@ def test_a_run_leaves_metrics_summary_config_and_log(tiny, console, untimed):
     assert "Nothing to do: this run is finished" in console.file.getvalue()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("model", ["mlp", "mlp_bn"])
 def test_the_same_configuration_gives_the_same_numbers(tiny, console, untimed, tmp_path, model, threads):
@@ -103,6 +104,7 @@ def uninterrupted(tmp_path_factory):
     return next((path / "runs").glob("*/*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_stopped_run_ends_with_the_numbers_of_one_never_stopped(tmp_path, uninterrupted, untimed, number, code):
     process = subprocess.Popen(command(tmp_path, "runs"), stdout=subprocess.PIPE, text=True)

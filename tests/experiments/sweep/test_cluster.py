@@ -19,7 +19,7 @@ from tests.experiments.sweep import local_slurm
 from tests.experiments.sweep.local_slurm import LocalSlurm
 
 ROOT = Path(__file__).resolve().parents[3]
-pytestmark = pytest.mark.xdist_group("slurm")
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("slurm")]
 
 SIZES = ["task.n_val=16", "task.n_test=32"]
 STUDIES = {

@@ -17,6 +17,8 @@ from experiments.sweep.progress import TimeEstimate, duration
 from experiments.sweep.studies import StudyRun
 from foldopt.errors import InputError
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[3]
 
 FAKE_RUN = """

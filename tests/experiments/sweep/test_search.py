@@ -15,6 +15,8 @@ from hydra.core.override_parser.types import ChoiceSweep
 from experiments.run import configuration, folders
 from experiments.sweep.search import write_tuned
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[3]
 TINY = ["backend=two_stage", "task.n_train=32", "task.n_val=8", "task.n_test=8", "train.epochs=1"]
 

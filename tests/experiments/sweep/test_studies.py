@@ -123,6 +123,7 @@ def test_two_runs_of_one_configuration_are_refused():
         studies.expand(studies.parse(raw, "tiny.yaml"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", studies.names())
 @pytest.mark.parametrize("profile", studies.PROFILES)
 def test_every_study_composes_in_every_profile(name, profile):

@@ -10,6 +10,8 @@ import torch
 import foldopt
 from foldopt.errors import DegenerateError, SolverError
 
+pytestmark = pytest.mark.slow
+
 F64 = torch.float64
 STEPS = (1e-5, 2e-5, 4e-5)
 

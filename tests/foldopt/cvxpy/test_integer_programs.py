@@ -11,6 +11,8 @@ import foldopt
 from experiments.benchmark.integer_sweep import sample
 from foldopt.errors import DegenerateError
 
+pytestmark = pytest.mark.slow
+
 F64 = torch.float64
 
 

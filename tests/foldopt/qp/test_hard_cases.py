@@ -915,6 +915,7 @@ def same(found, expected, atol=1e-13):
         torch.testing.assert_close(a, b, rtol=0, atol=atol * (1 + float(b.nan_to_num().abs().max())), equal_nan=True)
 
 
+@pytest.mark.slow
 @properties
 @given(seed=seeds, place=st.integers(0, 8), cause=st.sampled_from(sorted(BAD)))
 def test_a_bad_sample_changes_nothing_for_the_others(seed, place, cause):
@@ -932,6 +933,7 @@ def test_a_bad_sample_changes_nothing_for_the_others(seed, place, cause):
     assert all((part[place] == 0).all() for part in found[1:])
 
 
+@pytest.mark.slow
 @properties
 @given(seed=seeds)
 def test_the_size_of_a_batch_changes_nothing(seed):

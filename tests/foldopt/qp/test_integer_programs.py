@@ -43,6 +43,8 @@ from experiments.benchmark.integer_sweep import (
     together,
 )
 
+pytestmark = pytest.mark.slow
+
 HALF = Fraction(1, 2)
 EYE = ((1, 0), (0, 1))
 NONE = ((0, 0), (0, 0))

@@ -161,6 +161,7 @@ class SparseLayer(foldopt.QPLayer):
 FOUND = integer_sweep.samples(70_000, 90, 12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("asked_for", ["p", "right-hand sides"])
 @pytest.mark.parametrize("batched", [False, True], ids=["single", "batches"])
 def test_integer_programs_whose_truth_is_exact(asked_for, batched, monkeypatch):

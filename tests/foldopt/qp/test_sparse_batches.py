@@ -18,6 +18,8 @@ from foldopt import errors
 from tests.foldopt.qp.programs import F64, Program, clarabel, exact, stacked, truth
 from tests.foldopt.qp.sparse import LAYOUTS, MATRICES, all_sparse, asked, call, densely, sparse
 
+pytestmark = pytest.mark.slow
+
 B, N = 32, 6
 BAD = {"infeasible": 3, "unbounded": 11, "nonconvex": 20}
 CAUSES = {
