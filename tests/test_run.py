@@ -102,6 +102,7 @@ def test_errors_come_without_a_traceback_and_with_an_exit_code(tmp_path):
     assert "two_stage" in unknown.stderr
 
 
+@pytest.mark.slow
 def test_a_sweep_runs_every_combination(tmp_path):
     done = run("-m", "backend=two_stage", "seed=0,1", *TINY, f"paths.runs={tmp_path}")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -125,6 +126,7 @@ def mine(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chosen", ["task=mine", "task=mine model=mine backend=mine", "model=mine"])
 def test_a_task_a_model_and_a_backend_from_outside(mine, chosen):
     common = ["train.epochs=2", "tracking.mode=disabled", f"paths.runs={mine / 'runs'}", *chosen.split()]

@@ -92,6 +92,7 @@ def test_tangents_against_central_differences_of_the_solver(case):
     assert float(((tangent - narrow).norm(dim=1) / size)[smooth].max()) < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [name for name, row in CASES.items() if row.unrolled])
 def test_gradients_against_a_long_unroll(case):
     row = CASES[case]

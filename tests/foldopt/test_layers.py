@@ -58,6 +58,7 @@ def test_nlp_layer_against_differences_and_the_kkt_system(make):
         torch.testing.assert_close(mine, other, rtol=1e-6, atol=1e-6 * float(other.abs().max()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", ["sqp", "slsqp", "trust-constr", "function"])
 @pytest.mark.filterwarnings("ignore:delta_grad == 0.0")
 def test_any_black_box_will_do(solver):

@@ -78,6 +78,7 @@ def test_enumeration_is_best_response_of_both_blocks_and_any_batch_is_its_parts(
     assert len(problem.vertex(c[:0], d[:0]).value) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kappa", [0.25, 0.5])
 def test_the_smoothed_solver_finds_gurobis_certified_optimum(kappa):
     """60 instances each; certified means that Gurobi's bound is within 1e-4 of our value."""

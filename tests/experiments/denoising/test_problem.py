@@ -164,6 +164,7 @@ def assert_differences(layer, params, i, g):
     assert float((mine * direction).sum()) == pytest.approx(float((weighted * narrow).sum()), rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("low", "high", "noise", "weight"), SCALES)
 def test_gradients_of_signals_of_the_study_against_differences_and_qpth(low, high, noise, weight):
     """Length 100, every scale. qpth solves the dual: unlike (33) it is strictly convex and needs no ridge."""

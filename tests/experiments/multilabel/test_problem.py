@@ -51,6 +51,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("k", [1, 2, 5, 20])
 @pytest.mark.parametrize("case", CASES)
 def test_the_closed_form_has_all_digits(case, k):

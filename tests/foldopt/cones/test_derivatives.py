@@ -86,6 +86,7 @@ def test_repeated_eigenvalues_do_not_matter():
         assert gradgradcheck(cone.project, v.requires_grad_())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dual", [False, True])
 def test_autograd_and_torch_func_to_second_order(dual):
     cone = ProductCone(MIXED).dual() if dual else ProductCone(MIXED)

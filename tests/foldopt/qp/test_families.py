@@ -263,6 +263,7 @@ FAULTS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "shape", "spoil", "cause"), FAULTS)
 def test_infeasible_and_unbounded_instances_are_named_and_leave_the_others_alone(name, shape, spoil, cause):
     bad = (0, 7, 8, 24)

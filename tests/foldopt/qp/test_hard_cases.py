@@ -544,6 +544,7 @@ def test_the_flow_conservation_of_a_network_is_differentiated_whatever_the_piece
     close(gradients["p"], expected.gradient(weight))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [F32, F64])
 @pytest.mark.parametrize("ridge", [0.0, 1.0])
 def test_shortest_paths_on_a_grid_are_all_solved(ridge, dtype):

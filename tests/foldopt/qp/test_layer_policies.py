@@ -75,6 +75,7 @@ def same(found, expected, tol=1e-14):
     torch.testing.assert_close(found, expected, rtol=0, atol=atol if expected.dtype == F64 else 1e-6 * (atol / tol))
 
 
+@pytest.mark.slow
 @DTYPES
 @pytest.mark.parametrize("causes", [("infeasible",), ("unbounded",), ("nonconvex",), ("unbounded", "infeasible")])
 @pytest.mark.parametrize("policy", ["nan", "zero", "warn", "raise"])
