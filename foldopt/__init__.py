@@ -10,14 +10,16 @@ the docstrings are the paper's.
 """
 
 from foldopt import diagnostics, errors, linear_solve, projections, prox, updates, verdicts
+from foldopt._certificates import FoldInfo
+from foldopt._fold import Implicit, fold, unfold, unroll
+from foldopt._implicit import fixed_point_jvp, fixed_point_vjp
+from foldopt._layer import FixedPointLayer
+from foldopt._unrolled import Unrolled
 from foldopt.cvxpy.layer import CvxpyLayer
 from foldopt.diagnostics import check
-from foldopt.fixed_point import FoldInfo, fixed_point_vjp
-from foldopt.fold import FoldedLayer, fold
 from foldopt.layers import NLPLayer, f_fdpg, f_pgd_a, f_pgd_b, f_sqp
 from foldopt.qp.layer import QPLayer
 from foldopt.sparsity import Sparsity
-from foldopt.unroll import unfold, unroll
 from foldopt.updates import ADMM, SQP, DualProximalGradient, ProjectedGradient, ProximalGradient, SmoothProgram
 
 __all__ = [
@@ -25,14 +27,16 @@ __all__ = [
     "SQP",
     "CvxpyLayer",
     "DualProximalGradient",
+    "FixedPointLayer",
     "FoldInfo",
-    "FoldedLayer",
+    "Implicit",
     "NLPLayer",
     "ProjectedGradient",
     "ProximalGradient",
     "QPLayer",
     "SmoothProgram",
     "Sparsity",
+    "Unrolled",
     "check",
     "diagnostics",
     "errors",
@@ -40,6 +44,7 @@ __all__ = [
     "f_pgd_a",
     "f_pgd_b",
     "f_sqp",
+    "fixed_point_jvp",
     "fixed_point_vjp",
     "fold",
     "linear_solve",

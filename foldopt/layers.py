@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from foldopt._certificates import FoldInfo
+from foldopt._fold import fold
+from foldopt._layer import FixedPointLayer
 from foldopt.checks import require_whole
 from foldopt.errors import InputError
-from foldopt.fixed_point import FoldInfo
-from foldopt.fold import FoldedLayer, fold
 from foldopt.solvers import scipy_nlp
 from foldopt.solvers.multipliers import recover_multipliers
 from foldopt.solvers.nlp import solve_nlp
@@ -34,7 +35,7 @@ def f_pgd_a(
     solve: Callable[..., Tensor],
     stepsize: float,
     **options: Any,
-) -> FoldedLayer:
+) -> FixedPointLayer:
     """f-PGDa: projected gradient on a polyhedron, the projection and its derivative by qpth (paper section 6).
 
     Args:
@@ -59,7 +60,7 @@ def f_pgd_b(
     solve: Callable[..., Tensor],
     stepsize: float,
     **options: Any,
-) -> FoldedLayer:
+) -> FixedPointLayer:
     """f-PGDb: projected gradient whose projection is itself a folded ADMM, `ADMMLayer` (paper section 6).
 
     Nested folding: the update step contains a folded layer. Arguments as for `f_pgd_a`.
@@ -123,7 +124,7 @@ def f_sqp(
     on_failure: str = "raise",
     sparsity: bool | Sparsity = False,
     **options: Any,
-) -> FoldedLayer:
+) -> FixedPointLayer:
     """f-SQP: any smooth program, solved by any black box, folded through one SQP step (paper section 6, eqs. 31-32).
 
     Args:

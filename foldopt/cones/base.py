@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from foldopt._compat import outer_tangents, plain, through_autograds_vmap
 from foldopt.checks import require_finite
 from foldopt.errors import FoldoptError, InputError
-from foldopt.transforms import outer_tangents, plain, through_autograds_vmap
 
 Split = tuple[Tensor, Tensor]
 LARGEST_EXPONENT = 1000  # 2 to this power and its inverse are normal float64 numbers

@@ -10,6 +10,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from foldopt._certificates import FoldInfo
+from foldopt._fold import Implicit
+from foldopt._layer import FixedPointLayer
 from foldopt.affine import SparseMap
 from foldopt.conic.form import Data, Form, Program
 from foldopt.conic.newton import ConeNewton, ConeState
@@ -18,9 +21,6 @@ from foldopt.conic.polish import polish
 from foldopt.cvxpy.canonical import Canonical, Input
 from foldopt.cvxpy.solver import FAILED, INFEASIBLE, NONCONVEX, SOLVED, UNBOUNDED
 from foldopt.errors import InfeasibleError, LimitError, NonconvexError, SolverError, UnboundedError
-from foldopt.fixed_point import FoldInfo
-from foldopt.fold import FoldedLayer
-from foldopt.linear_solve import linear_solver
 from foldopt.qp.engine import STATUS, solve
 from foldopt.qp.program import Program as QuadraticProgram
 from foldopt.step import Tensors
@@ -80,13 +80,15 @@ class Stack:
         return torch.cat([*(params[i].expand(B, -1) for i in self.order), one], 1)
 
 
-class ConicEngine(FoldedLayer):
+class ConicEngine(FixedPointLayer):
     """The folded layer of (x, y), multipliers in the dual cone: ``engine(*params) -> (x, y)``, (B, n) and (B, m).
 
     solvers: see `Front`; each is asked about the samples that those before it did not solve. read: (n,) bool, the
     entries of x that outputs are made of. warm_start: begin at the solution of the last call, and ask the solvers only
     about samples where Newton steps from there do not end in one.
     """
+
+    checks_finite = False  # the parameters' values have been looked at
 
     def __init__(
         self,
@@ -104,9 +106,7 @@ class ConicEngine(FoldedLayer):
         self.absolute = self.map.transposed.size
         nan = "nan" in (degenerate, on_failure)
         newton = ConeNewton(self.form, self._theta, self._pulled, read, nan, canonical.row_name)
-        super().__init__(
-            self._solved, newton, linear_solver=linear_solver("auto"), degenerate=degenerate, on_failure=on_failure
-        )
+        super().__init__(self._solved, newton, Implicit(degenerate=degenerate), on_failure=on_failure)
         self.newton, self.call = newton, _Call()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -114,9 +114,6 @@ class ConicEngine(FoldedLayer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__({**state, "call": _Call()})
-
-    def require(self, params: Tensors) -> None:
-        """Do nothing: the parameters' values have been looked at."""
 
     def certify(self, state: Tensors, stepped: Tensors) -> FoldInfo:
         """Return the certificates of the polished solutions; `_solved` has applied the policy."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from foldopt._compat import plain
 from foldopt.batched import lu_factor, matvec
 from foldopt.errors import InputError
 from foldopt.qp.activity import activity, complemented
@@ -18,7 +19,6 @@ from foldopt.qp.program import Program, equilibrate, residual, sizes
 from foldopt.qp.systems import System, solved
 from foldopt.solvers.interior_point import largest
 from foldopt.solvers.qp import QPSolution, _kkt_matrix, solve_qp
-from foldopt.transforms import plain
 from foldopt.updates.kept import Kept
 from foldopt.updates.newton import Judge, Point
 from foldopt.verdicts import DEPENDENT, DIFFERENTIABLE, Verdict, require_policy

@@ -13,7 +13,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import foldopt
 from foldopt import errors
-from foldopt.fixed_point import FixedPoint
+from foldopt._implicit import FixedPoint
 from foldopt.linear_solve import GMRES, LFPI, SOLVERS, WarmStart
 from tests.foldopt.steps import F64, heron, iterate, problem, tanh_step
 
