@@ -14,13 +14,15 @@ from foldopt._certificates import FoldInfo
 from foldopt._fold import Implicit, fold, unfold, unroll
 from foldopt._implicit import fixed_point_jvp, fixed_point_vjp
 from foldopt._layer import FixedPointLayer
+from foldopt._sparsity import Sparsity
 from foldopt._unrolled import Unrolled
 from foldopt.cvxpy.layer import CvxpyLayer
 from foldopt.diagnostics import check
 from foldopt.layers import NLPLayer, f_fdpg, f_pgd_a, f_pgd_b, f_sqp
-from foldopt.qp.layer import QPLayer
-from foldopt.sparsity import Sparsity
+from foldopt.qp._layer import QPLayer
 from foldopt.updates import ADMM, SQP, DualProximalGradient, ProjectedGradient, ProximalGradient, SmoothProgram
+
+__version__ = "0.1.0"
 
 __all__ = [
     "ADMM",

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, TypedDict, cast
 
 import torch
 from torch import Tensor, nn
@@ -122,6 +122,17 @@ class CallPoint(FixedPoint):
                 return method(*args, *more, state, *params)
 
         return closed_form
+
+
+class FoldOptions(TypedDict, total=False):
+    """What ready layers hand on to `fold`."""
+
+    linear_solver: str | LinearSolver
+    tol: float | None
+    on_failure: str
+    degenerate: str
+    dtype: torch.dtype | None
+    modules: Iterable[nn.Module]
 
 
 def fold(

@@ -19,8 +19,8 @@ from foldopt._certificates import FoldInfo, apply_policy, masked, patched
 from foldopt._compat import plain, transforming
 from foldopt.errors import LinearSolveError
 from foldopt.linear_solve import LinearSolveInfo, LinearSolver, Phi
-from foldopt.linear_solve.base import Iterative, Product
-from foldopt.linear_solve.dense import compared
+from foldopt.linear_solve._base import Iterative, Product
+from foldopt.linear_solve._dense import compared
 from foldopt.step import Recorded, StepFunction, StepJVP, StepVJP, Tensors, flatten, record, unflatten
 from foldopt.transforms import Opaque, Pullback, Pushforward, differentiable, looped, pulled_back, pushed_forward
 from foldopt.verdicts import Verdict

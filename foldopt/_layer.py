@@ -99,6 +99,17 @@ class FixedPointLayer(nn.Module):
         return info
 
 
+class LayerAround(nn.Module):
+    """A layer around another, ``layer.fold``, whose certificates are its own."""
+
+    fold: FixedPointLayer
+
+    @property
+    def last(self) -> FoldInfo | None:
+        """The certificates of the last call."""
+        return self.fold.last
+
+
 class LayerCall:
     """One call of a layer: its tensors, and the solver and the step as functions of them.
 

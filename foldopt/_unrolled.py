@@ -15,7 +15,7 @@ from foldopt._layer import TOLERANCE, LayerCall
 from foldopt.checks import require_whole
 from foldopt.errors import FixedPointError, LinearSolveError
 from foldopt.linear_solve import LinearSolveInfo
-from foldopt.linear_solve.base import relative
+from foldopt.linear_solve._base import relative
 from foldopt.step import Tensors, flatten, unflatten
 
 

@@ -16,6 +16,17 @@ from torch import Tensor
 from foldopt._compat import transforming
 from foldopt.errors import InputError
 
+__all__ = [
+    "NONFINITE_ALLOWED",
+    "WORDS",
+    "is_certified",
+    "nonfinite_allowed",
+    "require_finite",
+    "require_positive",
+    "require_type",
+    "require_whole",
+]
+
 WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", types.NoneType: "null"}
 NONFINITE_ALLOWED = ContextVar("nonfinite_allowed", default=False)
 

@@ -20,8 +20,25 @@ from foldopt._layer import TOLERANCE, FixedPointLayer, LayerCall
 from foldopt.checks import require_whole
 from foldopt.errors import InputError
 from foldopt.linear_solve import LFPI, SOLVERS, Direct, LinearSolveInfo
-from foldopt.linear_solve.phi import Phi
+from foldopt.linear_solve._phi import Phi
 from foldopt.step import Recorded, StepFunction, StepVJP, Tensors, as_tuple, flatten, record, unflatten, vjp_of
+
+__all__ = [
+    "BackwardTrace",
+    "GradientCheck",
+    "Report",
+    "StepsizeRow",
+    "agreement",
+    "backward_trace",
+    "check",
+    "spectral_radius",
+    "stepsize_study",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
 
 ASSEMBLED = 400  # columns up to which Phi is assembled where it is multiplied with hundreds of times
 

@@ -25,6 +25,12 @@ from foldopt.errors import InfeasibleError, InputError
 from foldopt.solvers.qp import solve_qp
 from foldopt.transforms import opaque
 
+__all__ = ["affine", "box", "capped_simplex", "half_space", "polyhedron", "second_order_cone", "simplex"]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
 
 class _OnValues(torch.autograd.Function):
     """``_require`` on plain values; the dimensions that vmap maps over come first, the outermost before the others."""

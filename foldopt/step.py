@@ -14,7 +14,23 @@ from torch import Tensor, nn
 
 from foldopt._compat import parameters_replaced, wrapped_by_func
 from foldopt.errors import UndeclaredParameterError
-from foldopt.linear_solve.base import Product
+from foldopt.linear_solve._base import Product
+
+__all__ = [
+    "Modules",
+    "Recorded",
+    "State",
+    "StepFunction",
+    "StepJVP",
+    "StepVJP",
+    "Tensors",
+    "as_tuple",
+    "flatten",
+    "pushforward",
+    "record",
+    "unflatten",
+    "vjp_of",
+]
 
 Tensors = tuple[Tensor, ...]
 State = Tensor | Tensors

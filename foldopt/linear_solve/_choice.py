@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from foldopt.errors import InputError
-from foldopt.linear_solve.base import VJP, LinearSolveInfo, LinearSolver, Product, relative
-from foldopt.linear_solve.dense import Direct, LeastSquares, gigabytes, require_room
-from foldopt.linear_solve.iteration import LFPI, Anderson
-from foldopt.linear_solve.krylov import GMRES, BiCGSTAB
-from foldopt.linear_solve.phi import Phi
+from foldopt.linear_solve._base import VJP, LinearSolveInfo, LinearSolver, Product, relative
+from foldopt.linear_solve._dense import Direct, LeastSquares, gigabytes, require_room
+from foldopt.linear_solve._iteration import LFPI, Anderson
+from foldopt.linear_solve._krylov import GMRES, BiCGSTAB
+from foldopt.linear_solve._phi import Phi
 
 SINGULAR = (
     "Check that the fixed point is locally unique; choose linear_solver='least_squares', which takes the nearest to a "

@@ -16,9 +16,9 @@ from foldopt._fold import Implicit
 from foldopt._layer import FixedPointLayer
 from foldopt.errors import InfeasibleError, InputError, LimitError, NonconvexError, SolverError, UnboundedError
 from foldopt.linear_solve import LinearSolver
-from foldopt.qp.arguments import Given, arguments
-from foldopt.qp.closest import shifted
-from foldopt.qp.engine import (
+from foldopt.qp._arguments import Given, arguments
+from foldopt.qp._closest import shifted
+from foldopt.qp._engine import (
     CURVATURE,
     GOOD,
     INFEASIBLE,
@@ -30,11 +30,11 @@ from foldopt.qp.engine import (
     Solution,
     solve,
 )
-from foldopt.qp.front import Front
+from foldopt.qp._front import Front
+from foldopt.qp._program import Program
+from foldopt.qp._structure import Structure
+from foldopt.qp._systems import Schur
 from foldopt.qp.matrix import SparseMatrix, dense
-from foldopt.qp.program import Program
-from foldopt.qp.structure import Structure
-from foldopt.qp.systems import Schur
 from foldopt.solvers.qp_solvers import QPSolver
 from foldopt.solvers.saddle import Saddle
 from foldopt.step import Tensors
@@ -88,7 +88,7 @@ class QPLayer(nn.Module):
     argument.
 
     ``layer.last`` holds per sample: ``status`` ("solved", "infeasible", ...), ``residual`` (worst relative violation of
-    the KKT conditions), ``ok``, and after a backward pass ``verdict`` ("differentiable", "kink", "not unique",
+    the KKT conditions), ``solved``, and after a backward pass ``verdict`` ("differentiable", "kink", "not unique",
     "dependent rows"). ``layer.fold`` is the folded layer of the state (x, y).
 
     Raises InputError for arguments that do not fit, and the errors of the two policies.

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from foldopt._compat import batched_by_autograd, untransformed, wrapped_by_func
 from foldopt.errors import InputError
+from foldopt.qp._program import Program
 from foldopt.qp.matrix import Pattern, SparseMatrix
-from foldopt.qp.program import Program
 
 LAYOUTS = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from foldopt.errors import InputError
-from foldopt.linear_solve.phi import Phi
+from foldopt.linear_solve._phi import Phi
 
 VJP = Callable[[Tensor], Tensor]
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from foldopt.batched import lu_factor, matvec
-from foldopt.linear_solve.sparse import SHIFT, SparsePhi
+from foldopt.linear_solve._sparse import SHIFT, SparsePhi
 
 Inverse = Callable[[Tensor, bool], Tensor | None]
 
