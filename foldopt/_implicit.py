@@ -234,7 +234,7 @@ class Linear(FixedPoint):
         if not isinstance(self.solver, Iterative):
             phi = of.phi(recorded).transposed() if self.forward_mode else of.phi(recorded)
         y, info = self.solver(product, r, phi)
-        self.certificate = info = compared(info, phi, y, product) if of.has_jacobian else info
+        self.certificate = info = compared(info, phi, y, product.answer) if of.has_jacobian else info
         self.keep = keep
         if not (every and info.ok.all()):
             y = self._judge_solution(y, info)
