@@ -4,7 +4,8 @@
 fixed point of. `QPLayer` (convex quadratic programs), `NLPLayer` (any smooth program, convex or not), `f_sqp`,
 `f_pgd_a`, `f_pgd_b` and `f_fdpg` come with their step; `updates`, `projections` and `prox` are the parts to make others
 of, and `linear_solve` solves for the cotangent. `verdicts` says of each sample whether its derivative exists, and why
-not; ``check(layer, *params)`` reports whether a layer is right. `unroll` and `unfold` are the baselines. See
+not; ``check(layer, *params)`` reports whether a layer is right. `unroll` and `unfold` are the baselines. All three are
+`FixedPointLayer`, with an `Implicit` or `Unrolled` that says how it is differentiated. See
 "Backpropagation of Unrolled Solvers with Folded Optimization" (Kotary, Dinh and Fioretto, 2023); equation numbers in
 the docstrings are the paper's.
 """

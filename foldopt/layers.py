@@ -239,8 +239,8 @@ class NLPLayer(LayerAround):
         degenerate, on_failure, linear_solver, tol, modules: as for `f_sqp`.
 
     A program of several local minima has the derivative of the one that the solver found. ``layer.last`` holds the
-    certificates: ``status``, ``residual``, ``ok`` and after a backward pass ``verdict``; `layer.multipliers` the
-    (nu, lam) of the last call.
+    certificates: ``status``, ``residual``, ``solved``, ``ok``, after a backward pass ``verdict``; `layer.multipliers`
+    the (nu, lam) of the last call.
     """
 
     def __init__(

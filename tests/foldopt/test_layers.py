@@ -8,6 +8,7 @@ import torch
 import foldopt
 from foldopt import NLPLayer, QPLayer, f_fdpg, f_pgd_a, f_pgd_b
 from foldopt.errors import FixedPointError, InputError, KinkError, MissingDependencyError
+from foldopt.layers import ADMMLayer
 from foldopt.prox import soft_threshold
 from tests.foldopt.programs import (
     F64,
@@ -275,6 +276,17 @@ def test_fdpg_layer_on_fused_signals_and_the_dual_of_a_primal():
     grad_d, grad_weight = torch.autograd.grad(x[:, 0].sum(), (d, weight))
     torch.testing.assert_close(grad_d, torch.tensor([[1.0, 0.0], [0.5, 0.5]], dtype=F64))
     assert float(grad_weight) == pytest.approx(-1.0)
+    assert layer.last is layer.fold.last
+    assert layer.last.ok.tolist() == [True, True]
+
+
+def test_a_layer_inside_of_a_step_has_its_certificates_too():
+    params = [p.double() for p in polyhedral(batch=4)]
+    layer = ADMMLayer()
+    assert layer.last is None
+    layer(*params)
+    assert layer.last.ok.shape == layer.last.solved.shape == (4,)
+    assert layer.last.ok.all()
 
 
 def test_admm_recovers_its_dual_from_a_primal_solution():
