@@ -297,7 +297,7 @@ def test_no_error_but_foldopts_own_leaves_the_layer(seed, on_failure, degenerate
             gradients = torch.autograd.grad(x.sum(), list(leaves.values()), allow_unused=True, materialize_grads=True)
         except errors.FoldoptError:
             return
-    ok = layer.last.ok
+    ok = layer.last.solved
     assert x[ok].isfinite().all()
     assert x[~ok].isnan().all()
     assert set(layer.last.status) <= {"solved", "infeasible", "unbounded", "nonconvex", "limit reached"}
