@@ -10,10 +10,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from foldopt._affine import SparseMap
 from foldopt._certificates import FoldInfo
 from foldopt._fold import Implicit
 from foldopt._layer import FixedPointLayer
-from foldopt.affine import SparseMap
 from foldopt.conic.form import Data, Form, Program
 from foldopt.conic.newton import ConeNewton, ConeState
 from foldopt.conic.point import Point
@@ -21,8 +21,8 @@ from foldopt.conic.polish import polish
 from foldopt.cvxpy.canonical import Canonical, Input
 from foldopt.cvxpy.solver import FAILED, INFEASIBLE, NONCONVEX, SOLVED, UNBOUNDED
 from foldopt.errors import InfeasibleError, LimitError, NonconvexError, SolverError, UnboundedError
-from foldopt.qp.engine import STATUS, solve
-from foldopt.qp.program import Program as QuadraticProgram
+from foldopt.qp._engine import STATUS, solve
+from foldopt.qp._program import Program as QuadraticProgram
 from foldopt.step import Tensors
 
 ACCURATE = 1e-7  # largest relative residual of the optimality conditions that counts as solved
