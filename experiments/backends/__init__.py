@@ -6,9 +6,8 @@ from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
+from foldopt import FixedPointLayer, FoldInfo
 from foldopt.errors import InputError
-from foldopt.fixed_point import FoldInfo
-from foldopt.fold import FixedPointLayer
 
 Parameters = Tensor | tuple[Tensor, ...]
 
@@ -65,7 +64,7 @@ def failures(last: FoldInfo | None) -> int:
     """Return how many samples failed, forward or backward, by the certificates of a layer's last call."""
     if last is None:
         return 0
-    ok = last.ok if last.backward is None else last.ok & last.backward.ok
+    ok = last.solved if last.backward is None else last.solved & last.backward.ok
     return int((~ok).sum())
 
 
