@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+__all__ = ["LARGEST", "lu_factor", "matvec", "solve"]
+
 LARGEST = 128  # rows of which LU is safe in a batch
 
 

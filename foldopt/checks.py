@@ -13,25 +13,37 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from foldopt._compat import transforming
 from foldopt.errors import InputError
 
+__all__ = [
+    "NONFINITE_ALLOWED",
+    "WORDS",
+    "is_certified",
+    "nonfinite_allowed",
+    "require_finite",
+    "require_positive",
+    "require_type",
+    "require_whole",
+]
+
 WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", types.NoneType: "null"}
-_CERTIFIED = ContextVar("certified", default=False)
+NONFINITE_ALLOWED = ContextVar("nonfinite_allowed", default=False)
 
 
 @contextlib.contextmanager
-def certified() -> Iterator[None]:
+def nonfinite_allowed() -> Iterator[None]:
     """Mark code whose caller certifies every sample: there one that is not finite is no reason to stop the others."""
-    token = _CERTIFIED.set(True)
+    token = NONFINITE_ALLOWED.set(True)
     try:
         yield
     finally:
-        _CERTIFIED.reset(token)
+        NONFINITE_ALLOWED.reset(token)
 
 
 def is_certified() -> bool:
     """Return whether a layer, or a transform of torch.func, is calling; failed samples then come out as NaN."""
-    return _CERTIFIED.get() or torch._C._functorch.peek_interpreter_stack() is not None
+    return NONFINITE_ALLOWED.get() or transforming()
 
 
 def require_finite(**tensors: Tensor | float) -> None:

@@ -13,14 +13,32 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from foldopt._certificates import FoldInfo
+from foldopt._fold import Implicit, fold, unfold, unroll
+from foldopt._implicit import fixed_point_vjp
+from foldopt._layer import TOLERANCE, FixedPointLayer, LayerCall
 from foldopt.checks import require_whole
 from foldopt.errors import InputError
-from foldopt.fixed_point import FoldInfo, fixed_point_vjp
-from foldopt.fold import FoldedLayer, fold
 from foldopt.linear_solve import LFPI, SOLVERS, Direct, LinearSolveInfo
-from foldopt.linear_solve.phi import Phi
-from foldopt.step import Recorded, StateVJP, StepFunction, Tensors, as_tuple, flatten, record, unflatten, vjp_of
-from foldopt.unroll import unfold, unroll
+from foldopt.linear_solve._phi import Phi
+from foldopt.step import Recorded, StepFunction, StepVJP, Tensors, as_tuple, flatten, record, unflatten, vjp_of
+
+__all__ = [
+    "BackwardTrace",
+    "GradientCheck",
+    "Report",
+    "StepsizeRow",
+    "agreement",
+    "backward_trace",
+    "check",
+    "spectral_radius",
+    "stepsize_study",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
 
 ASSEMBLED = 400  # columns up to which Phi is assembled where it is multiplied with hundreds of times
 
@@ -85,7 +103,7 @@ def check(layer: nn.Module, *params: Tensor | None, seed: int = 0, eps: float | 
     """Examine a folded layer at the given parameters.
 
     Args:
-        layer: a `FoldedLayer`, or a module that has one as ``layer.fold`` (`QPLayer`, `NLPLayer`, ...).
+        layer: a `FixedPointLayer`, or a module that has one as ``layer.fold`` (`QPLayer`, `NLPLayer`, ...).
         params: as the layer is called, None among them; small batches are enough. Float64 makes the differences sharp.
         seed: of the random directions and the cotangent. eps: step of the differences relative to the parameter's size;
             None: 1e-5 in float64, 1e-2 below.
@@ -104,9 +122,9 @@ def check(layer: nn.Module, *params: Tensor | None, seed: int = 0, eps: float | 
         solvers = {}
         for name, make in SOLVERS.items():
             with suppress(InputError):  # of those that would need too much memory
-                solvers[name] = make()(StateVJP(at.recorded), cotangent)[1]
+                solvers[name] = make()(StepVJP(at.recorded), cotangent)[1]
         gradients, kinks, info = _differences(layer, core, params, generator, eps)
-    tolerance = core.tolerance(at.solution[0].dtype)
+    tolerance = core.tol or TOLERANCE[at.solution[0].dtype]
     rho = spectral_radius(at.recorded)
     report = Report(at.residual, tolerance, rho, gradients, solvers, kinks.nonzero(), [])
     report.problems += _problems(report, float(at.residual.nan_to_num(nan=torch.inf).max()), info)
@@ -166,7 +184,7 @@ def spectral_radius(recorded: Recorded, iterations: int = 400) -> Tensor:
 
 def _many_products(recorded: Recorded) -> Callable[[Tensor], Tensor]:
     """Return v -> Phi^T v, for hundreds of them: with Phi as a matrix, unless it has too many columns for that."""
-    vjp, state = StateVJP(recorded), flatten(recorded.state).detach()
+    vjp, state = StepVJP(recorded), flatten(recorded.state).detach()
     if state.shape[1] > ASSEMBLED:
         return vjp
     phi = Phi.assembled(vjp, state).matrix()
@@ -214,8 +232,7 @@ def backward_trace(
         g = unflatten(_random(flatten(solution), torch.Generator().manual_seed(seed)), solution)
     else:
         g = tuple(part.detach().to(s) for part, s in zip(as_tuple(cotangent), solution, strict=True))
-    v, _ = fixed_point_vjp(recorded, g, Direct())
-    exact = _joined(vjp_of(recorded, recorded.params, v))
+    exact = _joined(fixed_point_vjp(recorded, g, Direct())[0])
     x = solution if start is None else tuple(p.to(s) for p, s in zip(as_tuple(start), solution, strict=True))
     steps, forward, backward = [], [], []
     total, v = torch.zeros_like(exact), g
@@ -229,7 +246,7 @@ def backward_trace(
             total, v = torch.zeros_like(exact), g
         for taken in again:
             total = total + _joined(vjp_of(taken, taken.params, v))
-            v = unflatten(StateVJP(taken)(flatten(v)), solution)
+            v = unflatten(StepVJP(taken)(flatten(v)), solution)
         backward.append(_distance(total, exact, norm=1))
     return BackwardTrace(torch.stack(forward), torch.stack(backward))
 
@@ -278,7 +295,7 @@ def stepsize_study(
 
 
 def agreement(
-    layer: FoldedLayer, *params: Tensor, iterations: int, start: Callable[..., Tensor] | None = None
+    layer: FixedPointLayer, *params: Tensor, iterations: int, start: Callable[..., Tensor] | None = None
 ) -> dict[str, float]:
     """Return the relative distance of other gradients to the folded one, for a random cotangent.
 
@@ -308,24 +325,25 @@ def _gradient(layer: nn.Module, params: Sequence[Tensor]) -> Tensor:
     return _joined(torch.autograd.grad(loss, [p for p in leaves if p.requires_grad], allow_unused=True))
 
 
-def _core(layer: nn.Module) -> FoldedLayer:
-    core = layer if isinstance(layer, FoldedLayer) else getattr(layer, "fold", None)
-    if not isinstance(core, FoldedLayer):
+def _core(layer: nn.Module) -> FixedPointLayer:
+    core = layer if isinstance(layer, FixedPointLayer) else getattr(layer, "fold", None)
+    if not isinstance(core, FixedPointLayer) or not isinstance(core.derivative, Implicit):
         raise InputError(f"layer={type(layer).__name__} is not a folded layer and has none as its `fold`.")
     return core
 
 
 @contextmanager
-def _lenient(core: FoldedLayer) -> Iterator[None]:
+def _lenient(core: FixedPointLayer) -> Iterator[None]:
     """Let a layer answer whatever its residuals and verdicts are."""
-    policy, degenerate, last = core.on_failure, core.degenerate, core.last
-    core.on_failure, core.degenerate = "warn", "one_sided"
+    before = core.on_failure, core.derivative, core.last
+    linear_solver = cast(Implicit, core.derivative).linear_solver
+    core.on_failure, core.derivative = "warn", Implicit(linear_solver, "one_sided")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)
             yield
     finally:
-        core.on_failure, core.degenerate, core.last = policy, degenerate, last
+        core.on_failure, core.derivative, core.last = before
 
 
 class _Examined(NamedTuple):
@@ -338,7 +356,7 @@ class _Examined(NamedTuple):
     residual: Tensor
 
 
-def _examined(layer: nn.Module, core: FoldedLayer, params: Sequence[Tensor | None]) -> _Examined:
+def _examined(layer: nn.Module, core: FixedPointLayer, params: Sequence[Tensor | None]) -> _Examined:
     """Call the layer without gradients and record a step with the parameters that its folded layer got."""
     got: list[tuple[Tensor, ...]] = []
     hook = core.register_forward_pre_hook(lambda _, args: got.append(args))
@@ -347,24 +365,26 @@ def _examined(layer: nn.Module, core: FoldedLayer, params: Sequence[Tensor | Non
             layer(*params)
     finally:
         hook.remove()
-    leaves, _ = core.cast(got[-1])
-    leaves = tuple(p.detach().requires_grad_(p.is_floating_point()) for p in leaves)
-    solution, single = core.solved(leaves)
-    step, tensors = core.step_for(single, leaves)
-    recorded = record(step, solution, tensors)
+    call = LayerCall(core, tuple(p.detach().requires_grad_(p.is_floating_point()) for p in got[-1]))
+    solution = call.solve(call.tensors)
+    recorded = record(call.step, solution, call.tensors)
     info = core.certify(solution, tuple(part.detach() for part in recorded.outputs))
-    return _Examined(solution, recorded, step, tensors, info.residual)
+    return _Examined(solution, recorded, call.step, call.tensors, info.residual)
 
 
 def _differences(
-    layer: nn.Module, core: FoldedLayer, params: Sequence[Tensor | None], generator: torch.Generator, eps: float | None
+    layer: nn.Module,
+    core: FixedPointLayer,
+    params: Sequence[Tensor | None],
+    generator: torch.Generator,
+    eps: float | None,
 ) -> tuple[list[GradientCheck], Tensor, FoldInfo]:
     """Check the derivative along one direction per parameter.
 
     Also return where the output has a kink, (B, N) bool, and the certificates of the call and of its backward pass.
     """
     leaves = [None if p is None else p.detach().clone().requires_grad_(p.is_floating_point()) for p in params]
-    named = {str(i): p for i, p in enumerate(leaves) if p is not None and p.requires_grad} | core.weights()
+    named = {str(i): p for i, p in enumerate(leaves) if p is not None and p.requires_grad} | core.inside.weights()
     output = as_tuple(layer(*leaves))
     info = cast(FoldInfo, core.last)
     weight = [_random(part.detach(), generator) for part in output]

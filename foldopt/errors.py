@@ -4,6 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+__all__ = [
+    "DegenerateError",
+    "DependentRowsError",
+    "FixedPointError",
+    "FoldoptError",
+    "InfeasibleError",
+    "InputError",
+    "KinkError",
+    "LimitError",
+    "LinearSolveError",
+    "MissingDependencyError",
+    "NonconvexError",
+    "NotUniqueError",
+    "SolverError",
+    "UnboundedError",
+    "UndeclaredParameterError",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
 
 class FoldoptError(Exception):
     """Base of every error raised by foldopt."""

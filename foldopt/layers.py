@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 
+from foldopt._fold import FoldOptions, fold
+from foldopt._layer import FixedPointLayer, LayerAround
+from foldopt._sparsity import Sparsity
 from foldopt.checks import require_whole
 from foldopt.errors import InputError
-from foldopt.fixed_point import FoldInfo
-from foldopt.fold import FoldedLayer, fold
+from foldopt.linear_solve import LinearSolver
 from foldopt.solvers import scipy_nlp
 from foldopt.solvers.multipliers import recover_multipliers
 from foldopt.solvers.nlp import solve_nlp
 from foldopt.solvers.qp import solve_qp
 from foldopt.solvers.qpth import solve_qpth
-from foldopt.sparsity import Sparsity
 from foldopt.step import State, as_tuple
 from foldopt.updates.admm import PrimalADMM, PrimalState, batched_qp, symmetric
 from foldopt.updates.dual_proximal_gradient import DualProximalGradient
 from foldopt.updates.gradient import ProjectedGradient
 from foldopt.updates.sparse_sqp import SparseSQP
 from foldopt.updates.sqp import SQP, SmoothProgram, SQPData, SQPProgram, SQPState
+
+__all__ = ["ADMMLayer", "FDPGLayer", "NLPLayer", "Polyhedron", "f_fdpg", "f_pgd_a", "f_pgd_b", "f_sqp"]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
 
 Polyhedron = Callable[..., tuple[Tensor, Tensor, Tensor | None, Tensor | None]]
 
@@ -33,8 +41,8 @@ def f_pgd_a(
     polyhedron: Polyhedron,
     solve: Callable[..., Tensor],
     stepsize: float,
-    **options: Any,
-) -> FoldedLayer:
+    **options: Unpack[FoldOptions],
+) -> FixedPointLayer:
     """f-PGDa: projected gradient on a polyhedron, the projection and its derivative by qpth (paper section 6).
 
     Args:
@@ -50,7 +58,7 @@ def f_pgd_a(
     def projection(y: Tensor, *params: Tensor) -> Tensor:
         return solve_qpth(*_projection_qp(y, polyhedron(*params)), eps=1e-14, max_iter=60)
 
-    return fold(solve, ProjectedGradient(objective, projection, stepsize), **{"dtype": torch.float64, **options})
+    return fold(solve, ProjectedGradient(objective, projection, stepsize), **_float64(options))
 
 
 def f_pgd_b(
@@ -58,8 +66,8 @@ def f_pgd_b(
     polyhedron: Polyhedron,
     solve: Callable[..., Tensor],
     stepsize: float,
-    **options: Any,
-) -> FoldedLayer:
+    **options: Unpack[FoldOptions],
+) -> FixedPointLayer:
     """f-PGDb: projected gradient whose projection is itself a folded ADMM, `ADMMLayer` (paper section 6).
 
     Nested folding: the update step contains a folded layer. Arguments as for `f_pgd_a`.
@@ -69,7 +77,12 @@ def f_pgd_b(
     def projection(y: Tensor, *params: Tensor) -> Tensor:
         return inner(*_projection_qp(y, polyhedron(*params)))
 
-    return fold(solve, ProjectedGradient(objective, projection, stepsize), **{"dtype": torch.float64, **options})
+    return fold(solve, ProjectedGradient(objective, projection, stepsize), **_float64(options))
+
+
+def _float64(options: FoldOptions) -> FoldOptions:
+    """Return the options with float64 where no dtype is given."""
+    return options if "dtype" in options else {**options, "dtype": torch.float64}
 
 
 def _projection_qp(y: Tensor, polyhedron: tuple[Tensor, Tensor, Tensor | None, Tensor | None]) -> tuple[Tensor, ...]:
@@ -83,7 +96,11 @@ def _projection_qp(y: Tensor, polyhedron: tuple[Tensor, Tensor, Tensor | None, T
 
 
 def f_fdpg(
-    prox: Callable[..., Tensor], solve: Callable[..., Tensor], *, stepsize: float | None = None, **options: Any
+    prox: Callable[..., Tensor],
+    solve: Callable[..., Tensor],
+    *,
+    stepsize: float | None = None,
+    **options: Unpack[FoldOptions],
 ) -> FDPGLayer:
     """f-FDPG: min_x 1/2 |x - d|^2 + g(D x), folded through one dual proximal gradient step (paper eq. 28).
 
@@ -93,16 +110,20 @@ def f_fdpg(
             x, ``DualProximalGradient.dual(x, D, d)`` makes w of it.
         options: as for `foldopt.fold`.
 
-    Returns ``layer(D, d, *params) -> x``, (B, n); ``layer.fold.last`` holds the certificates.
+    Returns ``layer(D, d, *params) -> x``, (B, n); ``layer.last`` holds the certificates.
     """
     return FDPGLayer(prox, solve, stepsize, **options)
 
 
-class FDPGLayer(nn.Module):
+class FDPGLayer(LayerAround):
     """The layer that `f_fdpg` makes."""
 
     def __init__(
-        self, prox: Callable[..., Tensor], solve: Callable[..., Tensor], stepsize: float | None = None, **options: Any
+        self,
+        prox: Callable[..., Tensor],
+        solve: Callable[..., Tensor],
+        stepsize: float | None = None,
+        **options: Unpack[FoldOptions],
     ) -> None:
         super().__init__()
         self.update = DualProximalGradient(prox, stepsize)
@@ -122,8 +143,10 @@ def f_sqp(
     degenerate: str = "raise",
     on_failure: str = "raise",
     sparsity: bool | Sparsity = False,
-    **options: Any,
-) -> FoldedLayer:
+    linear_solver: str | LinearSolver = "auto",
+    tol: float | None = None,
+    modules: Iterable[nn.Module] = (),
+) -> FixedPointLayer:
     """f-SQP: any smooth program, solved by any black box, folded through one SQP step (paper section 6, eqs. 31-32).
 
     Args:
@@ -140,7 +163,7 @@ def f_sqp(
             from a few products with the derivatives of the program, a `SmoothProgram` (`foldopt.updates.SparseSQP`,
             whose stepsize is 1). True finds out which entries there are, by a product for every variable and
             constraint at the first call. Needs scipy and qdldl (extra "qp").
-        on_failure, options: as for `foldopt.fold`.
+        on_failure, linear_solver, tol, modules: as for `foldopt.fold`.
 
     Returns:
         ``layer(*params) -> (x, nu, lam)``, differentiable. At a vertex (as many active constraints as variables) the
@@ -156,10 +179,19 @@ def f_sqp(
         step = SparseSQP(program, None if sparsity is True else sparsity, nan)
     else:
         raise InputError(f"stepsize={stepsize}: with sparsity= the step is a full one, stepsize=1.")
-    return fold(solve, step, dtype=dtype, degenerate=degenerate, on_failure=on_failure, **options)
+    return fold(
+        solve,
+        step,
+        linear_solver=linear_solver,
+        tol=tol,
+        on_failure=on_failure,
+        degenerate=degenerate,
+        dtype=dtype,
+        modules=modules,
+    )
 
 
-class ADMMLayer(nn.Module):
+class ADMMLayer(LayerAround):
     """A strictly convex quadratic program folded through one step of ADMM (paper eqs. 29-30): the inside of f-PGDb.
 
     ``ADMMLayer()(Q, p, G, h, A, b) -> x``, arguments as for `QPLayer`, which is exact on more programs; A and b of full
@@ -169,10 +201,10 @@ class ADMMLayer(nn.Module):
         rho: penalty of ADMM, above 0; the gradient does not depend on it. options: as for `foldopt.fold`.
     """
 
-    def __init__(self, rho: float = 1.0, **options: Any) -> None:
+    def __init__(self, rho: float = 1.0, **options: Unpack[FoldOptions]) -> None:
         super().__init__()
         self.update = PrimalADMM(rho)
-        self.fold = fold(self._solve, self.update, **{"dtype": torch.float64, **options})
+        self.fold = fold(self._solve, self.update, **_float64(options))
 
     def forward(self, Q: Tensor, p: Tensor, G: Tensor, h: Tensor, A: Tensor, b: Tensor) -> Tensor:
         """Return the solutions, (B, n), in the dtype of Q."""
@@ -186,7 +218,7 @@ class ADMMLayer(nn.Module):
         return found.x, *self.update.state(found.x, found.lam, G)
 
 
-class NLPLayer(nn.Module):
+class NLPLayer(LayerAround):
     """Any smooth program as a layer, convex or not: min f(x, c) s.t. g(x, c) <= 0, h(x, c) = 0 (paper eq. 1).
 
     ``NLPLayer(objective, inequalities, equalities, start=start)(*params) -> x``, (B, n), folded through one SQP step at
@@ -204,11 +236,11 @@ class NLPLayer(nn.Module):
         dtype: float64 by default whatever the network's; x comes back in that of the first parameter.
         sparsity: as for `f_sqp`, for thousands of variables; the solver is then a function, for the built-in ones are
             dense.
-        options: as for `f_sqp`: degenerate, on_failure and so on.
+        degenerate, on_failure, linear_solver, tol, modules: as for `f_sqp`.
 
     A program of several local minima has the derivative of the one that the solver found. ``layer.last`` holds the
-    certificates: ``status``, ``residual``, ``ok`` and after a backward pass ``verdict``; `layer.multipliers` the
-    (nu, lam) of the last call.
+    certificates: ``status``, ``residual``, ``solved``, ``ok``, after a backward pass ``verdict``; `layer.multipliers`
+    the (nu, lam) of the last call.
     """
 
     def __init__(
@@ -222,7 +254,11 @@ class NLPLayer(nn.Module):
         polish: int = 1,
         dtype: torch.dtype | None = torch.float64,
         sparsity: bool | Sparsity = False,
-        **options: Any,
+        degenerate: str = "raise",
+        on_failure: str = "raise",
+        linear_solver: str | LinearSolver = "auto",
+        tol: float | None = None,
+        modules: Iterable[nn.Module] = (),
     ) -> None:
         super().__init__()
         if isinstance(solver, str) and sparsity is not False:
@@ -241,16 +277,21 @@ class NLPLayer(nn.Module):
         require_whole("polish", polish, 0)
         self.program = SmoothProgram(objective, equalities, inequalities)
         self.start, self.solver, self.polish = start, solver, polish
-        self.fold = f_sqp(self.program, self._solve, dtype=dtype, sparsity=sparsity, **options)
+        self.fold = f_sqp(
+            self.program,
+            self._solve,
+            dtype=dtype,
+            degenerate=degenerate,
+            on_failure=on_failure,
+            sparsity=sparsity,
+            linear_solver=linear_solver,
+            tol=tol,
+            modules=modules,
+        )
         self.multipliers: tuple[Tensor, Tensor] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "multipliers": None}
-
-    @property
-    def last(self) -> FoldInfo | None:
-        """The certificates of the last call."""
-        return self.fold.last
 
     def forward(self, *params: Tensor) -> Tensor:
         """Return the solutions, (B, n)."""

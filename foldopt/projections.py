@@ -18,11 +18,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from foldopt._compat import plain, transforming
 from foldopt.batched import matvec
 from foldopt.checks import is_certified, require_finite
 from foldopt.errors import InfeasibleError, InputError
 from foldopt.solvers.qp import solve_qp
-from foldopt.transforms import opaque, plain, transformed
+from foldopt.transforms import opaque
+
+__all__ = ["affine", "box", "capped_simplex", "half_space", "polyhedron", "second_order_cone", "simplex"]
+
+
+def __dir__() -> list[str]:
+    return __all__
 
 
 class _OnValues(torch.autograd.Function):
@@ -44,7 +51,7 @@ class _OnValues(torch.autograd.Function):
 
 def _require(fine: Tensor, message: str) -> None:
     """Raise InputError unless `fine` is true everywhere; ``{bad}`` in the message is where it is not."""
-    if transformed():  # torch.func hides the values
+    if transforming():  # torch.func hides the values
         _OnValues.apply(fine, message)
     elif not fine.all():
         bad = [at[0] if len(at) == 1 else tuple(at) for at in (~fine).nonzero()[:10].tolist()]
@@ -100,7 +107,7 @@ def capped_simplex(x: Tensor, total: Tensor | float, upper: float = 1.0, *, near
     if isinstance(total, int | float):  # as_tensor would copy it to a GPU, and wait
         total = torch.full((), total, dtype=x.dtype, device=x.device)
     total = _tensor(total, x).expand(len(x))
-    if near is not None and not transformed():  # a guess is judged by looking at numbers, which torch.func hides
+    if near is not None and not transforming():  # a guess is judged by looking at numbers, which torch.func hides
         y = _guessed(x, total, upper, near)
         if y is not None:  # so there is a point that sums to the total
             return y

@@ -12,6 +12,13 @@ from torch import Tensor
 from foldopt.checks import require_finite
 from foldopt.errors import InputError
 
+__all__ = ["NEWTON_STEPS", "entropy", "group_soft_threshold", "l2_norm", "soft_threshold"]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
 NEWTON_STEPS = 8
 
 

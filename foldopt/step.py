@@ -5,13 +5,32 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from foldopt.checks import certified
-from foldopt.errors import InputError, UndeclaredParameterError
+from foldopt._compat import parameters_replaced, wrapped_by_func
+from foldopt.errors import UndeclaredParameterError
+from foldopt.linear_solve._base import Product
+
+__all__ = [
+    "Modules",
+    "Recorded",
+    "State",
+    "StepFunction",
+    "StepJVP",
+    "StepVJP",
+    "Tensors",
+    "as_tuple",
+    "flatten",
+    "pushforward",
+    "record",
+    "unflatten",
+    "vjp_of",
+]
 
 Tensors = tuple[Tensor, ...]
 State = Tensor | Tensors
@@ -46,16 +65,16 @@ class Recorded(NamedTuple):
     params: Tensors
 
 
-def record(step: StepFunction, state: Tensors, params: Tensors, users: bool = True) -> Recorded:
+def record(step: StepFunction, state: Tensors, params: Tensors, check_undeclared: bool = True) -> Recorded:
     """Run `step` once on detached copies of `state` and `params` and keep its graph.
 
-    users: whether `step` is the user's; raises UndeclaredParameterError if its graph reaches any other tensor.
+    check_undeclared: raise UndeclaredParameterError if the graph reaches any other tensor that requires grad.
     """
     with torch.enable_grad():
         x = tuple(part.detach().requires_grad_() for part in state)
         c = tuple(p.detach().requires_grad_(p.requires_grad) for p in params)
         outputs = step(x, c)
-    if users:
+    if check_undeclared:
         _refuse_undeclared(outputs, (*x, *c))
     return Recorded(outputs, x, c)
 
@@ -77,47 +96,59 @@ def vjp_of(
     return [next(pulled) if i.requires_grad else None for i in inputs]
 
 
-class StateVJP:
-    """v -> Phi^T v on flattened states, (B, N).
+@dataclass(eq=False)
+class StepVJP(Product):
+    """v -> Phi^T v on flattened states, (B, N); `params` pulls v back to the step's parameters instead.
 
-    leaves: of the recorded params. `last` is for a v that is expected to be the answer: the same pullback that tells
-    whether it is also gives what the leaves get of it.
+    wanted: the recorded params to pull back to. `answer` keeps what the same pass gives for them, so that checking an
+    expected answer and pulling it back take one pass.
     """
 
-    def __init__(self, recorded: Recorded, leaves: Sequence[Tensor] = ()) -> None:
-        self.recorded, self.leaves = recorded, leaves
-        self._last: tuple[Tensor, list[Tensor | None]] | None = None
+    recorded: Recorded
+    wanted: Sequence[Tensor] = ()
+    _kept: tuple[Tensor, list[Tensor | None]] | None = None
 
     def __call__(self, v: Tensor) -> Tensor:
         """Return Phi^T v."""
-        return self._pulled(unflatten(v, self.recorded.state), ())[0]
+        state = self.recorded.state
+        pulled = vjp_of(self.recorded, state, unflatten(v, state))
+        return flatten([torch.zeros_like(s) if p is None else p for p, s in zip(pulled, state, strict=True)])
 
-    def last(self, v: Tensor) -> Tensor:
+    def answer(self, v: Tensor) -> Tensor:
         """Return Phi^T v, and keep Psi^T v.
 
         Where v is zero in a part of the state, as in the multipliers if nothing but x is used, that part costs nothing.
         """
-        parts = unflatten(v, self.recorded.state)
-        whole = len(parts) == 1 or not v.any()
-        moved, kept = self._pulled(parts if whole else [p if p.any() else None for p in parts], self.leaves)
-        self._last = v, kept
-        return moved
-
-    def kept(self, v: Tensor) -> list[Tensor | None] | None:
-        """Return Psi^T v if v is the very tensor that `last` was called with, else None."""
-        return self._last[1] if self._last is not None and self._last[0] is v else None
-
-    def _pulled(self, v: Sequence[Tensor | None], leaves: Sequence[Tensor]) -> tuple[Tensor, list[Tensor | None]]:
         state = self.recorded.state
-        pulled = vjp_of(self.recorded, (*state, *leaves), v)
-        moved = [torch.zeros_like(s) if p is None else p for p, s in zip(pulled, state, strict=False)]
-        return flatten(moved), pulled[len(state) :]
+        parts: Sequence[Tensor | None] = unflatten(v, state)
+        if len(parts) > 1 and v.any():
+            parts = [p if p is not None and p.any() else None for p in parts]
+        pulled = vjp_of(self.recorded, (*state, *self.wanted), parts)
+        self._kept = v, pulled[len(state) :]
+        return flatten([torch.zeros_like(s) if p is None else p for p, s in zip(pulled, state, strict=False)])
+
+    def params(self, v: Tensor) -> list[Tensor | None]:
+        """Return Psi^T v, one part per wanted parameter; None for those that take no part."""
+        if self._kept is not None and self._kept[0] is v:
+            return self._kept[1]
+        return vjp_of(self.recorded, self.wanted, unflatten(v, self.recorded.state))
 
 
-def state_jvp(recorded: Recorded) -> Callable[[Tensor], Tensor]:
-    """Return t -> Phi t on flattened states (B, N)."""
-    push = pushforward(recorded, recorded.state)
-    return lambda t: flatten(push(unflatten(t, recorded.state)))
+class StepJVP(Product):
+    """t -> Phi t on flattened states, (B, N); `params` pushes tangents of the step's parameters forward instead."""
+
+    def __init__(self, recorded: Recorded) -> None:
+        self.recorded = recorded
+        self._push = pushforward(recorded, recorded.state)
+
+    def __call__(self, t: Tensor) -> Tensor:
+        """Return Phi t."""
+        return flatten(self._push(unflatten(t, self.recorded.state)))
+
+    def params(self, tangents: Sequence[Tensor | None]) -> Tensor:
+        """Return Psi dc, (B, N); a tangent may be None for zero."""
+        moved = [(p, t) for p, t in zip(self.recorded.params, tangents, strict=True) if t is not None]
+        return flatten(pushforward(self.recorded, [p for p, _ in moved])([t for _, t in moved]))
 
 
 def pushforward(
@@ -160,77 +191,30 @@ def _refuse_undeclared(outputs: Tensors, declared: Iterable[Tensor]) -> None:
                 pending.append(parent)
 
 
-class Update:
-    """A user's update step, seen as a pure function of (state, parameters and the modules' own parameters).
+class Modules:
+    """The modules whose parameters an update step uses: the step is a pure function of its arguments and of these.
 
-    Modules are `update` itself if it is one, those it closes over or uses by a global name, those in its
-    functools.partial arguments, and `modules`. Their trainable parameters follow the explicit ones as `weights`.
+    They are `update` itself if it is one, those it closes over or uses by a global name, those in its
+    functools.partial arguments, and `more`.
     """
 
-    def __init__(self, update: Callable[..., State], modules: Iterable[nn.Module] = ()) -> None:
-        if not callable(update):
-            raise InputError(f"update={update!r} is not callable; expected update(state, *params) -> state.")
-        self.update, self.modules = update, tuple(modules)
-        self._holder = nn.ModuleList(dict.fromkeys([*self.modules, *_modules_of(update)]))
+    def __init__(self, update: Callable[..., State], more: Iterable[nn.Module] = ()) -> None:
+        self.update, self.more = update, tuple(more)
+        self.holder = nn.ModuleList(dict.fromkeys([*self.more, *_modules_of(update)]))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"update": self.update, "modules": self.modules}
+        return {"update": self.update, "more": self.more}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        Update.__init__(self, **state)
+        Modules.__init__(self, **state)
 
     def weights(self) -> dict[str, Tensor]:
-        """Return the trainable parameters of the modules, by name, and those that torch.func has put in their place."""
-        return {
-            name: p
-            for name, p in self._holder.named_parameters()
-            if p.requires_grad or torch._C._functorch.is_functorch_wrapped_tensor(p)
-        }
+        """Return the trainable parameters by name, and those that torch.func has put in their place."""
+        return {n: p for n, p in self.holder.named_parameters() if p.requires_grad or wrapped_by_func(p)}
 
-    def call_with(self, weights: dict[str, Tensor], function: Callable[..., Any], *args: Any) -> Any:
-        """Call `function` with the modules' parameters replaced by `weights`.
-
-        torch.func.functional_call would leave its tensors behind in a module that it reaches by two names.
-        """
-        with certified():
-            return self._call_with(weights, function, *args)
-
-    def _call_with(self, weights: dict[str, Tensor], function: Callable[..., Any], *args: Any) -> Any:
-        if not weights:
-            return function(*args)
-        current = dict(self._holder.named_parameters())
-        new = {id(current[name]): value for name, value in weights.items()}
-        slots: list[tuple[dict[str, Any], str, Any]] = [
-            (module._parameters, name, p)
-            for module in self._holder.modules()
-            for name, p in module._parameters.items()
-            if id(p) in new
-        ]
-        try:
-            for parameters, name, p in slots:
-                parameters[name] = new[id(p)]
-            return function(*args)
-        finally:
-            for parameters, name, p in slots:
-                parameters[name] = p
-
-    def bind(self, single: bool, n_params: int, names: Sequence[str]) -> StepFunction:
-        """Return step(state, params + weights) -> state on tuples, with shapes checked.
-
-        single: whether the user's state is one tensor; n_params: how many of the params are explicit; names: those of
-        the weights that follow.
-        """
-
-        def step(state: Tensors, params: Tensors) -> Tensors:
-            args = (state[0] if single else state, *params[:n_params])
-            weights = dict(zip(names, params[n_params:], strict=True))
-            new = as_tuple(self.call_with(weights, self.update, *args))
-            got, expected = [tuple(part.shape) for part in new], [tuple(part.shape) for part in state]
-            if got != expected:
-                raise InputError(f"update returned a state of shapes {got}, but its input state has shapes {expected}.")
-            return new
-
-        return step
+    def replaced(self, names: Sequence[str], weights: Sequence[Tensor]) -> AbstractContextManager[None]:
+        """Put `weights` in the place of the parameters of these names."""
+        return parameters_replaced(self.holder, names, weights)
 
 
 def _modules_of(update: Callable[..., State]) -> list[nn.Module]:

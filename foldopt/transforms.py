@@ -1,144 +1,155 @@
 """Functions that torch.func and autograd may transform to any order although they run on plain tensors only.
 
 Solvers and update steps branch on data and record graphs of their own, which functions under ``torch.func`` may not.
-An `opaque` function runs at the bottom of the stack of transforms, where tensors are plain; its derivatives are opaque
+An `Opaque` function runs at the bottom of the stack of transforms, where tensors are plain; its derivatives are opaque
 functions again, and vmap runs it once per sample.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
-from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
+from foldopt._compat import (
+    leaves,
+    outer_tangents,
+    plain,
+    through_autograds_vmap,
+    transforming,
+    wrapped_by_func,
+)
 from foldopt.errors import InputError, UndeclaredParameterError
 from foldopt.step import Recorded, Tensors, pushforward, vjp_of
+
+__all__ = ["Opaque", "differentiable", "opaque", "plain", "transforming"]
 
 Function = Callable[..., Tensors]
 
 
-class _Opaque(torch.autograd.Function):
+class Opaque:
+    """A function from plain tensors to a tuple of such, with its derivatives; see `differentiable`.
+
+    The derivatives below record the function's own graph. A subclass that knows better defines them itself.
+    """
+
+    def __call__(self, *inputs: Tensor) -> Tensors:
+        """Return the outputs of plain inputs."""
+        raise NotImplementedError
+
+    def vjp(
+        self, cotangent: Tensors, inputs: Tensors, outputs: Tensors, needed: Sequence[bool]
+    ) -> Sequence[Tensor | None]:
+        """Pull the outputs' cotangent back to the inputs; None for those that are not `needed`."""
+        return pulled_back(self, cotangent, inputs, needed)
+
+    def jvp(self, tangents: Sequence[Tensor | None], inputs: Tensors, outputs: Tensors) -> tuple[Tensor | None, ...]:
+        """Return the outputs' tangents for those of the inputs, None for zero."""
+        return pushed_forward(self, tangents, inputs)
+
+    def mapped(self, size: int, in_dims: Sequence[int | None], inputs: Tensors) -> tuple[Tensors, tuple[int, ...]]:
+        """Return the outputs for `size` samples, and the dimension of each that counts them."""
+        return looped([self] * size, in_dims, inputs)
+
+
+def differentiable(function: Opaque, *tensors: Tensor) -> Tensors:
+    """Call an opaque function; autograd and every transform of torch.func can transform the call."""
+    if not transforming(*tensors):
+        return _Function.apply(function, *tensors)
+    return through_autograds_vmap(tensors, lambda *t: _Function.apply(function, *t), function.mapped)
+
+
+class _Function(torch.autograd.Function):
     @staticmethod
-    def forward(function: Function, *inputs: Tensor) -> Tensors:
+    def forward(function: Opaque, *inputs: Tensor) -> Tensors:
         return tuple(out.clone() if any(out is i for i in inputs) else out for out in function(*inputs))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
         ctx.function, *tensors = inputs
         ctx.n_outputs = len(output)
-        ctx.save_for_backward(*tensors)
-        ctx.save_for_forward(*tensors)
+        ctx.mark_non_differentiable(*(out for out in output if not out.is_floating_point()))
+        ctx.save_for_backward(*output, *tensors)
+        ctx.save_for_forward(*output, *tensors)
 
     @staticmethod
     def backward(ctx: Any, *cotangent: Tensor) -> tuple[Tensor | None, ...]:
-        inputs = ctx.saved_tensors
-        return (None, *pulled_back(ctx.function, ctx.n_outputs, ctx.needs_input_grad[1:], cotangent, inputs))
+        saved, n = ctx.saved_tensors, ctx.n_outputs
+        return None, *ctx.function.vjp(cotangent, saved[n:], saved[:n], ctx.needs_input_grad[1:])
 
     @staticmethod
-    def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> Tensors:
-        with outer_tangents(ctx.saved_tensors) as inputs:
-            return pushed_forward(ctx.function, tangents, inputs)
+    def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        with outer_tangents(ctx.saved_tensors) as saved:
+            return ctx.function.jvp(tangents, saved[ctx.n_outputs :], saved[: ctx.n_outputs])
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], function: Function, *inputs: Tensor) -> tuple[Tensors, Any]:
-        return _mapped(function, info.batch_size, in_dims[1:], inputs)
+    def vmap(info: Any, in_dims: tuple[int | None, ...], function: Opaque, *inputs: Tensor) -> tuple[Tensors, Any]:
+        return function.mapped(info.batch_size, in_dims[1:], inputs)
 
 
-def opaque(function: Function, *tensors: Tensor) -> Tensors:
-    """Call `function`, which returns a tuple of tensors, on plain tensors; see the module's docstring."""
-    return through_autograds_vmap(
-        tensors, lambda *t: _Opaque.apply(function, *t), lambda size, dims, t: _mapped(function, size, dims, t)
-    )
+_Function.forward.__signature__ = inspect.signature(_Function.forward)  # type: ignore[attr-defined]  # asked for in each call
 
 
-def _mapped(
-    function: Function, size: int, in_dims: Sequence[int | None], inputs: Tensors
-) -> tuple[Tensors, tuple[int, ...]]:
-    return looped(size, in_dims, inputs, lambda *sample: opaque(function, *sample))
+def pulled_back(
+    function: Opaque, cotangent: Tensors, inputs: Tensors, needed: Sequence[bool]
+) -> Sequence[Tensor | None]:
+    """Return the vjp of an opaque function by its own graph, itself opaque; None for inputs that are not `needed`."""
+    wanted = tuple(i for i, (need, p) in enumerate(zip(needed, inputs, strict=True)) if need and p.is_floating_point())
+    if not wanted:
+        return [None] * len(inputs)
+    found = differentiable(Pullback(function, len(cotangent), wanted), *cotangent, *inputs)
+    pulled = dict(zip(wanted, found, strict=True))
+    return [pulled.get(i) for i in range(len(inputs))]
 
 
-def through_autograds_vmap(
-    tensors: Tensors,
-    apply: Function,
-    mapped: Callable[[int, list[int | None], Tensors], tuple[Tensors, tuple[int, ...]]],
-) -> Tensors:
-    """Return ``apply(*tensors)``, or what `mapped` makes of tensors that autograd's own vmap has batched.
-
-    That vmap is older than torch.func's and knows nothing of an autograd.Function's ``vmap``. It is the one of
-    ``torch.autograd.grad(is_grads_batched=True)``, ``functional.jacobian(vectorize=True)`` and gradcheck.
-    """
-    dims = [0 if torch._C._functorch.is_legacy_batchedtensor(t) else None for t in tensors]
-    if 0 not in dims:
-        return apply(*tensors)
-    level = torch._C._vmapmode_increment_nesting() - 1
-    torch._C._vmapmode_decrement_nesting()
-    plain = tuple(
-        t if d is None else torch._remove_batch_dim(t, level, 1, 0) for t, d in zip(tensors, dims, strict=True)
-    )
-    outputs, _ = mapped(len(plain[dims.index(0)]), dims, plain)
-    return tuple(torch._add_batch_dim(out, 0, level) for out in outputs)
+def pushed_forward(function: Opaque, tangents: Sequence[Tensor | None], inputs: Tensors) -> Tensors:
+    """Return the jvp of an opaque function by its own graph, itself opaque; a tangent may be None for zero."""
+    moved = {i: t for i, t in enumerate(tangents) if t is not None and inputs[i].is_floating_point()}
+    return differentiable(Pushforward(function, tuple(moved)), *moved.values(), *inputs)
 
 
 def looped(
-    size: int, in_dims: Sequence[int | None], inputs: Tensors, function: Function
+    functions: Sequence[Opaque], in_dims: Sequence[int | None], inputs: Tensors
 ) -> tuple[Tensors, tuple[int, ...]]:
-    """Apply `function` to each of `size` samples and stack: what vmap does to an opaque function.
+    """Apply one function to each sample and stack the outputs: what vmap does to an opaque function.
 
     Raises InputError for no samples, whose outputs have no known shape.
     """
-    if size == 0:
+    if not functions:
         raise InputError("vmap over a dimension of size 0: a layer has to be called once to know its state's shape.")
     samples = [
-        function(*(t if dim is None else t.select(dim, i) for t, dim in zip(inputs, in_dims, strict=True)))
-        for i in range(size)
+        differentiable(
+            function, *(t if dim is None else t.select(dim, i) for t, dim in zip(inputs, in_dims, strict=True))
+        )
+        for i, function in enumerate(functions)
     ]
     outputs = tuple(torch.stack(parts) for parts in zip(*samples, strict=True))
     return outputs, (0,) * len(outputs)
 
 
-def pulled_back(
-    function: Function, n_outputs: int, needed: Sequence[bool], cotangent: Tensors, inputs: Tensors
-) -> list[Tensor | None]:
-    """Return the vjp of an opaque function, itself opaque; None for inputs that are not `needed`."""
-    wanted = tuple(i for i, (need, p) in enumerate(zip(needed, inputs, strict=True)) if need and p.is_floating_point())
-    if not wanted:
-        return [None] * len(inputs)
-    pulled = dict(zip(wanted, opaque(Pullback(function, n_outputs, wanted), *cotangent, *inputs), strict=True))
-    return [pulled.get(i) for i in range(len(inputs))]
+@dataclass(frozen=True)
+class Plain(Opaque):
+    """A Python function as an opaque one."""
+
+    function: Function
+
+    def __call__(self, *inputs: Tensor) -> Tensors:
+        """Return the outputs."""
+        return self.function(*inputs)
 
 
-def pushed_forward(function: Function, tangents: Sequence[Tensor | None], inputs: Tensors) -> Tensors:
-    """Return the jvp of an opaque function, itself opaque; a tangent may be None for zero."""
-    moved = tuple(i for i, t in enumerate(tangents) if t is not None and inputs[i].is_floating_point())
-    return opaque(
-        Pushforward(function, moved), *(t for i, t in enumerate(tangents) if i in moved and t is not None), *inputs
-    )
-
-
-@contextlib.contextmanager
-def outer_tangents(saved: Tensors) -> Iterator[Tensors]:
-    """Inside of a Function's jvp: give back the saved tensors' tangents of the outer levels of torch.func.
-
-    PyTorch disables those of all levels there, and forward mode over forward mode would be wrong in silence. The
-    primal parts have lost their tangents of the level that the jvp is about.
-    """
-    if not transformed():
-        yield saved
-        return
-    with forward_ad._set_fwd_grad_enabled(True):
-        yield tuple(forward_ad.unpack_dual(t).primal if t.is_floating_point() else t for t in saved)
+def opaque(function: Function, *tensors: Tensor) -> Tensors:
+    """Call `function`, which returns a tuple of tensors, on plain tensors; see the module's docstring."""
+    return differentiable(Plain(function), *tensors)
 
 
 @dataclass(frozen=True)
-class Pullback:
+class Pullback(Opaque):
     """``Pullback(f, n, wanted)(*cotangent, *inputs)``: the n cotangents of f's outputs pulled back to some inputs."""
 
     function: Function
@@ -155,7 +166,7 @@ class Pullback:
 
 
 @dataclass(frozen=True)
-class Pushforward:
+class Pushforward(Opaque):
     """``Pushforward(f, moved)(*tangents, *inputs)``: how f's outputs move with the inputs numbered `moved`."""
 
     function: Function
@@ -183,31 +194,6 @@ def recorded_call(function: Function, inputs: Tensors, wanted: Sequence[int]) ->
         return Recorded(function(*leaves), (), leaves), going_on
 
 
-def transformed(*tensors: Tensor) -> bool:
-    """Return whether a torch.func transform is under way or autograd's own vmap has batched one of the tensors."""
-    return torch._C._functorch.peek_interpreter_stack() is not None or any(
-        torch._C._functorch.is_legacy_batchedtensor(t) for t in tensors
-    )
-
-
-def is_wrapped(t: Tensor) -> bool:
-    """Return whether a transform of torch.func, or autograd's own vmap, maps or differentiates this tensor."""
-    functorch = torch._C._functorch
-    return functorch.is_functorch_wrapped_tensor(t) or functorch.is_legacy_batchedtensor(t)
-
-
-@contextlib.contextmanager
-def untransformed() -> Iterator[None]:
-    """Compute what no transform of torch.func is about, such as indices, on plain tensors."""
-    with temporarily_clear_interpreter_stack():
-        yield
-
-
-def plain(*tensors: Tensor) -> bool:
-    """Return whether neither a transform nor forward-mode differentiation is under way."""
-    return forward_ad._current_level < 0 and not transformed(*tensors)
-
-
 class Undeclared(TorchFunctionMode):
     """While a layer runs on plain tensors, refuse those of a transform: they were closed over, not passed.
 
@@ -216,12 +202,9 @@ class Undeclared(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call `function` unless an argument is a transform's."""
-        if not transformed():
-            for t in tree_leaves((args, kwargs)):
-                if isinstance(t, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(t):
-                    raise UndeclaredParameterError(
-                        "the solver or the update step uses a tensor that torch.func differentiates or maps but that "
-                        "was not passed to the layer, so its derivative would be lost. Pass it as one of the layer's "
-                        "parameters."
-                    )
+        if not transforming() and any(isinstance(t, Tensor) and wrapped_by_func(t) for t in leaves((args, kwargs))):
+            raise UndeclaredParameterError(
+                "the solver or the update step uses a tensor that torch.func differentiates or maps but that was not "
+                "passed to the layer, so its derivative would be lost. Pass it as one of the layer's parameters."
+            )
         return function(*args, **(kwargs or {}))

@@ -11,6 +11,13 @@ from torch import Tensor
 
 from foldopt.errors import DegenerateError, DependentRowsError, InputError, KinkError, NotUniqueError
 
+__all__ = ["NAMES", "POLICIES", "Verdict", "require_policy"]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
 DIFFERENTIABLE, DEPENDENT, KINK, NOT_UNIQUE = range(4)
 NAMES = ("differentiable", "dependent rows", "kink", "not unique")
 POLICIES = ("raise", "warn", "one_sided", "least_norm", "nan", "zero")

@@ -64,6 +64,11 @@ def test_torch_is_the_only_requirement(alone):
     assert {path.name for path in alone[0].iterdir() if path.is_dir()} == {"foldopt", info.parent.name}
 
 
+def test_types_come_with_it(alone):
+    """PEP 561: type checkers read the annotations of packages that say so."""
+    assert (alone[0] / "foldopt" / "py.typed").exists()
+
+
 @pytest.mark.parametrize("number", range(len(EXAMPLES)))
 def test_the_readmes_examples_run(alone, number, tmp_path):
     environment = {"PYTHONPATH": ":".join(map(str, alone)), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}

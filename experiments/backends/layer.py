@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from experiments.contracts.backend import Parameters
+from foldopt import FixedPointLayer, FoldInfo
 from foldopt.checks import require_positive
 from foldopt.errors import InputError
-from foldopt.fixed_point import FoldInfo
-from foldopt.fold import FixedPointLayer
 
 TOLERANCES = {"exact": 1e-6, "gurobi": 1e-3, "fdpg": 1e-5, "cvxpy": 1e-3}
 
@@ -77,7 +76,7 @@ def failures(last: FoldInfo | None) -> int:
     """Return how many samples failed, forward or backward, by the certificates of a layer's last call."""
     if last is None:
         return 0
-    ok = last.ok if last.backward is None else last.ok & last.backward.ok
+    ok = last.solved if last.backward is None else last.solved & last.backward.ok
     return int((~ok).sum())
 
 

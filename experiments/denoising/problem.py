@@ -20,7 +20,7 @@ from experiments.numerics.graphs import replayed
 from foldopt.checks import require_whole
 from foldopt.errors import InputError
 from foldopt.prox import soft_threshold
-from foldopt.transforms import transformed
+from foldopt.transforms import transforming
 from foldopt.updates import DualProximalGradient
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class DenoisingStep(DualProximalGradient):
         super().__init__(lambda v, t, D, d, weight: soft_threshold(v, t * weight))
 
     def _step(self, D: Tensor) -> Tensor:
-        return stepsize(D) if transformed(D) else DualSystem.of(D).stepsize
+        return stepsize(D) if transforming(D) else DualSystem.of(D).stepsize
 
     def inverse(
         self, g: Tensor, transposed: bool, stepped: Tensor, w: Tensor, D: Tensor, d: Tensor, weight: Tensor

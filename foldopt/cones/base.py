@@ -17,9 +17,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from foldopt._compat import outer_tangents, plain, through_autograds_vmap
 from foldopt.checks import require_finite
 from foldopt.errors import FoldoptError, InputError
-from foldopt.transforms import outer_tangents, plain, through_autograds_vmap
 
 Split = tuple[Tensor, Tensor]
 Found = TypeVar("Found")

@@ -12,8 +12,8 @@ from foldopt.cones import BlockDiagonal
 from foldopt.conic.form import Data, Form, Program
 from foldopt.conic.point import Point, conditions
 from foldopt.conic.systems import DENSE, solved
-from foldopt.qp.kkt import probe
-from foldopt.updates.kept import Kept
+from foldopt.qp._kkt import probe
+from foldopt.updates._kept import Kept
 from foldopt.verdicts import DEPENDENT, DIFFERENTIABLE, KINK, NOT_UNIQUE, Verdict
 
 ConeState = tuple[Tensor, Tensor]

@@ -10,7 +10,7 @@ from torch import Tensor
 from foldopt.cones import BlockDiagonal
 from foldopt.conic.form import Data, Form, Program, Units, products
 from foldopt.conic.systems import Jacobian, System
-from foldopt.qp.kkt import probe
+from foldopt.qp._kkt import probe
 
 UNSOLVED = 1e-3  # relative residual of what is no solution
 TOUCHING = 1e-9  # distance to a kink, relative to the point, that counts as none

@@ -20,7 +20,7 @@ from torch import Tensor
 from foldopt.batched import lu_factor
 from foldopt.cones import BlockDiagonal
 from foldopt.conic.form import Data, Form, Matrices
-from foldopt.qp.kkt import probe
+from foldopt.qp._kkt import probe
 
 DENSE = 300  # n + m up to which the systems of a batch are one dense batch
 SHIFT = 1e-8  # the matrices have entries of about 1

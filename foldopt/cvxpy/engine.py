@@ -11,7 +11,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from foldopt.affine import SparseMap
+from foldopt._affine import SparseMap
+from foldopt._certificates import FoldInfo
+from foldopt._fold import Implicit
+from foldopt._layer import FixedPointLayer
 from foldopt.cones.interior_point import STATUS as STATUS_OF_CONES
 from foldopt.cones.interior_point import solve_cone_program
 from foldopt.conic.form import Data, Form, Program
@@ -21,11 +24,8 @@ from foldopt.conic.polish import polish
 from foldopt.cvxpy.canonical import Canonical, Input
 from foldopt.cvxpy.solver import FAILED, INFEASIBLE, NONCONVEX, SOLVED, UNBOUNDED
 from foldopt.errors import InfeasibleError, InputError, LimitError, NonconvexError, SolverError, UnboundedError
-from foldopt.fixed_point import FoldInfo
-from foldopt.fold import FoldedLayer
-from foldopt.linear_solve import linear_solver
-from foldopt.qp.engine import STATUS, solve
-from foldopt.qp.program import Program as QuadraticProgram
+from foldopt.qp._engine import STATUS, solve
+from foldopt.qp._program import Program as QuadraticProgram
 from foldopt.step import Tensors
 
 ACCURATE = 1e-7  # largest relative residual of the optimality conditions that counts as solved
@@ -126,13 +126,15 @@ class Stack:
         return torch.cat([*(params[i].expand(B, -1) for i in self.order), one], 1)
 
 
-class ConicEngine(FoldedLayer):
+class ConicEngine(FixedPointLayer):
     """The folded layer of (x, y), multipliers in the dual cone: ``engine(*params) -> (x, y)``, (B, n) and (B, m).
 
     solvers: see `Front`; each is asked about the samples that those before it did not solve. read: (n,) bool, the
     entries of x that outputs are made of. warm_start: begin at the solution of the last call, and ask the solvers only
     about samples where Newton steps from there do not end in one.
     """
+
+    checks_finite = False  # the parameters' values have been looked at
 
     def __init__(
         self,
@@ -150,9 +152,7 @@ class ConicEngine(FoldedLayer):
         self.absolute = self.map.transposed.size
         nan = "nan" in (degenerate, on_failure)
         newton = ConeNewton(self.form, self._theta, self._pulled, read, nan, canonical.row_name)
-        super().__init__(
-            self._solved, newton, linear_solver=linear_solver("auto"), degenerate=degenerate, on_failure=on_failure
-        )
+        super().__init__(self._solved, newton, Implicit(degenerate=degenerate), on_failure=on_failure)
         self.newton, self.call = newton, _Call()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -160,9 +160,6 @@ class ConicEngine(FoldedLayer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__({**state, "call": _Call()})
-
-    def require(self, params: Tensors) -> None:
-        """Do nothing: the parameters' values have been looked at."""
 
     def certify(self, state: Tensors, stepped: Tensors) -> FoldInfo:
         """Return the certificates of the polished solutions; `_solved` has applied the policy."""

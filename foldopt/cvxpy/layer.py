@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from foldopt._certificates import POLICIES, FoldInfo
 from foldopt.errors import InputError, MissingDependencyError
-from foldopt.fixed_point import POLICIES, FoldInfo
 from foldopt.verdicts import require_policy
 
 LARGEST_QP = 300  # variables and rows up to which quadratic programs are solved as one dense batch

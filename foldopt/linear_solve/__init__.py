@@ -12,13 +12,13 @@ relative residual ||g + Phi^T v - v|| / ||g|| *measured at the returned v*, and 
 No solver raises on a sample that fails; the policy is the caller's (`foldopt.fold(on_failure=...)`).
 """
 
-from foldopt.linear_solve.base import LinearSolveInfo, LinearSolver
-from foldopt.linear_solve.choice import SOLVERS, Auto, linear_solver
-from foldopt.linear_solve.dense import Direct, LeastSquares
-from foldopt.linear_solve.iteration import LFPI, Anderson
-from foldopt.linear_solve.krylov import GMRES, BiCGSTAB
-from foldopt.linear_solve.phi import Phi
-from foldopt.linear_solve.warm_start import WarmStart
+from foldopt.linear_solve._base import LinearSolveInfo, LinearSolver
+from foldopt.linear_solve._choice import SOLVERS, Auto, linear_solver
+from foldopt.linear_solve._dense import Direct, LeastSquares
+from foldopt.linear_solve._iteration import LFPI, Anderson
+from foldopt.linear_solve._krylov import GMRES, BiCGSTAB
+from foldopt.linear_solve._phi import Phi
+from foldopt.linear_solve._warm_start import WarmStart
 
 __all__ = [
     "GMRES",

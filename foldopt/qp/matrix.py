@@ -12,7 +12,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foldopt.qp.sparse_kkt import packages
+from foldopt.qp._sparse_kkt import packages
+
+__all__ = [
+    "Matrix",
+    "Pattern",
+    "SparseMatrix",
+    "assembled",
+    "column",
+    "compact",
+    "dense",
+    "diagonal",
+    "identity",
+    "joined",
+    "largest_in_columns",
+    "largest_in_rows",
+    "masked_rows",
+    "matmul",
+    "numbers",
+    "outer",
+    "rescaled",
+    "selected_rows",
+    "several_entries",
+    "single_entries",
+    "split",
+    "where_samples",
+    "zeros",
+]
 
 
 class Pattern:

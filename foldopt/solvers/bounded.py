@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+__all__ = ["Answer", "Bounded"]
+
 
 class Answer(NamedTuple):
     """What a solver returned for min 1/2 x'Hx + q'x subject to lower <= Cx <= upper.

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from foldopt.errors import InputError, MissingDependencyError
 
+__all__ = ["SOLVE_METHODS", "ConeLayer"]
+
 SOLVE_METHODS = {"SCS": "SCS", "CLARABEL": "Clarabel"}
 
 

@@ -13,6 +13,17 @@ from foldopt.checks import is_certified
 from foldopt.errors import InfeasibleError, InputError, MissingDependencyError, SolverError, UnboundedError
 from foldopt.solvers.interior_point import QuadraticConstraints, Solution
 
+__all__ = [
+    "LICENSE_VARIABLES",
+    "NO_LICENSE",
+    "PARAMETERS",
+    "REMEDY",
+    "SIZE_LIMIT",
+    "GlobalSolution",
+    "GurobiNonconvexQP",
+    "GurobiQCQP",
+]
+
 PARAMETERS = {
     "OutputFlag": 0,
     "Threads": 1,

@@ -10,6 +10,8 @@ from torch import Tensor
 from foldopt.batched import lu_factor, matvec
 from foldopt.errors import InputError
 
+__all__ = ["QuadraticConstraints", "Solution", "largest", "solve_qcqp", "unit"]
+
 QuadraticConstraints = tuple[Tensor, Tensor, Tensor]
 
 

@@ -9,6 +9,8 @@ from foldopt.batched import matvec
 from foldopt.solvers.interior_point import largest
 from foldopt.solvers.qp import solve_qp
 
+__all__ = ["recover_multipliers"]
+
 
 def recover_multipliers(
     gradient: Tensor, jacobian_h: Tensor, g: Tensor, jacobian_g: Tensor, tol: float = 1e-6

@@ -13,6 +13,8 @@ from foldopt.solvers.interior_point import largest
 from foldopt.solvers.qp import QPSolution, solve_qp
 from foldopt.updates.sqp import SmoothProgram, SQPData
 
+__all__ = ["HALVINGS", "MEMORY", "WEIGHTS", "NLPSolution", "kkt_residual", "solve_nlp"]
+
 MEMORY = 5
 HALVINGS = 30
 WEIGHTS = 10.0, 1e3, 1e5  # of J'J, relative to the Hessian: the least that makes it convex

@@ -11,6 +11,8 @@ from foldopt.batched import lu_factor, matvec
 from foldopt.errors import InputError
 from foldopt.solvers.interior_point import largest, solve_qcqp, unit
 
+__all__ = ["PIVOTS", "TOLERANCE", "QPParts", "QPSolution", "solve_qp"]
+
 QPParts = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 TOLERANCE = 1e-9
 PIVOTS = 10  # to settle what the interior point leaves undecided

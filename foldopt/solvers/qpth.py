@@ -9,6 +9,8 @@ from torch import Tensor
 from foldopt.errors import MissingDependencyError
 from foldopt.updates.admm import batched_qp
 
+__all__ = ["qp_function", "solve_qpth"]
+
 
 def qp_function() -> Any:
     """Return qpth's QPFunction. Raises MissingDependencyError without qpth."""

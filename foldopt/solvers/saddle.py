@@ -9,6 +9,8 @@ from torch import Tensor
 
 from foldopt.batched import matvec
 
+__all__ = ["CARRYING", "CONDITION", "EXACT", "MARGIN", "PIVOTS", "Saddle", "block_factor", "block_solve", "on_block"]
+
 PIVOTS = 15  # where the rows are independent the active set usually settles in 5
 CONDITION = 1e7  # times the rounding of the dtype: the smallest pivot of Q, relative to its diagonal, that is trusted
 EXACT = 1e-12  # residual of a row or column that counts as rounding, relative to its terms

@@ -11,6 +11,8 @@ from torch import Tensor
 from foldopt.errors import MissingDependencyError
 from foldopt.updates.sqp import SmoothProgram
 
+__all__ = ["METHODS", "minimize", "solve_scipy"]
+
 METHODS = ("slsqp", "trust-constr", "ipopt")
 
 

@@ -10,6 +10,8 @@ from foldopt.checks import require_positive
 from foldopt.errors import InputError
 from foldopt.solvers.multipliers import recover_multipliers
 
+__all__ = ["ADMM", "ADMMState", "PrimalADMM", "PrimalState", "QPData", "batched_qp", "symmetric"]
+
 ADMMState = tuple[Tensor, Tensor]
 PrimalState = tuple[Tensor, Tensor, Tensor]
 QPData = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]

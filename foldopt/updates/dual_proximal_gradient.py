@@ -11,6 +11,8 @@ from foldopt.batched import matvec
 from foldopt.checks import require_positive
 from foldopt.errors import InputError
 
+__all__ = ["DualProximalGradient"]
+
 
 class DualProximalGradient(nn.Module):
     """One dual proximal gradient step for min_x 1/2 |x - d|^2 + g(D x), on the dual w of shape (B, m).

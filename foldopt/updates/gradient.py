@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from foldopt.checks import require_positive
 from foldopt.errors import InputError
 
+__all__ = ["Objective", "ProjectedGradient", "ProximalGradient"]
+
 Objective = Callable[..., Tensor]
 
 

@@ -11,14 +11,28 @@ from torch import Tensor, nn
 
 from foldopt.batched import matvec
 from foldopt.errors import LimitError
-from foldopt.qp.activity import Activity, activity, touched_somewhere
-from foldopt.qp.kkt import Known, probe
+from foldopt.qp._activity import Activity, activity, touched_somewhere
+from foldopt.qp._kkt import Known, probe
+from foldopt.qp._program import Program, Units, equilibrate, residual
+from foldopt.qp._structure import Structure, program_of
+from foldopt.qp._systems import Equilibrated, Mended, Restrained, Schur, System, products, restrained, solved
 from foldopt.qp.matrix import compact, matmul, numbers, selected_rows, where_samples
-from foldopt.qp.program import Program, Units, equilibrate, residual
-from foldopt.qp.structure import Structure, program_of
-from foldopt.qp.systems import Equilibrated, Mended, Restrained, Schur, System, products, restrained, solved
-from foldopt.updates.kept import Kept
+from foldopt.updates._kept import Kept
 from foldopt.verdicts import DEPENDENT, DIFFERENTIABLE, KINK, NOT_UNIQUE, Verdict
+
+__all__ = [
+    "MANY",
+    "MOVED",
+    "PART",
+    "RANK",
+    "UNIQUE",
+    "UNSOLVED",
+    "Judge",
+    "KKTNewton",
+    "NewtonState",
+    "Point",
+    "row_name",
+]
 
 NewtonState = tuple[Tensor, Tensor]
 Judge = Callable[[Tensor, Sequence[bool], bool], tuple[Tensor, Verdict]]

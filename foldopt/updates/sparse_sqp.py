@@ -8,20 +8,22 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from foldopt._sparsity import Model, Sparsity
 from foldopt.batched import matvec
 from foldopt.errors import InputError
-from foldopt.qp.activity import activity, complemented
-from foldopt.qp.kkt import Factored, probe
+from foldopt.qp._activity import activity, complemented
+from foldopt.qp._kkt import Factored, probe
+from foldopt.qp._program import Program, equilibrate, residual, sizes
+from foldopt.qp._sparse_kkt import SparseKKT, packages
+from foldopt.qp._systems import Equilibrated, solved
 from foldopt.qp.matrix import SparseMatrix, numbers, rescaled
-from foldopt.qp.program import Program, equilibrate, residual, sizes
-from foldopt.qp.sparse_kkt import SparseKKT, packages
-from foldopt.qp.systems import Equilibrated, solved
 from foldopt.solvers.interior_point import largest
-from foldopt.sparsity import Model, Sparsity
-from foldopt.updates.kept import Kept
+from foldopt.updates._kept import Kept
 from foldopt.updates.newton import Judge, Point
 from foldopt.updates.sqp import CURVED, SmoothProgram, SQPData, SQPProgram, SQPState, moving
 from foldopt.verdicts import DEPENDENT, DIFFERENTIABLE, Verdict
+
+__all__ = ["NEGATIVE", "RECENT", "TOUCHING", "Known", "SparseSQP"]
 
 RECENT = 2  # states of which the factors are kept
 TOUCHING = 1e-6  # slack, relative to the size of its row, of what is taken for active where multipliers are missing

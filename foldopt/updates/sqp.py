@@ -9,19 +9,34 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from foldopt._compat import plain
 from foldopt.batched import lu_factor, matvec
 from foldopt.errors import InputError
-from foldopt.qp.activity import activity, complemented
-from foldopt.qp.kkt import Spectral, probe
+from foldopt.qp._activity import activity, complemented
+from foldopt.qp._kkt import Spectral, probe
+from foldopt.qp._program import Program, equilibrate, residual, sizes
+from foldopt.qp._systems import System, solved
 from foldopt.qp.matrix import dense
-from foldopt.qp.program import Program, equilibrate, residual, sizes
-from foldopt.qp.systems import System, solved
 from foldopt.solvers.interior_point import largest
 from foldopt.solvers.qp import QPSolution, _kkt_matrix, solve_qp
-from foldopt.transforms import plain
-from foldopt.updates.kept import Kept
+from foldopt.updates._kept import Kept
 from foldopt.updates.newton import Judge, Point
 from foldopt.verdicts import DEPENDENT, DIFFERENTIABLE, Verdict, require_policy
+
+__all__ = [
+    "CLEAR",
+    "CURVED",
+    "GROWN",
+    "NEAR",
+    "SIMILAR",
+    "SQP",
+    "Known",
+    "SQPData",
+    "SQPProgram",
+    "SQPState",
+    "SmoothProgram",
+    "moving",
+]
 
 SQPState = tuple[Tensor, Tensor, Tensor]
 NEAR = 1e-3  # a step of more than this, relative to x, does not start at a solution

@@ -13,7 +13,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import foldopt
 from foldopt import errors
-from foldopt.fixed_point import FixedPoint
+from foldopt._implicit import FixedPoint
 from foldopt.linear_solve import GMRES, LFPI, SOLVERS, WarmStart
 from tests.foldopt.steps import F64, heron, iterate, problem, tanh_step
 
@@ -24,6 +24,35 @@ def test_first_and_second_order_against_finite_differences(name):
     layer = foldopt.fold(iterate(tanh_step), tanh_step, linear_solver=name)
     assert gradcheck(layer, (c, W))
     assert gradgradcheck(layer, (c, W))
+
+
+def test_the_derivative_is_an_object_of_ones_choice():
+    c, W = problem(scale=0.5)
+    solve = iterate(tanh_step, 2000)
+    found = []
+    for derivative in (
+        foldopt.Implicit(),
+        foldopt.Implicit(linear_solver=GMRES()),
+        foldopt.Unrolled(400, from_solution=True),
+    ):
+        layer = foldopt.FixedPointLayer(solve, tanh_step, derivative)
+        found.append(torch.autograd.grad(layer(c, W).square().sum(), (c, W)))
+        assert layer.last.ok.all()
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-8, atol=1e-10)
+    with pytest.raises(errors.InputError, match="degenerate='loud' is unknown"):
+        foldopt.Implicit(degenerate="loud")
+
+
+def test_ok_is_of_the_solution_and_of_its_derivative():
+    """The second sample has a singular I - Phi: it is solved, but has no derivative."""
+    layer = foldopt.fold(lambda c: c, lambda x, c: torch.where(c > 0, 0.5 * x + 0.5 * c, x + 0 * c), on_failure="zero")
+    c = torch.tensor([[1.0], [-1.0]], dtype=F64, requires_grad=True)
+    x = layer(c)
+    assert layer.last.ok.tolist() == [True, True]
+    x.sum().backward()
+    assert layer.last.solved.tolist() == [True, True]
+    assert layer.last.backward.ok.tolist() == layer.last.ok.tolist() == [True, False]
 
 
 def test_third_order():

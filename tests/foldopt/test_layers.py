@@ -8,6 +8,7 @@ import torch
 import foldopt
 from foldopt import NLPLayer, QPLayer, f_fdpg, f_pgd_a, f_pgd_b
 from foldopt.errors import FixedPointError, InputError, KinkError, MissingDependencyError
+from foldopt.layers import ADMMLayer
 from foldopt.prox import soft_threshold
 from tests.foldopt.programs import (
     F64,
@@ -147,7 +148,8 @@ def test_policies_act_on_every_parameter_of_their_sample_and_on_no_other(policy,
     assert x.dtype == dtype
     found = torch.autograd.grad(x.sum(), params)
     assert layer.last is layer.fold.last
-    assert layer.last.ok.tolist() == [True, False, True, True]
+    assert layer.last.solved.tolist() == [True, False, True, True]
+    assert layer.last.ok.tolist() == [False, False, True, True]  # the derivative counts too
     assert layer.last.verdict == ("kink", "not solved", "differentiable", "differentiable")
     expected = [[[0.0, 1.0], [1.0, 1.0]], [[1.0], [0.0]], [[0.0], [0.0]]]
     for gradient, right in zip(found, expected, strict=True):
@@ -275,6 +277,17 @@ def test_fdpg_layer_on_fused_signals_and_the_dual_of_a_primal():
     grad_d, grad_weight = torch.autograd.grad(x[:, 0].sum(), (d, weight))
     torch.testing.assert_close(grad_d, torch.tensor([[1.0, 0.0], [0.5, 0.5]], dtype=F64))
     assert float(grad_weight) == pytest.approx(-1.0)
+    assert layer.last is layer.fold.last
+    assert layer.last.ok.tolist() == [True, True]
+
+
+def test_a_layer_inside_of_a_step_has_its_certificates_too():
+    params = [p.double() for p in polyhedral(batch=4)]
+    layer = ADMMLayer()
+    assert layer.last is None
+    layer(*params)
+    assert layer.last.ok.shape == layer.last.solved.shape == (4,)
+    assert layer.last.ok.all()
 
 
 def test_admm_recovers_its_dual_from_a_primal_solution():

@@ -17,6 +17,7 @@ from torch.func import jacfwd, jacrev, vmap
 
 import foldopt
 from experiments.benchmark.integer_programs import cotangents, derivative_of, draw, truth_of
+from foldopt._sparsity import Derivative, Reading, Sparsity
 from foldopt.errors import (
     DegenerateError,
     DependentRowsError,
@@ -27,7 +28,6 @@ from foldopt.errors import (
     NotUniqueError,
 )
 from foldopt.qp.matrix import Pattern
-from foldopt.sparsity import Derivative, Reading, Sparsity
 from foldopt.updates.sqp import SmoothProgram
 
 F64 = torch.float64

@@ -94,7 +94,7 @@ def test_cvxpy_solves_the_portfolio_as_the_paper_writes_it_and_says_that_its_gra
     backend, leaf = built("backend=cvxpy", "backend.scaling=paper").backend, c.clone().requires_grad_()
     mine = backend(leaf)
     torch.autograd.grad(mine, leaf, cotangent)
-    solved = backend.layer.last.ok
+    solved = backend.layer.last.solved
     assert solved.float().mean() > 0.5
     assert (mine - x)[solved].abs().max() < 1e-6
     assert "differentiable" not in backend.layer.last.verdict

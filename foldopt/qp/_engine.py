@@ -7,9 +7,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from foldopt.qp.activity import complemented
-from foldopt.qp.front import Front, nearby
-from foldopt.qp.kkt import Known
+from foldopt.qp._activity import complemented
+from foldopt.qp._front import Front, nearby
+from foldopt.qp._kkt import Known
+from foldopt.qp._polish import EXACT, patterns, polish, refine
+from foldopt.qp._program import INFINITE, Program, Units, equilibrate, residual
+from foldopt.qp._sparse_kkt import positive_definite
 from foldopt.qp.matrix import (
     Matrix,
     SparseMatrix,
@@ -23,9 +26,6 @@ from foldopt.qp.matrix import (
     where_samples,
     zeros,
 )
-from foldopt.qp.polish import EXACT, patterns, polish, refine
-from foldopt.qp.program import INFINITE, Program, Units, equilibrate, residual
-from foldopt.qp.sparse_kkt import positive_definite
 
 SOLVED = 1e-9  # largest relative KKT residual of a solution
 CURVATURE = 1e-9  # negative curvature, relative to the equilibrated H, that counts as none
@@ -41,11 +41,11 @@ class Solution(NamedTuple):
 
     x: (B, n). y: (B, r), multipliers of l <= Cx <= u, positive at u and negative at l. Both NaN where not solved.
     status: (B,) int, an index into `STATUS`. residual: (B,), worst relative violation of the KKT conditions (see
-    `foldopt.qp.program.residual`). units: those of the equilibrated program. violation: (B,), of an infeasible program:
-    the least t for which l - t <= Cx <= u + t has a solution, in its equilibrated rows' units. certificate: (B, r),
-    multipliers that prove it (C'y = 0 and the least of y'Cx over l <= Cx <= u is positive). ray: (B, n), a direction
-    along which an unbounded program falls for ever, else 0. known: sparse systems of the active rows, where the polish
-    ended with one.
+    `foldopt.qp._program.residual`). units: those of the equilibrated program. violation: (B,), of an infeasible
+    program: the least t for which l - t <= Cx <= u + t has a solution, in its equilibrated rows' units. certificate:
+    (B, r), multipliers that prove it (C'y = 0 and the least of y'Cx over l <= Cx <= u is positive). ray: (B, n), a
+    direction along which an unbounded program falls for ever, else 0. known: sparse systems of the active rows, where
+    the polish ended with one.
     """
 
     x: Tensor

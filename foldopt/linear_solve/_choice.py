@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from foldopt.errors import InputError
-from foldopt.linear_solve.base import VJP, LinearSolveInfo, LinearSolver, relative
-from foldopt.linear_solve.dense import Direct, LeastSquares, gigabytes, require_room
-from foldopt.linear_solve.iteration import LFPI, Anderson
-from foldopt.linear_solve.krylov import GMRES, BiCGSTAB
-from foldopt.linear_solve.phi import Phi
+from foldopt.linear_solve._base import VJP, LinearSolveInfo, LinearSolver, Product, relative
+from foldopt.linear_solve._dense import Direct, LeastSquares, gigabytes, require_room
+from foldopt.linear_solve._iteration import LFPI, Anderson
+from foldopt.linear_solve._krylov import GMRES, BiCGSTAB
+from foldopt.linear_solve._phi import Phi
 
 SINGULAR = (
     "Check that the fixed point is locally unique; choose linear_solver='least_squares', which takes the nearest to a "
@@ -54,16 +54,16 @@ class Auto:
     def __call__(self, vjp: VJP, g: Tensor, phi: Phi | None = None) -> tuple[Tensor, LinearSolveInfo]:
         """Solve for v; see the docstring of `foldopt.linear_solve`."""
         phi = phi or Phi.assembled(vjp, g)
-        found = self._inverted(vjp, g, phi)
-        if not phi.closed_form:
-            found = _then(found, self.iterative, vjp, g, phi)
+        found = None if phi.inverse is None else self._inverted(vjp, g, phi)
+        if phi.products:
+            found = _then(found, self.iterative, vjp, g, phi) if found else self.iterative(vjp, g, phi)
             if g.shape[1] > self.iterative_when_large.max_iter and not phi.made:
                 found = _then(found, self._resumed, vjp, g, *found)
             if phi.nbytes > self.max_bytes and not found[1].ok.all():
                 return self._in_parts(vjp, g, *found)
         elif phi.sparse and (found is None or not found[1].ok.all()):
             return self._sparse(g, phi, *_then(found, self.direct, vjp, g, phi))
-        return self._dense(vjp, g, phi, found)
+        return found if found is not None and found[1].ok.all() else self._dense(vjp, g, phi, found)
 
     def _dense(
         self, vjp: VJP, g: Tensor, phi: Phi, found: tuple[Tensor, LinearSolveInfo] | None
@@ -119,8 +119,7 @@ class Auto:
         v = phi.inverted(g)
         if v is None:
             return None
-        product = getattr(vjp, "last", vjp)
-        left = g + product(v) - v
+        left = g + (vjp.answer(v) if isinstance(vjp, Product) else vjp(v)) - v
         residual = relative(left, g) if phi.weights is None else relative(phi.weights * left, phi.weights * g)
         residual = residual.nan_to_num(nan=torch.inf)
         products = torch.ones(len(g), dtype=torch.long, device=g.device)

@@ -10,14 +10,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from foldopt._certificates import FoldInfo
+from foldopt._compat import untransformed
+from foldopt._fold import Implicit
+from foldopt._layer import FixedPointLayer
 from foldopt.errors import InfeasibleError, InputError, LimitError, NonconvexError, SolverError, UnboundedError
-from foldopt.fixed_point import FoldInfo
-from foldopt.fold import FoldedLayer
 from foldopt.linear_solve import LinearSolver
-from foldopt.linear_solve import linear_solver as resolve
-from foldopt.qp.arguments import Given, arguments
-from foldopt.qp.closest import shifted
-from foldopt.qp.engine import (
+from foldopt.qp._arguments import Given, arguments
+from foldopt.qp._closest import shifted
+from foldopt.qp._engine import (
     CURVATURE,
     GOOD,
     INFEASIBLE,
@@ -29,15 +30,14 @@ from foldopt.qp.engine import (
     Solution,
     solve,
 )
-from foldopt.qp.front import Front
+from foldopt.qp._front import Front
+from foldopt.qp._program import Program
+from foldopt.qp._structure import Structure
+from foldopt.qp._systems import Schur
 from foldopt.qp.matrix import SparseMatrix, dense
-from foldopt.qp.program import Program
-from foldopt.qp.structure import Structure
-from foldopt.qp.systems import Schur
 from foldopt.solvers.qp_solvers import QPSolver
 from foldopt.solvers.saddle import Saddle
 from foldopt.step import Tensors
-from foldopt.transforms import untransformed
 from foldopt.updates.newton import KKTNewton, NewtonState, Point
 
 PATTERNS = 4  # of sparse arguments, for which a layer keeps what it has made
@@ -88,7 +88,7 @@ class QPLayer(nn.Module):
     argument.
 
     ``layer.last`` holds per sample: ``status`` ("solved", "infeasible", ...), ``residual`` (worst relative violation of
-    the KKT conditions), ``ok``, and after a backward pass ``verdict`` ("differentiable", "kink", "not unique",
+    the KKT conditions), ``solved``, and after a backward pass ``verdict`` ("differentiable", "kink", "not unique",
     "dependent rows"). ``layer.fold`` is the folded layer of the state (x, y).
 
     Raises InputError for arguments that do not fit, and the errors of the two policies.
@@ -122,7 +122,8 @@ class QPLayer(nn.Module):
         self.warm_start = warm_start
         if warm_start and self.solver is None:
             raise InputError("warm_start=True needs solver=: the layer's own choice of solvers begins from scratch.")
-        self.fold = _QPFold(self.update, resolve(linear_solver), degenerate, on_failure, self.solver, warm_start)
+        derivative = Implicit(linear_solver, degenerate)
+        self.fold = _QPFold(self.update, derivative, on_failure, self.solver, warm_start)
         self._sparse: list[_QPFold] = []
         self._latest = [self.fold]
         self.return_duals, self.closest_feasible = return_duals, closest_feasible
@@ -145,9 +146,9 @@ class QPLayer(nn.Module):
                 if fold.newton.structure is not None and fold.newton.structure.suits(*given.patterns):
                     return fold
             structure = Structure(*given.patterns)
-        degenerate, on_failure = self.fold.degenerate, self.fold.on_failure
-        newton = KKTNewton(degenerate, self.update.nan, structure)
-        fold = _QPFold(newton, self.fold.linear_solver, degenerate, on_failure, self.solver, self.warm_start)
+        derivative = self.fold.derivative
+        newton = KKTNewton(derivative.degenerate, self.update.nan, structure)
+        fold = _QPFold(newton, derivative, self.fold.on_failure, self.solver, self.warm_start)
         self._sparse = [fold, *self._sparse[: PATTERNS - 1]]
         return fold
 
@@ -180,19 +181,21 @@ class QPLayer(nn.Module):
         return x.to(answer), Duals(y[:, :k], y[:, k : k + m], bounds)
 
 
-class _QPFold(FoldedLayer):
+class _QPFold(FixedPointLayer):
     """The folded layer of (x, y), which knows why a sample has no solution."""
+
+    checks_finite = False  # `arguments` has looked at the parameters
+    derivative: Implicit
 
     def __init__(
         self,
         update: KKTNewton,
-        linear_solver: LinearSolver,
-        degenerate: str,
+        derivative: Implicit,
         on_failure: str,
         solver: QPSolver | None,
         warm_start: bool,
     ) -> None:
-        super().__init__(self._solve, update, linear_solver=linear_solver, degenerate=degenerate, on_failure=on_failure)
+        super().__init__(self._solve, update, derivative, on_failure=on_failure)
         self.newton, self.solver, self.warm_start = update, solver, warm_start
         self.start: Tensor | None = None
         self.call = _Call()
@@ -202,9 +205,6 @@ class _QPFold(FoldedLayer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__({**state, "call": _Call()})
-
-    def require(self, params: Tensors) -> None:
-        """Do nothing: `arguments` has looked at them."""
 
     def _solve(self, *params: Tensor) -> NewtonState:
         program, k = self.newton.program(params), params[5].shape[-1]
@@ -262,7 +262,7 @@ class _QPFold(FoldedLayer):
             if (found.status != GOOD).any():
                 return
             part = program if len(left) == len(x) else program.at(left)
-            point = Point.of(part, x[left], y[left], self.degenerate, found.units, found.residual, found.known)
+            point = Point.of(part, x[left], y[left], self.newton.degenerate, found.units, found.residual, found.known)
         if saddle is not None and len(left) < len(x):
             strong = (y != 0) | program.equality
             strong[left] = False

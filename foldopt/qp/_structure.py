@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from foldopt._compat import batched_by_autograd, untransformed, wrapped_by_func
 from foldopt.errors import InputError
+from foldopt.qp._program import Program
 from foldopt.qp.matrix import Pattern, SparseMatrix
-from foldopt.qp.program import Program
-from foldopt.transforms import is_wrapped, untransformed
 
 LAYOUTS = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc)
 
@@ -100,7 +100,7 @@ def _of_scipy(name: str, M: Any, device: torch.device) -> Taken:
 
 def _of_dense(M: Tensor) -> Taken:
     m, n = M.shape[-2:]
-    whole = M.requires_grad or is_wrapped(M)
+    whole = M.requires_grad or wrapped_by_func(M) or batched_by_autograd(M)
     with untransformed():
         if whole:
             kept = torch.arange(m * n, device=M.device)

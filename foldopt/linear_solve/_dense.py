@@ -9,8 +9,8 @@ from torch import Tensor
 
 from foldopt.batched import matvec
 from foldopt.errors import InputError
-from foldopt.linear_solve.base import VJP, LinearSolveInfo, norm, relative, require_relative
-from foldopt.linear_solve.phi import Phi
+from foldopt.linear_solve._base import VJP, LinearSolveInfo, norm, relative, require_relative
+from foldopt.linear_solve._phi import Phi
 
 WRONG_CLOSED_FORM = (
     "The matrix that the update's method jacobian returns is not the derivative dU/dx of its step there, whose row i "

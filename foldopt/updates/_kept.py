@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from foldopt._compat import version
+
 
 class Kept(NamedTuple):
     """What was found, and the tensors that it belongs to as they were."""
@@ -19,13 +21,13 @@ class Kept(NamedTuple):
         """Return what was found about these tensors; None for inference tensors, which keep no version."""
         if any(t.is_inference() for t in tensors):
             return None
-        return cls(found, tuple(t.detach() for t in tensors), tuple(t._version for t in tensors))
+        return cls(found, tuple(t.detach() for t in tensors), tuple(version(t) for t in tensors))
 
     def suits(self, *tensors: Tensor) -> bool:
         """Whether these are the same memory, not written to since."""
         return len(tensors) == len(self.tensors) and all(
             not t.is_inference()
-            and (t.data_ptr(), t._version, t.dtype, t.shape, t.stride())
-            == (own.data_ptr(), version, own.dtype, own.shape, own.stride())
-            for t, own, version in zip(tensors, self.tensors, self.versions, strict=True)
+            and (t.data_ptr(), version(t), t.dtype, t.shape, t.stride())
+            == (own.data_ptr(), written, own.dtype, own.shape, own.stride())
+            for t, own, written in zip(tensors, self.tensors, self.versions, strict=True)
         )

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from foldopt.batched import matvec
-from foldopt.qp.kkt import Known, Rows, spectral
+from foldopt.qp._kkt import Known, Rows, spectral
+from foldopt.qp._program import Program, Units
+from foldopt.qp._sparse_kkt import SparseKKT, packages
 from foldopt.qp.matrix import Matrix, Pattern, SparseMatrix, joined, masked_rows, outer, split
-from foldopt.qp.program import Program, Units
-from foldopt.qp.sparse_kkt import SparseKKT, packages
 from foldopt.solvers.saddle import Saddle, block_factor, block_solve
 
 ROUNDING = 1e-13

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foldopt.transforms import outer_tangents, plain, through_autograds_vmap
+from foldopt._compat import outer_tangents, plain, through_autograds_vmap
 
 
 class SparseMap:

@@ -19,7 +19,7 @@ def shifted(
 ) -> tuple[Tensors, tuple[Tensor, Tensor]]:
     """Return the params with h and b shifted where a sample is infeasible, and the shifts (B, m) >= 0 and (B, k).
 
-    params: Q, p, G, h, A, b, lower, upper as `foldopt.qp.layer.arguments` returns them; of a matrix with a pattern the
+    params: Q, p, G, h, A, b, lower, upper as `foldopt.qp._layer.arguments` returns them; of a matrix with a pattern the
     values. norm: "l1", the least sum of
     violations, or "l2", the least sum of squares. make: makes a `QPLayer`. The shifts are solutions of a quadratic
     program themselves and differentiable; bounds of the variables are kept, and a sample that these alone contradict

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -10,9 +11,21 @@ import torch
 from torch import Tensor
 
 from foldopt.errors import InputError
-from foldopt.linear_solve.phi import Phi
+from foldopt.linear_solve._phi import Phi
 
 VJP = Callable[[Tensor], Tensor]
+
+
+class Product(ABC):
+    """A product v -> Phi^T v that may be told that a v is expected to be the answer; a plain function will do too."""
+
+    @abstractmethod
+    def __call__(self, v: Tensor) -> Tensor:
+        """Return Phi^T v, (B, N)."""
+
+    def answer(self, v: Tensor) -> Tensor:
+        """Return Phi^T v for a v that a closed form gives; what else the pass computes may be kept for its use."""
+        return self(v)
 
 
 class LinearSolveInfo(NamedTuple):

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from foldopt.batched import lu_factor, matvec
+from foldopt.qp._sparse_kkt import SparseKKT
 from foldopt.qp.matrix import Matrix, SparseMatrix, dense
-from foldopt.qp.sparse_kkt import SparseKKT
 
 SHIFT = 1e-8  # that makes the matrix regular; equilibrated, its entries are at most about 1
 NULL = 1e-11  # eigenvalues below this times the largest count as zero

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foldopt.qp.interior_point import interior_point
+from foldopt.qp._interior_point import interior_point
+from foldopt.qp._program import Program, Units
 from foldopt.qp.matrix import SparseMatrix, rescaled
-from foldopt.qp.program import Program, Units
 from foldopt.solvers.qp_solvers import QPSolver
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from foldopt.errors import InputError
-from foldopt.linear_solve.base import VJP, Iterative, LinearSolveInfo
-from foldopt.linear_solve.phi import Phi
+from foldopt.linear_solve._base import VJP, Iterative, LinearSolveInfo
+from foldopt.linear_solve._phi import Phi
 
 
 class WarmStart:

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from foldopt.errors import InputError
-from foldopt.qp.kkt import probe
+from foldopt.qp._kkt import probe
+from foldopt.qp._structure import taken
 from foldopt.qp.matrix import Pattern, SparseMatrix
-from foldopt.qp.structure import taken
 from foldopt.step import Recorded, pushforward, vjp_of
 from foldopt.updates.sqp import SmoothProgram
 

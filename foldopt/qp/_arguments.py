@@ -9,9 +9,9 @@ from torch import Tensor
 
 from foldopt.checks import is_certified
 from foldopt.errors import InputError
-from foldopt.qp.engine import CURVATURE
+from foldopt.qp._engine import CURVATURE
+from foldopt.qp._structure import is_sparse_argument, taken
 from foldopt.qp.matrix import Pattern, SparseMatrix
-from foldopt.qp.structure import is_sparse_argument, taken
 from foldopt.step import Tensors
 
 MATRICES = ("Q", "G", "A")

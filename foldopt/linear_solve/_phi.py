@@ -3,41 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from foldopt.batched import lu_factor, matvec
-from foldopt.linear_solve.sparse import SHIFT, SparsePhi
+from foldopt.linear_solve._sparse import SHIFT, SparsePhi
+
+Inverse = Callable[[Tensor, bool], Tensor | None]
 
 
+@dataclass(eq=False)
 class Phi:
     """The Jacobian dU/dx of a step at one point, (B, N, N), which is made, and I - Phi factored, on first use.
 
     make: returns the matrix, dense or sparse; a sparse one may be (N, N) for all samples. products: how many products
     with Phi^T that takes per sample; 0 for a closed form. inverse: the solution in closed form, if there is one:
-    inverse(g, transposed) returns v = Phi^T v + g, or v = Phi v + g if `transposed`, or None.
+    inverse(g, transposed) returns v = Phi^T v + g, or v = Phi v + g if `transposed`, or None. nbytes: of the matrix,
+    where it has to be assembled. weights: (B, N), in which the residual of `inverse` is measured; None for all 1.
     """
 
-    def __init__(
-        self,
-        make: Callable[[], Tensor | SparsePhi],
-        products: int = 0,
-        inverse: Callable[[Tensor, bool], Tensor | None] | None = None,
-    ) -> None:
-        self.make, self.products, self.inverse = make, products, inverse
-        self.nbytes = 0  # of the matrix, where it has to be assembled
-        self.weights: Tensor | None = None  # (B, N), in which the residual of the closed form is measured; None: 1
-        self._kept: dict[str, Any] = {}
-        self._transposed = False
+    make: Callable[[], Tensor | SparsePhi]
+    products: int = 0
+    inverse: Inverse | None = None
+    nbytes: int = 0
+    weights: Tensor | None = None
+    _kept: dict[str, Any] = field(default_factory=dict)
+    _transposed: bool = False
 
     @classmethod
     def assembled(
         cls,
         vjp: Callable[[Tensor], Tensor],
         like: Tensor,
-        inverse: Callable[[Tensor, bool], Tensor | None] | None = None,
+        inverse: Inverse | None = None,
     ) -> Phi:
         """Return the Phi of a map v -> Phi^T v on tensors like `like`, (B, N), from N products."""
         n = like.shape[1]
@@ -46,9 +47,7 @@ class Phi:
             eye = torch.eye(n, dtype=like.dtype, device=like.device)
             return torch.stack([vjp(e.expand_as(like)) for e in eye], dim=1)
 
-        phi = cls(make, n, inverse)
-        phi.nbytes = len(like) * n * n * like.element_size()
-        return phi
+        return cls(make, n, inverse, len(like) * n * n * like.element_size())
 
     @property
     def closed_form(self) -> bool:
@@ -62,11 +61,8 @@ class Phi:
 
     def transposed(self) -> Phi:
         """Return Phi transposed, sharing what has been made and factored."""
-        other = Phi(self.make, self.products, self.inverse)
-        other._kept, other._transposed = self._kept, not self._transposed
-        other.nbytes = self.nbytes
-        other.weights = None if self.weights is None else 1 / self.weights
-        return other
+        weights = None if self.weights is None else 1 / self.weights
+        return replace(self, weights=weights, _transposed=not self._transposed)
 
     @property
     def sparse(self) -> SparsePhi | None:
@@ -83,9 +79,7 @@ class Phi:
     def at(self, rows: Tensor) -> Phi:
         """Return the Phi of some samples, with what has been factored of a sparse one."""
         part = self._matrix().at(rows) if self.sparse else self._matrix()[rows]
-        other = Phi(lambda: part)
-        other._transposed = self._transposed
-        return other
+        return Phi(lambda: part, _transposed=self._transposed)
 
     def product(self, v: Tensor) -> Tensor:
         """Return Phi^T v, (B, N), by the matrix."""

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from foldopt.batched import matvec
-from foldopt.qp.front import nearby
+from foldopt.qp._front import nearby
+from foldopt.qp._program import Program, residual, sizes, weight
+from foldopt.qp._sparse_kkt import SparseKKT
 from foldopt.qp.matrix import (
     Matrix,
     Pattern,
@@ -20,8 +22,6 @@ from foldopt.qp.matrix import (
     selected_rows,
     zeros,
 )
-from foldopt.qp.program import Program, residual, sizes, weight
-from foldopt.qp.sparse_kkt import SparseKKT
 
 TOUCHING = 1e-9  # slack relative to the terms of its row
 CARRYING = 1e-6  # multiplier times entry, relative to the terms of some column

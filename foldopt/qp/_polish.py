@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from foldopt.batched import matvec
-from foldopt.qp.front import nearby
-from foldopt.qp.kkt import Factored, Known, Rows, shifted
+from foldopt.qp._front import nearby
+from foldopt.qp._kkt import Factored, Known, Rows, shifted
+from foldopt.qp._program import Program, residual
 from foldopt.qp.matrix import masked_rows
-from foldopt.qp.program import Program, residual
 
 EXACT = 1e-13  # relative KKT residual at which nothing is left to do
 STEPS = 5  # of Newton for a first guess of the active set

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from foldopt.batched import matvec
 from foldopt.errors import InputError
-from foldopt.linear_solve.base import VJP, Iterative, LinearSolveInfo, norm, relative, safe_ratio
-from foldopt.linear_solve.phi import Phi
+from foldopt.linear_solve._base import VJP, Iterative, LinearSolveInfo, norm, relative, safe_ratio
+from foldopt.linear_solve._phi import Phi
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,126 @@
+"""Differentiation through recorded steps: unrolling (paper section 2) and fixed-point unfolding (sections 3 and 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from foldopt._certificates import FoldInfo, apply_policy, masked
+from foldopt._compat import transforming
+from foldopt._layer import TOLERANCE, LayerCall
+from foldopt.checks import require_whole
+from foldopt.errors import FixedPointError, LinearSolveError
+from foldopt.linear_solve import LinearSolveInfo
+from foldopt.linear_solve._base import relative
+from foldopt.step import Tensors, flatten, unflatten
+
+
+@dataclass(frozen=True)
+class Unrolled:
+    """Record `iterations` update steps on the graph and let autograd differentiate through them.
+
+    from_solution: whether the steps start at the solution, as `unfold` does, or at a starting point, as `unroll` does.
+    """
+
+    iterations: int
+    from_solution: bool = False
+
+    def __post_init__(self) -> None:
+        require_whole("iterations", self.iterations, 1)
+
+    def __call__(self, call: LayerCall) -> tuple[Tensors, FoldInfo]:
+        """Return the state after the recorded steps and its certificates."""
+        layer = call.layer
+        start = previous = state = call.solve(call.tensors)
+        hold = layer.on_failure in ("nan", "zero")
+        lost = torch.zeros(len(state[0]), dtype=torch.bool, device=state[0].device)
+        watched = self.from_solution and self.iterations > 1 and not transforming(*call.tensors)
+        watch = _Watch(self.iterations, layer.on_failure)
+        for k in range(self.iterations):
+            previous, state = state, call.step(state, call.tensors)
+            if k == 0 and self.from_solution:
+                watch.info = layer.certify(previous, state)
+                state = _hooked(state, watch.last_term) if watched else state
+            if hold:
+                lost |= ~flatten(state).detach().isfinite().all(1)
+                state = _where(~lost, state, previous)
+        if watch.info is not None:
+            info, tol = watch.info, layer.tol or TOLERANCE[state[0].dtype]
+            lost |= self._left(start, state, info, tol, layer.on_failure)
+        else:
+            stepped = _where(~lost, state, tuple(torch.full_like(part, torch.nan) for part in state))
+            info = layer.certify(tuple(part.detach() for part in previous), stepped)
+        if hold and not (solved := info.solved & ~lost).all():
+            info.solved = solved
+            _mask_gradient(state, solved, layer.on_failure)
+        return _hooked(state, watch.arrived) if watched else state, info
+
+    def _left(self, start: Tensors, state: Tensors, info: FoldInfo, tol: float, policy: str) -> Tensor:
+        """Return which samples the steps carried away from the solution, (B,): where they diverge, rounding grows."""
+        x, end = flatten(start).detach(), flatten(state).detach()
+        moved = torch.linalg.vector_norm(end - x, dim=1) / (1 + torch.linalg.vector_norm(x, dim=1))
+        left = ~(moved <= tol) & info.solved
+        if left.any():
+            apply_policy(
+                policy,
+                FixedPointError,
+                left,
+                moved,
+                f"{self.iterations} update steps from the solver's solution end {{worst:.1e}} away from it (relative)",
+                "The iteration diverges there, and its backward pass too; fold the step, or take a smaller stepsize",
+            )
+        return left
+
+
+@dataclass(eq=False)
+class _Watch:
+    """Certifies the backward pass of unfolding by the last term that it adds, (Phi^T)^(K - 1) g (Theorem 1)."""
+
+    iterations: int
+    policy: str
+    info: FoldInfo | None = None
+    g: Tensor | None = None
+
+    def arrived(self, g: Tensor) -> None:
+        """Take note of the incoming gradient."""
+        self.g = g.detach()
+
+    def last_term(self, term: Tensor) -> None:
+        """Judge the last term and apply the policy."""
+        info, g = cast(FoldInfo, self.info), cast(Tensor, self.g)  # the end of the steps comes first
+        residual = relative(term.detach(), g).nan_to_num(nan=torch.inf)
+        ok = residual < 1
+        count = torch.full(residual.shape, self.iterations - 1, device=residual.device)
+        info.backward = LinearSolveInfo("unfolding", count, residual, ok, torch.zeros_like(ok))
+        if not (ok | ~info.solved).all():
+            apply_policy(
+                self.policy,
+                LinearSolveError,
+                ~ok,
+                residual,
+                f"the backward pass of unfolding diverges: the last of its {self.iterations} steps still adds "
+                "{worst:.1e} times the incoming gradient",
+                "Phi has a spectral radius of 1 or more; fold the step, or take a smaller stepsize",
+            )
+
+
+def _hooked(state: Tensors, hook: Callable[[Tensor], None]) -> Tensors:
+    """Return the state, with a hook on the gradient of its flattened parts, (B, N)."""
+    flat = flatten(state)
+    if flat.requires_grad:
+        flat.register_hook(hook)
+    return unflatten(flat, state)
+
+
+def _where(ok: Tensor, good: Tensors, other: Tensors) -> Tensors:
+    return tuple(torch.where(ok.view(-1, *[1] * (a.dim() - 1)), a, b) for a, b in zip(good, other, strict=True))
+
+
+def _mask_gradient(state: Tensors, ok: Tensor, policy: str) -> None:
+    for part in state:
+        if part.requires_grad:
+            part.register_hook(lambda g: masked((g,), ok, policy)[0])
