@@ -107,7 +107,7 @@ def _list(names: pd.Series) -> str:
 
 def misprints(ours: pd.DataFrame) -> list[Sequence[str]]:
     """Return the published optima on another value than which two solvers agree: name, and all values."""
-    rows = []
+    rows: list[Sequence[str]] = []
     for _, row in ours.drop_duplicates("problem").iterrows():
         found = {solver: row[solver] for solver in ("piqp", "Clarabel") if solver in row and not pd.isna(row[solver])}
         if len(found) == 2 and corrected(row["published"], found) != row["published"]:

@@ -142,7 +142,8 @@ def support_vectors(draw: np.random.Generator) -> Kind:
 def huber(draw: np.random.Generator) -> Kind:
     """Regression with Huber's loss."""
     A, b, x = cp.Parameter((15, 4)), cp.Parameter(15), cp.Variable(4)
-    cost = cp.sum(cp.huber(A @ x - b, 0.5)) + 0.1 * cp.sum_squares(x)
+    loss = cp.huber(A @ x - b, 0.5)  # type: ignore[arg-type]  # cvxpy says int
+    cost = cp.sum(loss) + 0.1 * cp.sum_squares(x)
     return _kind(cp.Minimize(cost), [], {A: draw.normal(size=(15, 4)), b: 2 * draw.normal(size=15)}, [x])
 
 
@@ -173,7 +174,7 @@ def geometric(draw: np.random.Generator) -> Kind:
     """The largest box with a bounded surface (geometric program)."""
     x, y, z = (cp.Variable(pos=True) for _ in range(3))
     a, b, c = cp.Parameter(pos=True), cp.Parameter(pos=True), cp.Parameter()
-    constraints = [a * (x * y + x * z + y * z) <= b, x >= y**c]
+    constraints = [a * (x * y + x * z + y * z) <= b, x >= y**c]  # type: ignore[operator]  # cvxpy takes parameters as exponents
     return _kind(cp.Minimize(1 / (x * y * z)), constraints, {a: 2.0, b: 1.0, c: 0.5}, [x, y, z], gp=True)
 
 

@@ -73,7 +73,8 @@ def answered(k: Kind, contender: Contender, truth: Iterable[tuple[float, float]]
         try:
             outputs = contender.make(k)(*values)
             parts = zip(outputs, weights(k), strict=True)
-            gradients = torch.autograd.grad(sum((x * torch.tensor(w)).sum() for x, w in parts), values)
+            total = torch.stack([(x * torch.tensor(w)).sum() for x, w in parts]).sum()
+            gradients = torch.autograd.grad(total, values)
         except DegenerateError as error:
             return f"says {type(error).__name__}"
         except Exception as error:  # of another library: whatever it raises is its answer
@@ -118,7 +119,7 @@ def seconds(call: Call, values: Sequence[Tensor]) -> tuple[float, float]:
         start = time.perf_counter()
         outputs = call(*values)
         middle = time.perf_counter()
-        torch.autograd.grad(sum((x**2).sum() for x in outputs), values)
+        torch.autograd.grad(torch.stack([(x**2).sum() for x in outputs]).sum(), values)
         both = middle - start, time.perf_counter() - middle
         best = min(best, both, key=sum)
     return best

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from experiments.benchmark import differences
-from experiments.benchmark.collection import arguments, read
+from experiments.benchmark.collection import Vector, arguments, read
 from experiments.benchmark.differences import Difference
 from experiments.benchmark.libraries import LIBRARIES, Answer, ask, warm_up
 from experiments.benchmark.truth import Along, Truth, weights
@@ -77,10 +77,21 @@ def finding(
     error = abs(seen.objective - optimum) / max(1.0, abs(optimum))
     solved = error <= OBJECTIVE and max(seen.row, seen.bound) <= ROWS
     blank = Finding(
-        *(library, problem, argument, n, answer.said),
-        "" if np.isnan(seen.objective) else "solved" if solved else "wrong",
-        *(answer.verdict, "not compared", seen.objective, error, seen.row, seen.bound),
-        *(answer.seconds_forward, answer.seconds_backward, answer.peak_bytes),
+        library=library,
+        problem=problem,
+        argument=argument,
+        n=n,
+        said=answer.said,
+        solution="" if np.isnan(seen.objective) else "solved" if solved else "wrong",
+        verdict=answer.verdict,
+        derivative="not compared",
+        objective=seen.objective,
+        objective_error=error,
+        row_violation=seen.row,
+        bound_violation=seen.bound,
+        seconds_forward=answer.seconds_forward,
+        seconds_backward=answer.seconds_backward,
+        peak_bytes=answer.peak_bytes,
         error=answer.error,
     )
     if answer.said == "raw" or truth is None or np.isnan(truth.reach):
@@ -88,16 +99,16 @@ def finding(
     along = truth.along.get(argument, ())
     if answer.gradient is None:
         return _refusal(blank, truth, along)
-    return _gradient(blank, answer, truth, along)
+    return _gradient(blank, answer.gradient, truth, along)
 
 
-def _gradient(blank: Finding, answer: Answer, truth: Truth, along: tuple[Along, ...]) -> Finding:
+def _gradient(blank: Finding, gradient: Vector, truth: Truth, along: tuple[Along, ...]) -> Finding:
     """Return the judgement of a gradient, along the direction that fares worst."""
     if truth.gap > 0:
         return replace(blank, derivative="contradicted (not unique)")
     found = []
     for one in along:
-        terms = answer.gradient * one.direction
+        terms = gradient * one.direction
         predicted, extent = float(terms.sum()), max(float(np.abs(terms).sum()), differences.SMALL * truth.reach)
         said = differences.judge(predicted, one.difference, extent)
         if one.difference.kind in ABSENT:

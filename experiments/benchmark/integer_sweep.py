@@ -18,21 +18,9 @@ from torch import Tensor
 
 import foldopt
 from experiments.benchmark.exact import Number, Vector, dot, times
-from experiments.benchmark.integer_programs import (
-    Bound,
-    Derivative,
-    Program,
-    Truth,
-    cotangents,
-    derivative_of,
-    draw,
-    draw_infeasible,
-    draw_nonconvex,
-    draw_unbounded,
-    judged,
-    pieces,
-    truth_of,
-)
+from experiments.benchmark.integer_draws import cotangents, draw, draw_infeasible, draw_nonconvex, draw_unbounded
+from experiments.benchmark.integer_programs import Bound, Program
+from experiments.benchmark.integer_truth import Derivative, Truth, derivative_of, judged, pieces, truth_of
 from foldopt.errors import FoldoptError
 
 Asked = Literal["p", "right-hand sides"]

@@ -155,8 +155,8 @@ def _dqp(**options: Any) -> Callable[[Arguments, str], Prepared]:
 
 def _csc(matrix: sp.spmatrix) -> Tensor:
     form = sp.csc_matrix(matrix)
-    parts = (torch.as_tensor(part, dtype=torch.int64) for part in (form.indptr, form.indices))
-    return torch.sparse_csc_tensor(*parts, tensor(form.data), size=form.shape)
+    columns, rows = (torch.as_tensor(part, dtype=torch.int64) for part in (form.indptr, form.indices))
+    return torch.sparse_csc_tensor(columns, rows, tensor(form.data), size=form.shape)
 
 
 def _moreau(tolerance: float | None = None) -> Callable[[Arguments, str], Prepared]:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
+from typing import Any
 
 import pandas as pd
 import torch
@@ -24,6 +25,7 @@ COLUMNS = (
     *("error_x", "error_vjp", "why"),
 )
 Call = Callable[[], dict[str, float]]  # takes one pass, and returns what it took
+MeasuredRow = dict[str, Any]  # of `COLUMNS`, those that are known: contender, and numbers or why there are none
 FLOOR, NETWORK = "lu", "network"  # beside the contenders: the bare linear solve, and a step of the study's network
 
 
@@ -75,7 +77,7 @@ def measure(settings: Settings) -> pd.DataFrame:
     return pd.DataFrame(rows).reindex(columns=COLUMNS)
 
 
-def _at(layer: Layer, place: Place, expected: Mapping[str, float], settings: Settings) -> Iterator[dict]:
+def _at(layer: Layer, place: Place, expected: Mapping[str, float], settings: Settings) -> Iterator[MeasuredRow]:
     growth = (place.n / layer.n) ** 2 * place.batch / layer.batch  # what to expect of time: n^2, and often n^3
     if settings.device != "cpu":  # where small problems take as long as large ones
         growth = 1.0
@@ -101,12 +103,13 @@ def _at(layer: Layer, place: Place, expected: Mapping[str, float], settings: Set
     cotangent = torch.randn(x.shape, generator=generator, dtype=x.dtype)
     device = torch.device(settings.device)
     calls: dict[str, Call] = {}
-    exact = {}
+    exact: dict[int, tuple[Tensor, Tensor]] = {}
     for name, contender in asked.items():
         samples = min(contender.most or place.batch, place.batch)
         given = tuple(t[:samples] if len(t) == place.batch else t for t in leaves)
         if samples not in exact:
-            exact[samples] = tuple(t.to(device) for t in _pass(reference, given, cotangent[:samples])[:2])
+            right, vjp, _, _ = _pass(reference, given, cotangent[:samples])
+            exact[samples] = right.to(device), vjp.to(device)
         there = tuple(t.to(device) for t in given), cotangent[:samples].to(device)
         calls[name] = partial(_measured, solves[name], *there, exact[samples], count(1))
     calls[FLOOR] = _linear_solve(place.batch, layer.system(place.n), device)
@@ -115,7 +118,7 @@ def _at(layer: Layer, place: Place, expected: Mapping[str, float], settings: Set
     yield from _taking_turns(calls, settings)
 
 
-def _taking_turns(calls: Mapping[str, Call], settings: Settings) -> Iterator[dict]:
+def _taking_turns(calls: Mapping[str, Call], settings: Settings) -> Iterator[MeasuredRow]:
     """Yield the rows of `calls`, every round in another order, after a first call of each."""
     memory, spent = {}, {}
     for name, call in calls.items():

@@ -7,6 +7,7 @@ import os
 import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -22,8 +23,11 @@ from experiments.report.measurements import measured_once
 from experiments.run.execution import made_with
 
 BESIDE = {FLOOR: "batched LU of the backward pass's size", NETWORK: "step of the network alone"}
-QUICK = {"limit": 1.0, "budget": 0.5}  # on a GPU, where many small kernels make the slow slower still
-PROFILES: Mapping[str, dict] = {
+QUICK: Mapping[str, Any] = {
+    "limit": 1.0,
+    "budget": 0.5,
+}  # on a GPU, where many small kernels make the slow slower still
+PROFILES: Mapping[str, Mapping[str, Any]] = {
     "smoke": {"factors": (1,), "many": 128, "rounds": 1, "budget": 0.1, "limit": 2.0},
     "default": {},
     "paper": {"rounds": 15, "budget": 10.0, "limit": 60.0},
@@ -55,10 +59,10 @@ def make(
     for device, count in [*(("cpu", count) for count in threads), *([("cuda", 1)] if gpu else [])]:
         for name in names:
             say(f"Measuring: {LAYERS[name].title}, {_place(device, count)}")
-            settings = Settings(name, count, device, **PROFILES[profile] | (QUICK if device == "cuda" else {}))
+            settings = Settings(name, count, device, **{**PROFILES[profile], **(QUICK if device == "cuda" else {})})
             also = LAYERS[name].identity(), machine(), made_with()["versions"], gpu if device == "cuda" else None
-            where = count if device == "cpu" else device
-            rows = measured_once(f"bench-{name}-{where}", settings, measure, *also, threads=count)
+            place = count if device == "cpu" else device
+            rows = measured_once(f"bench-{name}-{place}", settings, measure, *also, threads=count)
             frames.append(rows.assign(layer=name, device=device, threads=count))
     rows = pd.concat(frames, ignore_index=True)
     rows["variant"] = rows["variant"].fillna("")
@@ -127,9 +131,9 @@ def _write_layers(
 
 def _write_gpu(artifacts: Artifacts, rows: pd.DataFrame, table: pd.DataFrame, gpu: str, command: str) -> None:
     """Write bench/cuda.md, bench/cuda_layers.md and bench/cuda.json: the GPU beside the CPU, all contenders on it."""
-    on = [frame[frame["device"] == "cuda"] for frame in (rows, table)]
+    measured, medians_there = (frame[frame["device"] == "cuda"] for frame in (rows, table))
     _write_json(artifacts, "bench/cuda", table, machine() | {"gpu": gpu})
-    _write_layers(artifacts, "bench/cuda_layers", *on, f"{gpu}; float64.", command)
+    _write_layers(artifacts, "bench/cuda_layers", measured, medians_there, f"{gpu}; float64.", command)
     rows = throughput(table)
     batches = " and ".join(f"{many:,}" for many in sorted(set(rows["many"])))
     most = table.loc[table["device"] == "cpu", "threads"].max()

@@ -13,6 +13,6 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     return lines + ["| " + " | ".join(row) + " |" for row in rows]
 
 
-def number(value: object, form: str = ".2g") -> str:
+def number(value: float | None, form: str = ".2g") -> str:
     """Return a number as a cell, which is empty where there is none."""
-    return "" if value is None or pd.isna(value) else format(float(value), form)
+    return "" if value is None or pd.isna(value) else format(value, form)

@@ -15,6 +15,7 @@ from experiments.report.artifacts import Artifacts, output_root
 from experiments.report.claims import VERDICTS, Claim, Finding, Results, claims
 from experiments.run.configuration import ROOT
 from experiments.sweep import studies
+from foldopt.errors import InputError
 
 CLASSES = dict(zip(VERDICTS, ("confirmed", "conditional", "refuted", "untested"), strict=True))
 STYLE = """
@@ -104,7 +105,10 @@ def _provenance(root: Path) -> Iterator[str]:
 def _errata() -> str:
     """Return the errata that the README lists."""
     readme = (ROOT / "README.md").read_text()
-    return re.search(r"^## Errata.*?\n\n(.*?)(?=^## |\Z)", readme, re.DOTALL | re.MULTILINE)[1].strip()
+    section = re.search(r"^## Errata.*?\n\n(.*?)(?=^## |\Z)", readme, re.DOTALL | re.MULTILINE)
+    if section is None:
+        raise InputError("README.md has no section ## Errata, from which the report takes the errata; add it.")
+    return section[1].strip()
 
 
 def render(text: str, root: Path) -> str:
@@ -117,6 +121,8 @@ def render(text: str, root: Path) -> str:
     body = re.sub(r'src="([^"]+\.png)"', inlined, body)
     for verdict, name in CLASSES.items():
         body = body.replace(f"<strong>{verdict}</strong>", f'<span class="verdict {name}">{verdict}</span>')
-    title = re.search(r"<h1>(.*?)</h1>", body)[1]
-    head = f'<meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
+    heading = re.search(r"<h1>(.*?)</h1>", body)
+    if heading is None:
+        raise InputError("text has no heading of the first level (# ...) for the title of the page; add one.")
+    head = f'<meta charset="utf-8"><title>{heading[1]}</title><style>{STYLE}</style>'
     return f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n{body}</body></html>\n'

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from experiments.report.artifacts import Artifacts, output_root
@@ -111,7 +111,7 @@ def _track(study: Study, planned: Sequence[StudyRun], profile: str, artifacts: A
     files = [*artifacts.written, *artifacts.unchanged]
     folder = configuration.ROOT / config.paths.runs / "reports" / f"{study.name}-{profile}"
     common = [tag for tag in config.tracking.tags if all(tag in run.config.tracking.tags for run in planned)]
-    settings = OmegaConf.merge(config.tracking, {"job_type": "report", "tags": common})
+    settings = cast(DictConfig, OmegaConf.merge(config.tracking, {"job_type": "report", "tags": common}))
     if files and tracking.log_figures(settings, artifacts.root, files, folder):
         console.print(f"W&B: {len(files)} files of {study.name} are an artifact", markup=False)
 

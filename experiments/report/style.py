@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
@@ -19,7 +20,7 @@ from foldopt.errors import InputError
 
 T = TypeVar("T")
 
-STYLE = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False}
+STYLE: dict[Any, Any] = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False}
 COLORS = ("#CC79A7", "#E69F00", "#0072B2", "#009E73", "#D55E00", "#56B4E9")  # Okabe and Ito
 CAPTION = {"fontsize": 6.5, "color": "0.3"}
 
@@ -35,7 +36,8 @@ def panels(caption: str, *grid: int, **options: Any) -> Iterator[tuple[Figure, A
 
 def plain_log(axis: Axis, subs: tuple[float, ...]) -> None:
     """Make an axis logarithmic, labelled in plain numbers at `subs` of each decade."""
-    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+    panel = axis.axes
+    (panel.set_xscale if axis is panel.xaxis else panel.set_yscale)("log")
     axis.set_major_locator(LogLocator(subs=subs))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
@@ -63,13 +65,13 @@ def curve(panel: Axes, frame: pd.DataFrame, x: str = "epoch", **line: Any) -> No
     (drawn,) = panel.plot(frame[x], frame["mean"], **line)
     panel.update_datalim(frame[[x, "low"]].to_numpy())
     panel.update_datalim(frame[[x, "high"]].to_numpy())
-    room, least = panel.dataLim.get_points().copy(), panel.dataLim.minpos.copy()
+    room, least = panel.dataLim.get_points().copy(), np.array(panel.dataLim.minpos)
     low, high = frame["low"], frame["high"]
     if "ci95" in frame:
         low, high = frame["mean"] - frame["ci95"], frame["mean"] + frame["ci95"]
     panel.fill_between(frame[x], low, high, color=drawn.get_color(), alpha=0.18, linewidth=0, zorder=1)
     panel.dataLim.set_points(room)
-    panel.dataLim.minpos[:] = least
+    np.asarray(panel.dataLim.minpos)[:] = least
     panel.autoscale_view()
 
 

@@ -151,7 +151,7 @@ class _Worker:
         except (EOFError, ConnectionResetError):
             self.process.join()
             code = self.process.exitcode
-            return (128 - code if code < 0 else code or 1), f"its worker process died with exit code {code}"
+            return _shell_code(code), f"its worker process died with exit code {code}"
 
     @property
     def alive(self) -> bool:
@@ -160,6 +160,11 @@ class _Worker:
     def dismiss(self) -> None:
         with contextlib.suppress(BrokenPipeError):
             self.pipe.send(None)
+
+
+def _shell_code(code: int | None) -> int:
+    """Return the exit code that a shell gives a dead process: 128 + n after signal n, and never 0."""
+    return 128 - code if code is not None and code < 0 else code or 1
 
 
 def thread_environment(threads: int = 1) -> contextlib.AbstractContextManager[None]:
@@ -242,28 +247,28 @@ def _loop(
     display: Display,
     stop: StopRequest,
 ) -> None:
-    gpus = _gpus() or [None]
+    gpus: Sequence[str | None] = _gpus() or [None]
     crew = [_Worker(run_one, gpus[number % len(gpus)]) for number in range(workers)]
     stop_sent: float | None = None
     try:
         while True:
             if stop.signal is None:
                 _hand_out(crew, pending, run_one, display)
-            busy = [worker for worker in crew if worker.run is not None]
+            busy = _busy(crew)
             if not busy:
                 break
             if stop.signal is not None and stop_sent is None:
                 stop_sent = time.monotonic()
                 display.note("Stopping: each run saves its state and can be resumed. Once more to kill them.")
-                for worker in busy:
+                for worker, _ in busy:
                     worker.process.terminate()
             if stop.count > 1 or (stop_sent is not None and time.monotonic() - stop_sent > GRACE_SECONDS):
-                for worker in busy:
+                for worker, _ in busy:
                     worker.process.kill()
-            for pipe in connection.wait([worker.pipe for worker in busy], timeout=0.25):
-                worker = next(worker for worker in busy if worker.pipe is pipe)
-                _settle(worker, stop, report, display)
-            display.refresh(list(pending), [(worker.run, worker.started) for worker in crew if worker.run is not None])
+            for pipe in connection.wait([worker.pipe for worker, _ in busy], timeout=0.25):
+                worker, run = next((worker, run) for worker, run in busy if worker.pipe is pipe)
+                _settle(worker, run, stop, report, display)
+            display.refresh(list(pending), [(run, worker.started) for worker, run in _busy(crew)])
     finally:
         report.unfinished.extend(pending)
         for worker in crew:
@@ -274,17 +279,22 @@ def _loop(
                 worker.process.kill()
 
 
+def _busy(crew: Sequence[_Worker]) -> list[tuple[_Worker, StudyRun]]:
+    return [(worker, worker.run) for worker in crew if worker.run is not None]
+
+
 def _hand_out(crew: list[_Worker], pending: deque[StudyRun], run_one: RunOne, display: Display) -> None:
     for position, worker in enumerate(crew):
         if worker.run is None and pending:
             if not worker.alive:
                 crew[position] = worker = _Worker(run_one, worker.gpu)
-            worker.give(pending.popleft())
-            display.started(worker.run)
+            run = pending.popleft()
+            worker.give(run)
+            display.started(run)
 
 
-def _settle(worker: _Worker, stop: StopRequest, report: Report, display: Display) -> None:
-    run, seconds = worker.run, time.monotonic() - worker.started
+def _settle(worker: _Worker, run: StudyRun, stop: StopRequest, report: Report, display: Display) -> None:
+    seconds = time.monotonic() - worker.started
     worker.run = None
     code, reason = worker.result()
     if code == 0 and (status := folders.status(run.folder)) != "finished":

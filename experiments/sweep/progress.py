@@ -13,6 +13,7 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     SpinnerColumn,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
 )
@@ -43,12 +44,13 @@ class TimeEstimate:
 
     def remaining(self, pending: Sequence[str], running: Sequence[tuple[str, float]]) -> float | None:
         """Return the seconds left for `pending` series and `running` (series, seconds elapsed) pairs."""
-        waiting = [self.expected(series) for series in pending]
-        active = [(self.expected(series), elapsed) for series, elapsed in running]
-        if None in waiting or any(expected is None for expected, _ in active):
-            return None
-        left = [max(expected - elapsed, 0.0) for expected, elapsed in active]
-        return max((sum(waiting) + sum(left)) / self.workers, *left, 0.0)
+        left = []
+        for series, elapsed in [*running, *((series, 0.0) for series in pending)]:
+            expected = self.expected(series)
+            if expected is None:
+                return None
+            left.append(max(expected - elapsed, 0.0))
+        return max(sum(left) / self.workers, *left[: len(running)], 0.0)
 
 
 def duration(seconds: float | None) -> str:
@@ -69,7 +71,7 @@ class Display:
         self._estimate = estimate
         self._total, self._done = total, done
         self._left: float | None = None
-        self._rows: dict[str, int] = {}
+        self._rows: dict[str, TaskID] = {}
         self._live = console.is_terminal
         self._progress = Progress(
             SpinnerColumn(),

@@ -39,10 +39,11 @@ class Search(Callback):
 
 def write_tuned(name: str, params: DictConfig, value: float) -> Path:
     """Write conf/tuned/<name>.yaml, which sets `params`, a choice of a group or a value each; return its path."""
-    groups = [key for key in params if (configuration.CONF / key).is_dir()]
-    content = OmegaConf.create({"defaults": [{f"override /{group}": params[group]} for group in groups]})
-    for key in params.keys() - groups:
-        OmegaConf.update(content, key, params[key])
+    chosen = {str(key): value for key, value in params.items()}
+    groups = [key for key in chosen if (configuration.CONF / key).is_dir()]
+    content = OmegaConf.create({"defaults": [{f"override /{group}": chosen[group]} for group in groups]})
+    for key in chosen.keys() - set(groups):
+        OmegaConf.update(content, key, chosen[key])
     path = configuration.CONF / "tuned" / f"{name}.yaml"
     path.parent.mkdir(exist_ok=True)
     header = f"# @package _global_\n# The best of a search: {value:.6g} on validation.\n"

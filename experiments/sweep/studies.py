@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -112,7 +112,7 @@ def profile_at_hand(study: Study) -> tuple[str, str | None]:
     needs = study.profiles["paper"].needs if "paper" in study.profiles else ()
     if not needs:
         return "default", None
-    missing = [said for found, said in map(NEEDS.get, needs) if not found()]
+    missing = [said for found, said in (NEEDS[need] for need in needs) if not found()]
     if missing:
         return "default", f"profile default, without {' and '.join(missing)}"
     return "paper", f"profile paper, with {' and '.join(NEEDS[need][1] for need in needs)}"
@@ -133,7 +133,10 @@ def load(name: str) -> Study:
     path = STUDY_FOLDER / f"{name}.yaml"
     if not path.is_file():
         raise InputError(f"study={name!r} does not exist; choose one of {', '.join(names())}")
-    return parse(OmegaConf.to_container(OmegaConf.load(path)), source=path.name)
+    content = OmegaConf.to_container(OmegaConf.load(path))
+    if not isinstance(content, dict):
+        raise InputError(f"{path.name}: expected a mapping with the keys {sorted(REQUIRED)}, got {content!r}")
+    return parse({str(key): value for key, value in content.items()}, source=path.name)
 
 
 def parse(raw: Mapping[str, Any], source: str) -> Study:
@@ -186,7 +189,9 @@ def _pairing(raw: Mapping[str, Any], source: str) -> Pairing:
         ) from error
 
 
-def _check_part(where: str, series: str, part: Mapping[str, Any], known: Mapping[str, Any], grid: Mapping) -> None:
+def _check_part(
+    where: str, series: str, part: Mapping[str, Any], known: Mapping[str, Any], grid: Mapping[str, Sequence[Any]]
+) -> None:
     if series not in known:
         raise InputError(f"{where}: no such series; choose from {sorted(known)}")
     for key, values in part.items():

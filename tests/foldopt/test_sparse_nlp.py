@@ -16,7 +16,8 @@ from torch import nn
 from torch.func import jacfwd, jacrev, vmap
 
 import foldopt
-from experiments.benchmark.integer_programs import cotangents, derivative_of, draw, truth_of
+from experiments.benchmark.integer_draws import cotangents, draw
+from experiments.benchmark.integer_truth import derivative_of, truth_of
 from foldopt._sparsity import Derivative, Reading, Sparsity
 from foldopt.errors import (
     DegenerateError,
@@ -224,7 +225,7 @@ def has_rows_of_zeros(program):
 
 @pytest.mark.parametrize("seed", [seed for seed in range(45) if not has_rows_of_zeros(draw(seed))])
 def test_verdicts_and_gradients_on_degenerate_programs_are_exact(seed):
-    """Truth is in rational arithmetic; see `experiments.benchmark.integer_programs`."""
+    """Truth is in rational arithmetic; see `experiments.benchmark.integer_truth`."""
     program = draw(seed)
     truth = truth_of(program)
 

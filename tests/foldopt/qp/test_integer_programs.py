@@ -16,20 +16,8 @@ from experiments.benchmark.exact import (
     solve,
     times,
 )
-from experiments.benchmark.integer_programs import (
-    Program,
-    cotangents,
-    derivative_of,
-    draw,
-    draw_infeasible,
-    draw_nonconvex,
-    draw_unbounded,
-    judged,
-    pieces,
-    slope,
-    status,
-    truth_of,
-)
+from experiments.benchmark.integer_draws import cotangents, draw, draw_infeasible, draw_nonconvex, draw_unbounded
+from experiments.benchmark.integer_programs import Program, status
 from experiments.benchmark.integer_sweep import (
     RIGHT,
     Answer,
@@ -42,6 +30,7 @@ from experiments.benchmark.integer_sweep import (
     samples,
     together,
 )
+from experiments.benchmark.integer_truth import derivative_of, judged, pieces, slope, truth_of
 
 pytestmark = pytest.mark.slow
 
