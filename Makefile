@@ -1,6 +1,6 @@
-# Every target sets up its environment by itself: Python 3.11 or newer and make are all that has to be there.
+# Every target sets up its environment by itself: Python 3.11 to 3.14 and make are all that has to be there.
 SHELL := /bin/bash
-PYTHON ?= python3.11
+PYTHON ?= $(shell scripts/find_python)
 PY := .venv/bin/python
 PROFILE ?= default
 TRACKED = $(if $(TRACKING),--tracking $(TRACKING))
@@ -9,8 +9,8 @@ UV_VERSION := 0.13.9
 STUDIES := $(subst _,-,$(basename $(notdir $(wildcard conf/study/*.yaml))))
 MEASUREMENTS := $(shell sed -n '/^measurements:/,/^[^ ]/s/^  \([a-z0-9-]*\):.*/\1/p' conf/study/*.yaml)
 
-.PHONY: help test test-slow test-all nightly endurance coverage lint format reproduce sweep slurm figures report verify \
-	$(STUDIES) $(MEASUREMENTS) bench bench-qp bench-cvxpy verdicts peers clean lock
+.PHONY: help test test-slow test-all nightly endurance coverage lint format reproduce sweep docs docs-serve slurm figures \
+	report verify $(STUDIES) $(MEASUREMENTS) bench bench-qp bench-cvxpy verdicts peers clean lock
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -22,12 +22,13 @@ help: ## list the targets
 # The lock pins every package and the hashes of its files, so it is installed as it stands (--no-deps): qpth's own pin of
 # numpy is overridden there.
 .venv/.installed: requirements.lock pyproject.toml
-	@command -v $(PYTHON) >/dev/null || { echo "make needs $(PYTHON); name yours with: make PYTHON=python3"; exit 1; }
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "foldopt needs Python 3.11 or newer, $(PYTHON) is " + sys.version)'
+	@test -n "$(PYTHON)" || { echo "make needs Python 3.11 to 3.14, and none is on the path. Install one, or name yours: make PYTHON=/path/to/python3.12"; exit 1; }
+	@scripts/find_python "$(PYTHON)" >/dev/null || { echo "make needs Python 3.11 to 3.14, and $(PYTHON) is not one: $$($(PYTHON) --version 2>&1). Name another: make PYTHON=/path/to/python3.12"; exit 1; }
+	@echo "Setting up .venv with $(PYTHON): $$(grep -c '^[a-z].*==' requirements.lock) packages, a download of about 3 GB (torch with CUDA) and 6 GB on disk. This happens once."
 	$(PYTHON) -m venv .venv
 	$(PY) -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
-	$(PY) -m uv pip install --quiet --compile-bytecode --python $(PY) --no-deps --require-hashes -r requirements.lock
-	$(PY) -m uv pip install --quiet --python $(PY) --no-deps -e .
+	$(PY) -m uv pip install --compile-bytecode --python $(PY) --no-deps --require-hashes -r requirements.lock
+	$(PY) -m uv pip install --python $(PY) --no-deps -e .
 	@touch $@
 
 test: .venv/.installed ## run the tests of what must hold after every edit (under 4 minutes on 2 cores)
@@ -63,6 +64,12 @@ reproduce: .venv/.installed ## run every study, then figures and tables (PROFILE
 sweep: .venv/.installed ## submit a study to the Slurm cluster and return (STUDY="figure_4c figure_6", PROFILE, RUNS_PER_JOB=n, TRACKING)
 	@test -n "$(STUDY)" || { echo "make sweep needs a study: make sweep STUDY=figure_4c"; exit 1; }
 	$(PY) -m scripts.sweep submit $(STUDY) --profile $(PROFILE) $(if $(RUNS_PER_JOB),--runs-per-job $(RUNS_PER_JOB)) $(TRACKED)
+
+docs: .venv/.installed ## build the documentation into build/site; a broken link fails
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
+
+docs-serve: .venv/.installed ## show the documentation in a browser while you write it
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs serve
 
 slurm: ## install Debian's Slurm, as root, for the test of the sweeps (which starts and stops its own)
 	apt-get update -qq

@@ -1,0 +1,101 @@
+"""What mkdocs does beside the pages in docs/: it shows results/ and examples/ as they are when the site is built.
+
+The committed results appear under results/ in the site, with their own links between them; each script of examples/
+becomes a page of its text cells, its code and, where docs/assets/examples/ has one of its name, its figure.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.exceptions import PluginError
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ("*.md", "bench/*.md", "figures/*.png", "figures/*.csv", "tables/*.md")
+GALLERY = "<!-- one line for each script of examples/ -->"
+SECTION = re.compile("<!-- README: (.*?) -->")
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the committed results and a page for each example."""
+    for pattern in RESULTS:
+        for path in sorted((ROOT / "results").glob(pattern)):
+            name = path.relative_to(ROOT).as_posix()
+            if path.suffix == ".md":
+                files.append(File.generated(config, name, content=titled(path)))
+            else:
+                files.append(File.generated(config, name, abs_src_path=str(path)))
+    for path in scripts():
+        files.append(File.generated(config, f"examples/{path.stem}.md", content=example(path)))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Fill in the list of examples, and sections of the README, where a page has the comment for them."""
+    lines = [f"- [{title(path)}]({path.stem}.md)" for path in scripts()]
+    return SECTION.sub(lambda match: section(match[1]), markdown.replace(GALLERY, "\n".join(lines)))
+
+
+def section(heading: str) -> str:
+    """Return a section of the README without its heading."""
+    text = (ROOT / "README.md").read_text()
+    found = re.search(rf"^## {re.escape(heading)}\n(.*?)(?=^## |\Z)", text, re.DOTALL | re.MULTILINE)
+    if found is None:
+        raise PluginError(f"README.md has no section '{heading}', which a page of docs/ shows.")
+    return found[1]
+
+
+def titled(path: Path) -> str:
+    """Return a file of results with a heading, which a table by itself lacks."""
+    text = path.read_text()
+    return text if text.startswith("# ") else f"# {path.stem.replace('_', ' ').capitalize()}\n\n{text}"
+
+
+def scripts() -> list[Path]:
+    """Return the examples, in the order of their names."""
+    return [path for path in sorted((ROOT / "examples").glob("*.py")) if path.stem != "__init__"]
+
+
+def title(path: Path) -> str:
+    """Return what the first line of an example says before its colon."""
+    return described(path).splitlines()[0].split(":")[0].rstrip(".")
+
+
+def described(path: Path) -> str:
+    """Return the docstring of an example."""
+    return ast.get_docstring(ast.parse(path.read_text())) or path.stem.replace("_", " ").capitalize()
+
+
+def example(path: Path) -> str:
+    """Return the page of an example: its docstring, figure and cells."""
+    parts = [f"# {title(path)}", described(path)]
+    figure = ROOT / "docs" / "assets" / "examples" / f"{path.stem}.png"
+    if figure.is_file():
+        parts.append(f"![{title(path)}](../assets/examples/{path.stem}.png)")
+    parts.append(f"Run it with `python -m examples.{path.stem}`.")
+    return "\n\n".join([*parts, *cells(code_of(path))]) + "\n"
+
+
+def code_of(path: Path) -> str:
+    """Return the source of an example below its docstring."""
+    source = path.read_text()
+    first = ast.parse(source).body[0]
+    documented = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
+    return "\n".join(source.splitlines()[first.end_lineno if documented else 0 :])
+
+
+def cells(code: str) -> list[str]:
+    """Return the percent cells of a script as Markdown: text cells as text, the others as blocks of code."""
+    found = []
+    for cell in f"\n{code}".split("\n# %%"):
+        kind, _, body = cell.partition("\n")
+        if kind.strip() == "[markdown]":
+            found.append("\n".join(line.removeprefix("#").removeprefix(" ") for line in body.strip().splitlines()))
+        elif body.strip():
+            found.append(f"```python\n{body.strip()}\n```")
+    return found
