@@ -29,7 +29,7 @@ def test_a_run_leaves_metrics_summary_config_and_log(tiny, console, untimed):
     assert execute(cfg, console) == 0
     folder = folders.of(cfg)
     frame = folders.load_metrics(folder)
-    assert tuple(frame.columns) == folders.COLUMNS
+    assert tuple(frame.columns) == (*folders.COLUMNS, "regret", "regret_percent", "mse")
     assert list(zip(frame["epoch"], frame["split"], strict=True)) == [
         (epoch, split) for epoch in range(4) for split in (["train"] if epoch else []) + ["val", "test"]
     ]
