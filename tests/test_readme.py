@@ -128,3 +128,14 @@ def test_every_claim_of_the_tables_has_its_test():
         for name in re.findall(r"^def (test_\w+)", path.read_text(), re.M)
     }
     assert claims <= defined, claims - defined
+
+
+def test_the_path_of_a_run_is_told_truly():
+    steps = re.findall(r"^\d+\. `([^`]+\.py)`: (.+)$", (ROOT / "CONTRIBUTING.md").read_text(), re.M)
+    assert len(steps) == 10
+    defined = {path: set(re.findall(r"(?:def|class) (\w+)", (ROOT / path).read_text())) for path, _ in steps}
+    for path, text in steps:
+        assert re.findall(r"`(\w+)`", text)[0] in defined[path], path
+        for name in re.findall(r"`(\w+)`", text):
+            sources = (source.read_text() for source in (ROOT / "run.py", *(ROOT / "experiments").rglob("*.py")))
+            assert any(re.search(rf"(?:def|class) {name}\b", source) for source in sources), name

@@ -25,7 +25,7 @@ def replayed(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     It must compute a tensor from tensors and numbers without a look at the tensors' values, and without derivatives. On
     a CPU it is called as it is.
     """
-    recordings: dict[tuple, _Recording | None] = {}
+    recordings: dict[tuple[object, ...], _Recording | None] = {}
     one_at_a_time = Lock()
 
     @wraps(function)
