@@ -138,7 +138,7 @@ def test_batches_of_every_size_train(tiny, console, size, visited):
 
 def test_rows_written_after_the_last_checkpoint_are_dropped(tmp_path):
     model = torch.nn.Linear(2, 1)
-    checkpoint = Checkpoint(tmp_path, model=model)
+    checkpoint = Checkpoint(tmp_path, ("regret",), model=model)
     for epoch in range(3):
         checkpoint.save(epoch, float(epoch), [{"epoch": epoch, "split": "test", "regret": epoch}])
     kept = {name: value.clone() for name, value in model.state_dict().items()}
