@@ -11,7 +11,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from experiments.run import folders
-from experiments.run.execution import execute, validation
+from experiments.run.execution import best_validation, execute
 from experiments.run.interruption import STOP_CODES
 from experiments.run.spelling import misspelt
 from experiments.sweep import slurm
@@ -31,7 +31,7 @@ def main(cfg: DictConfig) -> float:
         sys.exit(code)
     if code:
         raise RunFailed(f"exit code {code}, see {folders.of(cfg)}")
-    return float(validation(folders.load_metrics(folders.of(cfg))).min())
+    return best_validation(cfg)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -89,5 +90,5 @@ def available(folder: Path = CACHE) -> bool:
     return extracted or check_integrity(folder / CIFAR100.filename, CIFAR100.tgz_md5)
 
 
-def _tensors(part: object) -> tuple[Tensor, Tensor]:
+def _tensors(part: Any) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets)

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from experiments.run import configuration, folders
+from experiments.run.components import task_class
 from scripts import sweep
 
+TASKS = ("portfolio", "denoising", "bilinear", "multilabel")
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 
@@ -54,20 +56,24 @@ def run(code, folder):
     return done.stdout
 
 
-def test_extensions_run_as_they_stand(tmp_path):
+@pytest.mark.parametrize("backend", ["smoothed", "fold", "spo_plus"])
+def test_extensions_run_and_learn_as_they_stand(tmp_path, backend):
     (tmp_path / "my_package.py").write_text("\n".join(blocks("python")[6:]))
     for content in blocks("yaml"):
         path = tmp_path / re.match(r"# (\S+)\n", content)[1]
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(content)
     command = [sys.executable, str(ROOT / "run.py"), "--config-dir", str(tmp_path / "conf")]
-    chosen = ["task=two_assets", "model=linear", "backend=smoothed", "train.epochs=2", "tracking.mode=disabled"]
+    chosen = ["task=three_assets", "model=linear", f"backend={backend}", "train.epochs=10", "tracking.mode=disabled"]
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     done = subprocess.run(
         [*command, *chosen, f"paths.runs={tmp_path / 'runs'}"], env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert len(list(tmp_path.glob("runs/two_assets/*/summary.json"))) == 1
+    (summary,) = tmp_path.glob("runs/three_assets/*/summary.json")
+    frame = folders.load_metrics(summary.parent)
+    regret = frame[frame["split"] == "test"]["regret"].to_numpy()
+    assert regret[-1] < 0.5 * regret[0]
 
 
 def test_commands_exist():
@@ -83,7 +89,8 @@ def test_commands_exist():
 
 def test_every_column_is_explained():
     rows = "\n".join(line for line in README.splitlines() if line.startswith("| `"))
-    for column in folders.COLUMNS:
+    declared = [task_class(configuration.compose([f"task={task}"])).columns for task in TASKS]
+    for column in {*folders.COLUMNS, *(name for columns in declared for name in columns)}:
         assert f"`{column}`" in rows
 
 
@@ -121,3 +128,14 @@ def test_every_claim_of_the_tables_has_its_test():
         for name in re.findall(r"^def (test_\w+)", path.read_text(), re.M)
     }
     assert claims <= defined, claims - defined
+
+
+def test_the_path_of_a_run_is_told_truly():
+    steps = re.findall(r"^\d+\. `([^`]+\.py)`: (.+)$", (ROOT / "CONTRIBUTING.md").read_text(), re.M)
+    assert len(steps) == 10
+    defined = {path: set(re.findall(r"(?:def|class) (\w+)", (ROOT / path).read_text())) for path, _ in steps}
+    for path, text in steps:
+        assert re.findall(r"`(\w+)`", text)[0] in defined[path], path
+        for name in re.findall(r"`(\w+)`", text):
+            sources = (source.read_text() for source in (ROOT / "run.py", *(ROOT / "experiments").rglob("*.py")))
+            assert any(re.search(rf"(?:def|class) {name}\b", source) for source in sources), name

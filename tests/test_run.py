@@ -13,23 +13,21 @@ TINY = ["task.n_train=32", "task.n_val=8", "task.n_test=8", "train.epochs=1", "t
 
 MY_TASK = '''
 import torch
+from experiments.contracts.task import Task
 from experiments.portfolio.problem import PortfolioProblem
 
-class TwoAssets:
+class TwoAssets(Task):
     """Two assets whose returns are the two features."""
 
     n_inputs, n_outputs = 2, 2
 
-    shared, objective = False, "regret"
+    objective, columns = "regret", ("regret",)
 
     def __init__(self, seed, samples):
         self.problem = PortfolioProblem(torch.eye(2), 0.9)
         generator = torch.Generator().manual_seed(seed)
         z = torch.randn(samples, 2, generator=generator)
         self.splits = {name: {"inputs": z, "c": z.double()} for name in ("train", "val", "test")}
-
-    def to(self, device):
-        pass
 
     def parameters(self, outputs, samples):
         return outputs.double()
@@ -52,23 +50,16 @@ class Linear(nn.Linear):
         super().__init__(n_inputs, n_outputs)
 """
 MY_BACKEND = '''
-class Identity:
-    """Decides what was predicted, which is as wrong as it is differentiable."""
+from experiments.contracts.backend import Backend
 
-    trains_on = "decision"
+class Identity(Backend):
+    """Decides what was predicted, which is as wrong as it is differentiable."""
 
     def __init__(self, task, linear_solver, factor):
         self.factor = factor
 
-    @staticmethod
-    def unsuitable(task):
-        return None
-
     def __call__(self, parameters):
         return self.factor * parameters
-
-    def take_failures(self):
-        return 0
 '''
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import pandas as pd
 import torch
 from torch import Tensor
 
-from experiments.contracts.backend import Parameters
+from experiments.backends.layer import LayerBackend
+from experiments.contracts.problem import Parameters
+from experiments.contracts.task import Task
 from experiments.denoising.problem import differencing
 from experiments.report.measurements import measured_once, seconds
 from experiments.report.outputs import Measurement
@@ -59,7 +61,7 @@ def measure(settings: Settings) -> pd.DataFrame:
         exact: Tensor | None = None
         for repeat in range(settings.repeats + 1):
             for solver in sorted(SOLVERS, key=lambda solver: solver != REFERENCE):
-                backend = built[solver].backend
+                backend = cast(LayerBackend, built[solver].backend)
                 gradient, backward, info = _called(backend, task, leaves)
                 exact = gradient if exact is None else exact
                 if repeat:
@@ -76,7 +78,7 @@ def measure(settings: Settings) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def parameters_in_training(task: Any, noise: float, generator: torch.Generator) -> tuple[Tensor, ...]:
+def parameters_in_training(task: Task, noise: float, generator: torch.Generator) -> tuple[Tensor, ...]:
     """Return parameters of a task's training samples as a network in training would predict them.
 
     That is the truth with noise, in standard deviations of its own, or a start with some.
@@ -85,7 +87,7 @@ def parameters_in_training(task: Any, noise: float, generator: torch.Generator) 
     if task.shared:
         D = differencing(task.n_inputs)
         return D + 0.02 * torch.randn(D.shape, generator=generator, dtype=D.dtype), samples["noisy"]
-    if not hasattr(task, "truth"):
+    if task.lacks("truth"):
         z = torch.randn(len(samples["labels"]), task.n_outputs, generator=generator, dtype=torch.float64)
         return (task.parameters(z, samples),)
     truth = task.truth(samples)
@@ -93,12 +95,12 @@ def parameters_in_training(task: Any, noise: float, generator: torch.Generator) 
     return tuple(t + noise * t.std() * torch.randn(t.shape, generator=generator, dtype=t.dtype) for t in known)
 
 
-def _called(backend: object, task: object, parameters: tuple[Tensor, ...]) -> tuple[Tensor, float, object]:
+def _called(backend: LayerBackend, task: Task, parameters: tuple[Tensor, ...]) -> tuple[Tensor, float, Any]:
     leaves = tuple(p.clone().requires_grad_() for p in parameters)
     given: Parameters = leaves if len(leaves) > 1 else leaves[0]
     losses = task.decision_losses(backend(given), task.splits["train"])
     gradients, backward = seconds(lambda: torch.autograd.grad(losses.mean(), leaves))
-    info = backend.layer.last.backward
+    info = None if backend.layer.last is None else backend.layer.last.backward
     backend.take_failures()
     return torch.cat([g.flatten() for g in gradients]), backward, info
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor
 
-from experiments.backends.layer import lacks
-from experiments.contracts.backend import Parameters
+from experiments.contracts.backend import Backend
+from experiments.contracts.task import Task
 from foldopt.checks import require_positive
 from foldopt.linear_solve import LinearSolver
 from foldopt.solvers.cvxpylayers import ConeLayer
@@ -15,18 +15,16 @@ from foldopt.solvers.cvxpylayers import ConeLayer
 TOLERANCES = {"SCS": ("eps",), "CLARABEL": ("tol_gap_abs", "tol_gap_rel", "tol_feas")}
 
 
-class CvxpyLayersBackend:
+class CvxpyLayersBackend(Backend):
     """A CvxpyLayer of the problem.
 
     scaling: "paper" or "normalized", as the problem's `cvxpy` method takes it. forward_tol: tolerance of the solver,
     None for its default. solver, solver_args: as for `ConeLayer`.
     """
 
-    trains_on: ClassVar[str] = "decision"
-
     def __init__(
         self,
-        task: Any,
+        task: Task,
         linear_solver: LinearSolver,
         scaling: str,
         solver: str,
@@ -38,17 +36,17 @@ class CvxpyLayersBackend:
             require_positive("backend.forward_tol", forward_tol)
             arguments |= dict.fromkeys(TOLERANCES.get(solver, ()), forward_tol)
         self._layer = ConeLayer(*task.problem.cvxpy(scaling), solver, arguments)
-        self._decisions = getattr(task.problem, "cvxpy_decisions", None)
+        self._decisions = task.problem.cvxpy_decisions
 
     @staticmethod
-    def unsuitable(task: Any) -> str | None:
+    def unsuitable(task: Task) -> str | None:
         """Return why the task's problem has no cvxpy form, None if it has."""
-        return lacks(task, "cvxpy", "its problem has no convex form that cvxpy could take")
+        return task.problem.lacks("cvxpy")
 
-    def __call__(self, parameters: Parameters) -> Tensor:
+    def __call__(self, parameters: Any) -> Tensor:
         """Return the decisions for the task's parameters, (B, n), in float64."""
         solutions = self._layer(*((parameters,) if isinstance(parameters, Tensor) else parameters))
-        return solutions if self._decisions is None else self._decisions(solutions)
+        return self._decisions(solutions)
 
     def take_failures(self) -> int:
         """Return how many samples failed since the last call."""

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from experiments.backends.layer import SolutionBackend
+from experiments.contracts.task import Task
 from foldopt import fold
 from foldopt.linear_solve import LinearSolver
 
@@ -14,7 +13,7 @@ class FoldBackend(SolutionBackend):
 
     def __init__(
         self,
-        task: Any,
+        task: Task,
         linear_solver: LinearSolver,
         optimizer: str,
         forward: str,

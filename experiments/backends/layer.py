@@ -1,32 +1,29 @@
-"""What backends share: layers of foldopt around a problem, their failures, and why a problem is unsuitable."""
+"""What backends share: layers of foldopt around a problem, and their failures."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from experiments.contracts.backend import Parameters
+from experiments.contracts.backend import Backend
+from experiments.contracts.problem import Problem, Step
+from experiments.contracts.task import Task
 from foldopt import FixedPointLayer, FoldInfo
 from foldopt.checks import require_positive
 from foldopt.errors import InputError
 
-TOLERANCES = {"exact": 1e-6, "gurobi": 1e-3, "fdpg": 1e-5, "cvxpy": 1e-3}
 
-
-class LayerBackend:
+class LayerBackend(Backend):
     """A backend around a layer of foldopt, of whose state the problem reads the decisions."""
 
-    trains_on: ClassVar[str] = "decision"
-
-    def __init__(self, problem: Any, layer: FixedPointLayer) -> None:
+    def __init__(self, problem: Problem, layer: FixedPointLayer) -> None:
         self.problem, self.layer = problem, layer
-        self.products = 0
 
-    def __call__(self, parameters: Parameters) -> Tensor:
+    def __call__(self, parameters: Any) -> Tensor:
         """Return the decisions for the predicted parameters."""
         params = self.problem.params(parameters)
         return self.problem.decisions(self.layer(*params), *params)
@@ -52,7 +49,7 @@ class SolutionBackend(LayerBackend):
 
     def __init__(
         self,
-        problem: Any,
+        problem: Problem,
         make: Callable[..., FixedPointLayer],
         optimizer: str,
         forward: str,
@@ -63,13 +60,13 @@ class SolutionBackend(LayerBackend):
     ) -> None:
         """make: `foldopt.fold` or `foldopt.unfold`; options: its further arguments."""
         solve, update = solver_and_step(problem, optimizer, forward, forward_tol)
-        tol = TOLERANCES[forward] if tol is None else tol
+        tol = problem.forwards[forward].tol if tol is None else tol
         super().__init__(problem, make(solve, update, dtype=torch.float64, tol=tol, on_failure=on_failure, **options))
 
     @staticmethod
-    def unsuitable(task: Any) -> str | None:
+    def unsuitable(task: Task) -> str | None:
         """Return why the task's problem has no update step, None if it has."""
-        return lacks(task, "optimizers", "its problem has no update step (optimizers)")
+        return task.problem.lacks("optimizers", "forwards", "solve")
 
 
 def failures(last: FoldInfo | None) -> int:
@@ -80,7 +77,7 @@ def failures(last: FoldInfo | None) -> int:
     return int((~ok).sum())
 
 
-def optimizer_of(problem: Any, name: str) -> str:
+def optimizer_of(problem: Problem, name: str) -> str:
     """Return the problem's optimizer called `name`, or its first for "auto".
 
     Raises InputError if it has none of that name.
@@ -92,8 +89,8 @@ def optimizer_of(problem: Any, name: str) -> str:
 
 
 def solver_and_step(
-    problem: Any, optimizer: str, forward: str, forward_tol: float | None
-) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    problem: Problem, optimizer: str, forward: str, forward_tol: float | None
+) -> tuple[Callable[..., Any], Step]:
     """Return the problem's solver called `forward` and its update step called `optimizer`.
 
     forward_tol: given to the solver as `tol` unless it is None. Raises InputError for names that the problem does not
@@ -108,21 +105,10 @@ def solver_and_step(
     solve = partial(problem.solve, forward)
     if forward_tol is not None:
         require_positive("backend.forward_tol", forward_tol)
-        if forward not in getattr(problem, "tolerant", ()):
+        if not problem.forwards[forward].adjustable:
             raise InputError(
                 f"backend.forward_tol={forward_tol}: backend.forward={forward!r} takes no tolerance for this task; "
                 "leave it null."
             )
         solve = partial(solve, tol=forward_tol)
-    if not hasattr(problem, "state"):
-        return solve, update
     return lambda *params: problem.state(name, solve(*params), *params), update
-
-
-def lacks(task: Any, feature: str, why: str) -> str | None:
-    """Return why the task's problem has no attribute called `feature`, None if it has.
-
-    That is what the problem says itself in `lacking`, else `why`.
-    """
-    problem = task.problem
-    return None if hasattr(problem, feature) else getattr(problem, "lacking", {}).get(feature, why)

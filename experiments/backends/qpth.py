@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from experiments.backends.layer import lacks
-from experiments.contracts.backend import Parameters
+from experiments.contracts.backend import Backend
+from experiments.contracts.task import Task
 from foldopt.checks import require_positive, require_whole
 from foldopt.errors import InputError
 from foldopt.linear_solve import LinearSolver
@@ -17,7 +17,7 @@ from foldopt.solvers.qpth import qp_function, solve_qpth
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
 
 
-class QpthBackend:
+class QpthBackend(Backend):
     """qpth on the task's problem in the form of its method `qp`.
 
     dtype: "float64" or "float32", in which qpth computes. eps, max_iter: its tolerance and cap of iterations.
@@ -26,10 +26,8 @@ class QpthBackend:
     Samples whose solution is not finite are counted; of the others qpth does not tell whether it solved them.
     """
 
-    trains_on: ClassVar[str] = "decision"
-
     def __init__(
-        self, task: Any, linear_solver: LinearSolver, dtype: str, eps: float, max_iter: int, ridge: float
+        self, task: Task, linear_solver: LinearSolver, dtype: str, eps: float, max_iter: int, ridge: float
     ) -> None:
         qp_function()  # raises here, before any work, if qpth is missing
         if dtype not in DTYPES:
@@ -39,19 +37,19 @@ class QpthBackend:
         require_positive("backend.eps", eps)
         require_whole("backend.max_iter", max_iter, 1)
         self.problem, self.ridge, self.dtype = task.problem, ridge, DTYPES[dtype]
-        self._options = {"eps": eps, "max_iter": max_iter}
+        self._eps, self._max_iter = eps, max_iter
         self._failures = 0
 
     @staticmethod
-    def unsuitable(task: Any) -> str | None:
+    def unsuitable(task: Task) -> str | None:
         """Return why the task's problem is no quadratic program, None if it is."""
-        return lacks(task, "qp", "its problem is no quadratic program (qp)")
+        return task.problem.lacks("qp", "qp_decisions")
 
-    def __call__(self, parameters: Parameters) -> Tensor:
+    def __call__(self, parameters: Any) -> Tensor:
         """Return the decisions for the task's parameters."""
         params = self.problem.params(parameters)
         parts = (t.to(self.dtype) for t in self.problem.qp(*params, self.ridge))
-        found = solve_qpth(*parts, **self._options)
+        found = solve_qpth(*parts, eps=self._eps, max_iter=self._max_iter)
         sound = found.detach().isfinite().all(1)
         self._failures += int((~sound).sum())
         return self.problem.qp_decisions(found).to(torch.float64)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from experiments.backends.layer import lacks
-from experiments.contracts.backend import Parameters
+from experiments.contracts.backend import Backend
+from experiments.contracts.problem import Parameters
+from experiments.contracts.task import Task
 from foldopt.linear_solve import LinearSolver
 from foldopt.step import as_tuple
 
 
-class SPOPlusBackend:
+class SPOPlusBackend(Backend):
     """The SPO+ loss of a problem whose value is linear in the parameters, maximized.
 
     With v(w, t) the value of decision w at parameters t and V(t) its maximum, it is
@@ -22,17 +23,15 @@ class SPOPlusBackend:
     t', never below the regret, 0 at t' = t, and 2 (w*(2t' - t) - w*(t)) is a subgradient.
     """
 
-    trains_on: ClassVar[str] = "surrogate"
+    trains_on: ClassVar[Literal["surrogate"]] = "surrogate"
 
-    def __init__(self, task: Any, linear_solver: LinearSolver) -> None:
+    def __init__(self, task: Task, linear_solver: LinearSolver) -> None:
         self.problem = task.problem
 
     @staticmethod
-    def unsuitable(task: Any) -> str | None:
+    def unsuitable(task: Task) -> str | None:
         """Return why there is no SPO+ loss of the task, None if there is."""
-        if not hasattr(task, "truth"):
-            return "it has no true parameters (truth)"
-        return lacks(task, "decide", "its problem has no exact decision (decide)")
+        return task.lacks("truth") or task.problem.lacks("decide", "value")
 
     def losses(self, parameters: Parameters, truth: Parameters) -> Tensor:
         """Return the SPO+ loss of each sample, (B,), differentiable in `parameters`."""
@@ -43,10 +42,6 @@ class SPOPlusBackend:
         value = self.problem.value
         return value(best, *extrapolated) - 2 * value(optimal, *predicted) + value(optimal, *true)
 
-    def __call__(self, parameters: Parameters) -> Tensor:
+    def __call__(self, parameters: Any) -> Tensor:
         """Return the optimal decisions for the predicted parameters (no gradient)."""
         return self.problem.decide(*as_tuple(parameters))
-
-    def take_failures(self) -> int:
-        """Return 0: the oracle is exact."""
-        return 0

@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
-from experiments.contracts.backend import Parameters
+from experiments.contracts.backend import Backend
+from experiments.contracts.task import Task
 from foldopt.linear_solve import LinearSolver
 from foldopt.step import as_tuple
 
 
-class TwoStageBackend:
+class TwoStageBackend(Backend):
     """No layer at all; its decisions are those of the problem's exact solver."""
 
-    trains_on: ClassVar[str] = "prediction"
+    trains_on: ClassVar[Literal["prediction"]] = "prediction"
 
-    def __init__(self, task: Any, linear_solver: LinearSolver) -> None:
+    def __init__(self, task: Task, linear_solver: LinearSolver) -> None:
         self.problem = task.problem
 
     @staticmethod
-    def unsuitable(task: Any) -> str | None:
+    def unsuitable(task: Task) -> str | None:
         """Return why the task cannot be learned in two stages, None if it can."""
-        return None if hasattr(task, "prediction_losses") else "it predicts nothing that could be compared with data"
+        return task.lacks("prediction_losses")
 
-    def __call__(self, parameters: Parameters) -> Tensor:
+    def __call__(self, parameters: Any) -> Tensor:
         """Return the optimal decisions for the predicted parameters (no gradient)."""
         return self.problem.decide(*as_tuple(parameters))
-
-    def take_failures(self) -> int:
-        """Return 0: nothing is solved in training."""
-        return 0

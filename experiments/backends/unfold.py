@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from experiments.backends.layer import SolutionBackend
+from experiments.contracts.task import Task
 from foldopt import unfold
 from foldopt.linear_solve import LinearSolver
 
@@ -17,7 +16,7 @@ class UnfoldBackend(SolutionBackend):
 
     def __init__(
         self,
-        task: Any,
+        task: Task,
         linear_solver: LinearSolver,
         optimizer: str,
         forward: str,

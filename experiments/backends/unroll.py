@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
-from experiments.backends.layer import LayerBackend, lacks, optimizer_of
+from experiments.backends.layer import LayerBackend, optimizer_of
+from experiments.contracts.task import Task
 from foldopt import unroll
 from foldopt.linear_solve import LinearSolver
 
@@ -19,7 +18,7 @@ class UnrollBackend(LayerBackend):
 
     def __init__(
         self,
-        task: Any,
+        task: Task,
         linear_solver: LinearSolver,
         optimizer: str,
         iterations: int,
@@ -28,10 +27,10 @@ class UnrollBackend(LayerBackend):
     ) -> None:
         problem = task.problem
         start, update = problem.unrolled(optimizer_of(problem, optimizer))
-        options = {"iterations": iterations, "tol": tol, "on_failure": on_failure}
-        super().__init__(problem, unroll(start, update, dtype=torch.float64, **options))
+        layer = unroll(start, update, iterations=iterations, dtype=torch.float64, tol=tol, on_failure=on_failure)
+        super().__init__(problem, layer)
 
     @staticmethod
-    def unsuitable(task: Any) -> str | None:
+    def unsuitable(task: Task) -> str | None:
         """Return why the task's problem cannot be unrolled, None if it can."""
-        return lacks(task, "unrolled", "its problem has no optimizer with a start (unrolled)")
+        return task.problem.lacks("unrolled", "optimizers")

@@ -6,6 +6,7 @@ import importlib.util
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -117,7 +118,8 @@ class Vertices(Layer):
         """Return the parameters, and enumeration and Gurobi."""
         task = self.built(place, self.contenders[OURS].overrides).task
         leaves = parameters_in_training(task, 0.3, torch.Generator().manual_seed(seed))
-        return leaves, {OURS: partial(_vertex, task.problem), "gurobi": lambda cd: task.problem.gurobi(*cd, False).x}
+        problem = cast(BilinearProblem, task.problem)
+        return leaves, {OURS: partial(_vertex, problem), "gurobi": lambda cd: problem.gurobi(*cd, False).x}
 
 
 def _vertex(problem: BilinearProblem, leaves: Leaves) -> Tensor:

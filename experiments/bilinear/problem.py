@@ -7,13 +7,13 @@ h(y) subtracted (`experiments.bilinear.smoothing`), has a gradient, and is what 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import combinations
 from math import comb
 from typing import ClassVar, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from experiments.bilinear.smoothing import (
     BlockStep,
@@ -26,6 +26,7 @@ from experiments.bilinear.smoothing import (
     objective,
     project,
 )
+from experiments.contracts.problem import Forward, Problem, Step
 from experiments.numerics.checks import require_finite
 from foldopt.checks import require_positive, require_whole
 from foldopt.errors import InputError
@@ -46,7 +47,7 @@ class Vertex(NamedTuple):
     value: Tensor
 
 
-class BilinearProblem:
+class BilinearProblem(Problem):
     """The bilinear program of one Q, as it stands and smoothed.
 
     Args:
@@ -62,8 +63,8 @@ class BilinearProblem:
     States z = (x, y) are (B, 2n); so are decisions. Raises InputError for arguments out of range.
     """
 
-    forwards: ClassVar[tuple[str, ...]] = ("exact", "gurobi")
-    lacking: ClassVar[dict[str, str]] = {
+    forwards: ClassVar[Mapping[str, Forward]] = {"exact": Forward(tol=1e-6), "gurobi": Forward(tol=1e-3)}
+    lacking: ClassVar[Mapping[str, str]] = {
         "cvxpy": "x'Qy makes its problem nonconvex, and cvxpy takes convex programs only",
         "qp": "x'Qy makes its quadratic program nonconvex, and qpth's interior point would find any stationary point",
     }
@@ -111,34 +112,35 @@ class BilinearProblem:
         self._gurobi: tuple[float, GurobiNonconvexQP] | None = None  # for this weight of the penalty
 
     @property
-    def optimizers(self) -> dict[str, Callable[[], nn.Module]]:
+    def optimizers(self) -> Mapping[str, Callable[[], Step]]:
         """Update steps that can be folded, by name, the default first.
 
         "pgd": projected gradient with the projection in closed form; "pgd_b": with its projection a folded ADMM, the
         paper's f-PGDb; "block": both blocks maximized at once. Entropy has "block" only, as its gradient is infinite
         at the bounds.
         """
-        block = {"block": lambda: BlockStep(self.Q, self.totals, self.smoothing)}
-        if self.kind == "entropy":
+        block: dict[str, Callable[[], Step]] = {"block": lambda: BlockStep(self.Q, self.totals, self.smoothing)}
+        smoothing = self.smoothing
+        if not isinstance(smoothing, Quadratic):
             return block
-        nested = {"pgd_b": lambda: f_pgd_b(self._loss, self.polyhedron, self._forward, self.stepsize).update}
+        nested: dict[str, Callable[[], Step]] = {
+            "pgd_b": lambda: f_pgd_b(self._loss, self.polyhedron, self._forward, self.stepsize).update
+        }
         if not self.kappa:
             return {
                 "pgd": lambda: ProjectedGradient(self._loss, lambda z, *_: project(z, self.totals), self.stepsize),
                 **nested,
             }
-        step = {"pgd": lambda: GradientStep(self.Q, self.totals, self.smoothing, self.stepsize)}
+        step: dict[str, Callable[[], Step]] = {
+            "pgd": lambda: GradientStep(self.Q, self.totals, smoothing, self.stepsize)
+        }
         return {**step, **nested, **block}
 
-    def unrolled(self, optimizer: str) -> tuple[Callable[..., Tensor], nn.Module]:
+    def unrolled(self, optimizer: str) -> tuple[Callable[..., Tensor], Step]:
         """Return a cold start, the centre of both blocks, and the step to unroll from there."""
         return lambda c, d: self.centre.to(c).expand(len(c), -1), self.optimizers[optimizer]()
 
-    def params(self, parameters: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Return the parameters (c, d) of every layer of this problem."""
-        return parameters
-
-    def solve(self, forward: str, c: Tensor, d: Tensor) -> Tensor:
+    def solve(self, forward: str, c: Tensor, d: Tensor, **options: float) -> Tensor:
         """Return the state at the optimum of the smoothed program that the solver `forward` finds."""
         if forward == "gurobi":
             return self.smoothed_gurobi(c, d)
@@ -147,10 +149,6 @@ class BilinearProblem:
     def _forward(self, c: Tensor, d: Tensor) -> Tensor:
         found = self.smoothed(c, d) if self.kappa else self.vertex(c, d)
         return torch.cat([found.x, found.y], 1)
-
-    def decisions(self, state: Tensor, *_: Tensor) -> Tensor:
-        """Return the decisions (x, y), (B, 2n), of a state."""
-        return state
 
     def decide(self, c: Tensor, d: Tensor) -> Tensor:
         """Return optimal decisions (B, 2n) of the program as it stands."""
@@ -241,7 +239,8 @@ class BilinearProblem:
         if self.kind == "entropy":
             return coupling
         own = 1 - self.stepsize * self.kappa * self.sigma
-        directions = sum((part.sum(1) - 1).clamp(min=0) for part in w.chunk(2, 1))
+        of_x, of_y = ((part.sum(1) - 1).clamp(min=0) for part in w.chunk(2, 1))
+        directions = of_x + of_y
         return torch.where(directions > 0, abs(own), 0) + self.stepsize * coupling
 
     def spread(self, count: int) -> Tensor:

@@ -9,14 +9,14 @@ from torch import Tensor
 
 from data import bilinear
 from experiments.bilinear.problem import BilinearProblem
-from experiments.contracts.task import Samples
+from experiments.contracts.task import Samples, Task
 from foldopt.checks import require_whole
 from foldopt.errors import InputError
 
 INTERACTIONS = 15
 
 
-class BilinearTask:
+class BilinearTask(Task):
     """Bilinear task on the data of `data.bilinear.generate`, with one of 15 matrices of `data.bilinear.interaction`.
 
     interaction: which Q, 0..14; it is its seed, which has nothing to do with that of the data.
@@ -28,8 +28,13 @@ class BilinearTask:
     The loss of a decision is its regret in the *smoothed* program. The metrics are those of the program as it stands.
     """
 
-    shared: ClassVar[bool] = False
     objective: ClassVar[str] = "regret"
+    columns: ClassVar[tuple[str, ...]] = (
+        *("regret", "regret_percent", "mse", "prediction_scale"),
+        *("spectral_radius", "global_fraction", "solver_timeouts"),
+    )
+    shown: ClassVar[tuple[str, ...]] = ("regret_percent", "mse")
+    problem: BilinearProblem
 
     def __init__(
         self,
@@ -74,17 +79,15 @@ class BilinearTask:
             "smoothed_optimal": self.problem.smoothed_value(optimum, c, d),
         }
 
-    def to(self, device: torch.device) -> None:
-        """Move the splits to the device."""
-        self.splits = {name: {k: v.to(device) for k, v in s.items()} for name, s in self.splits.items()}
-
     def parameters(self, outputs: Tensor, samples: Samples) -> tuple[Tensor, Tensor]:
         """Return the predicted coefficients (c, d), (B, n) each, float64."""
-        return (self.shift + self.scale * outputs.double()).chunk(2, dim=1)
+        c, d = (self.shift + self.scale * outputs.double()).chunk(2, dim=1)
+        return c, d
 
     def truth(self, samples: Samples) -> tuple[Tensor, Tensor]:
         """Return the true coefficients (c, d)."""
-        return samples["targets"].chunk(2, dim=1)
+        c, d = samples["targets"].chunk(2, dim=1)
+        return c, d
 
     def decision_losses(self, decisions: Tensor, samples: Samples) -> Tensor:
         """Return the regret of the decisions in the smoothed program, (B,)."""

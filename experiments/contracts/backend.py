@@ -2,31 +2,45 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
-Parameters = Tensor | tuple[Tensor, ...]
+from experiments.contracts.base import Contract
+from experiments.contracts.problem import Parameters
+from experiments.contracts.task import Task
+
+TRAINS_ON = ("decision", "prediction", "surrogate")
 
 
-class Backend(Protocol):
-    """What the trainer asks of a backend. Its class is made with (task, linear_solver) and the keys of its YAML.
+class Backend(Contract, ABC):
+    """How decisions are trained through. A class is made with (task, linear_solver) and the keys of its YAML.
 
     trains_on: "decision" (the loss of the decisions it returns), "prediction" (the prediction error) or "surrogate"
-    (a loss of its own, `losses(parameters, truth)`, of the predicted and the true parameters).
+    (a loss of its own, `losses`). products: how many products with Phi the adjoint equations of the batch took before
+    the last `take_failures`, in all; 0 where none are counted.
     """
 
-    trains_on: ClassVar[str]
+    ABSENT: ClassVar[Mapping[str, str]] = {"losses": "it has no loss of its own (losses)"}
+
+    trains_on: ClassVar[Literal["decision", "prediction", "surrogate"]] = "decision"
+    products: int = 0
 
     @staticmethod
-    def unsuitable(task: Any) -> str | None:
-        """Return why this backend cannot do the task, None if it can."""
-        ...
+    def unsuitable(task: Task) -> str | None:
+        """Return why this backend cannot do the task, a clause of a sentence; None, the default, if it can."""
+        return None
 
-    def __call__(self, parameters: Parameters) -> Tensor:
-        """Return the decisions for the task's parameters, differentiable; NaN in samples that failed."""
-        ...
+    @abstractmethod
+    def __call__(self, parameters: Any) -> Tensor:
+        """Return the decisions (B, n) for the task's parameters, differentiable; NaN in samples that failed."""
+
+    def losses(self, parameters: Parameters, truth: Parameters) -> Tensor:
+        """Return the backend's own loss of each sample, (B,), for the predicted and the true parameters."""
+        self._absent("losses")
 
     def take_failures(self) -> int:
-        """Return how many samples failed, forward or backward, since the last call."""
-        ...
+        """Return how many samples failed, forward or backward, since the last call; by default none."""
+        return 0

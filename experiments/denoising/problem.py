@@ -6,13 +6,14 @@ Solved by its dual min_w 1/2 |d + D'w|^2 subject to |w| <= weight, of which x = 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from experiments.contracts.problem import CvxpyForm, Forward, Problem
 from experiments.denoising.dual import DualSystem, stepsize
 from experiments.numerics.checks import require_finite
 from experiments.numerics.cone import cvxpy_for
@@ -22,9 +23,6 @@ from foldopt.errors import InputError
 from foldopt.prox import soft_threshold
 from foldopt.transforms import transforming
 from foldopt.updates import DualProximalGradient
-
-if TYPE_CHECKING:
-    import cvxpy
 
 FDPGState = tuple[Tensor, Tensor, Tensor, Tensor]
 MAX_PIVOTS = 60
@@ -99,14 +97,13 @@ class FDPG(nn.Module):
         return new, new + (t - 1) / t_new * (new - w), 1 / t_new, s
 
 
-class DenoisingProblem:
+class DenoisingProblem(Problem):
     """The denoising problem of one weight (the paper's lambda, above 0) on signals of length n; D is the parameter.
 
     Raises InputError for a weight that is no positive number and an n that is no whole number above 1.
     """
 
-    forwards: ClassVar[tuple[str, ...]] = ("exact", "fdpg")
-    tolerant: ClassVar[tuple[str, ...]] = ("fdpg",)
+    forwards: ClassVar[Mapping[str, Forward]] = {"exact": Forward(tol=1e-6), "fdpg": Forward(tol=1e-5, adjustable=True)}
 
     def __init__(self, weight: float, n: int) -> None:
         require_whole("n", n, 2)
@@ -115,7 +112,7 @@ class DenoisingProblem:
         self.weight, self.n = float(weight), n
 
     @property
-    def optimizers(self) -> dict[str, Callable[[], DenoisingStep]]:
+    def optimizers(self) -> Mapping[str, Callable[[], DenoisingStep]]:
         """Update steps that can be folded, by name."""
         return {"fdpg": DenoisingStep}
 
@@ -123,11 +120,11 @@ class DenoisingProblem:
         """Return a cold start and the step to unroll from there."""
         return FDPG.start, FDPG()
 
-    def solve(self, forward: str, D: Tensor, d: Tensor, _: Tensor, **options: float) -> Tensor:
-        """Return the dual (B, m) at the solution that the solver `forward` finds; tol: of those in `tolerant`."""
-        return getattr(self, forward)(D, d, **options).w
+    def solve(self, forward: str, D: Tensor, d: Tensor, _: Tensor, **options: Any) -> Tensor:
+        """Return the dual (B, m) at the solution that the solver `forward` finds; options: tol, of fdpg."""
+        return (self.fdpg(D, d, **options) if forward == "fdpg" else self.exact(D, d)).w
 
-    def decisions(self, state: Tensor | FDPGState, D: Tensor, d: Tensor, _: Tensor) -> Tensor:
+    def decisions(self, state: Any, D: Tensor, d: Tensor, _: Tensor) -> Tensor:
         """Return the denoised signals (B, n) of a state."""
         return DenoisingStep.primal(state if isinstance(state, Tensor) else state[0], D, d)
 
@@ -215,7 +212,7 @@ class DenoisingProblem:
         """Return the denoised signals (B, n) of the solutions (x, t) of that program."""
         return found[:, : (found.shape[1] + 1) // 2]
 
-    def cvxpy(self, scaling: str) -> tuple[cvxpy.Problem, list[cvxpy.Parameter], list[cvxpy.Variable]]:
+    def cvxpy(self, scaling: str) -> CvxpyForm:
         """Return the problem in cvxpy's form with its parameters (D, d) and variable x.
 
         scaling: "paper" takes the problem as it is written; "normalized" divides the objective by the weight.

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from data.denoising import generate
-from experiments.contracts.task import Samples
+from experiments.contracts.task import Samples, Task
 from experiments.denoising.problem import DenoisingProblem
 from foldopt.errors import InputError
 
 
-class DenoisingTask:
+class DenoisingTask(Task):
     """Denoising of the signals of `data.denoising.generate`; arguments as there, seed included.
 
     weight: lambda of the denoiser, above 0. The loss is the mean squared error of the denoised signal.
@@ -21,6 +21,8 @@ class DenoisingTask:
 
     shared: ClassVar[bool] = True
     objective: ClassVar[str] = "mse"
+    columns: ClassVar[tuple[str, ...]] = ("mse", "operator_norm")
+    problem: DenoisingProblem
 
     def __init__(
         self,
@@ -41,10 +43,6 @@ class DenoisingTask:
         self.splits = {
             name: {"inputs": d.float(), "noisy": d, "signals": drawn.signals[name]} for name, d in drawn.noisy.items()
         }
-
-    def to(self, device: torch.device) -> None:
-        """Move the splits to the device."""
-        self.splits = {name: {k: v.to(device) for k, v in s.items()} for name, s in self.splits.items()}
 
     def parameters(self, outputs: Tensor, samples: Samples) -> tuple[Tensor, Tensor]:
         """Return the operator (n - 1, n) and the noisy signals (B, n).

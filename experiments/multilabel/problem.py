@@ -8,12 +8,13 @@ are in log x wherever a method allows it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from experiments.contracts.problem import CvxpyForm, Forward, Problem, Step
 from experiments.numerics.checks import require_finite
 from experiments.numerics.cone import cvxpy_for
 from foldopt.checks import require_positive, require_whole
@@ -22,9 +23,6 @@ from foldopt.layers import f_pgd_a, f_pgd_b
 from foldopt.projections import capped_simplex
 from foldopt.solvers.cvxpylayers import ConeLayer
 from foldopt.updates import SQPData
-
-if TYPE_CHECKING:
-    import cvxpy
 
 TopKState = Tensor | tuple[Tensor, Tensor, Tensor]
 SMALLEST = 1e-300  # of x inside a logarithm
@@ -39,7 +37,7 @@ class TopKSolution(NamedTuple):
     free: Tensor
 
 
-class TopKProblem:
+class TopKProblem(Problem):
     """Smooth selection of k of n classes.
 
     Args:
@@ -49,8 +47,8 @@ class TopKProblem:
     Raises InputError for arguments out of range.
     """
 
-    forwards: ClassVar[tuple[str, ...]] = ("exact", "cvxpy")
-    lacking: ClassVar[dict[str, str]] = {
+    forwards: ClassVar[Mapping[str, Forward]] = {"exact": Forward(tol=1e-6), "cvxpy": Forward(tol=1e-3)}
+    lacking: ClassVar[Mapping[str, str]] = {
         "qp": "its objective has an entropy, so it is no quadratic program; qpth can do the projection of a step: "
         "backend=fold backend.optimizer=pgd_a"
     }
@@ -65,7 +63,7 @@ class TopKProblem:
         self._cone: ConeLayer | None = None
 
     @property
-    def optimizers(self) -> dict[str, Callable[[], nn.Module]]:
+    def optimizers(self) -> Mapping[str, Callable[[], Step]]:
         """Update steps that can be folded, by name, the default first.
 
         "pgd": projected gradient with the projection in closed form. "pgd_a", "pgd_b": with qpth, or a folded ADMM, as
@@ -78,11 +76,7 @@ class TopKProblem:
             "sqp": lambda: TopKSQP(self.k),
         }
 
-    def params(self, c: Tensor) -> tuple[Tensor]:
-        """Return the parameters of every layer of this problem."""
-        return (c,)
-
-    def solve(self, forward: str, c: Tensor) -> Tensor:
+    def solve(self, forward: str, c: Tensor, **options: float) -> Tensor:
         """Return x (B, n) at the solution that the solver `forward` finds."""
         c = self._checked(c)
         if forward == "exact":
@@ -91,24 +85,23 @@ class TopKProblem:
             self._cone = ConeLayer(*self.cvxpy("normalized"), self.solver)
         return self._cone(c)
 
-    def state(self, optimizer: str, x: Tensor, c: Tensor) -> TopKState:
-        """Return the state of an update step at the solution x, (B, n): for "sqp" with the multipliers that x has."""
-        return multipliers(x, c) if optimizer == "sqp" else x
+    def state(self, optimizer: str, solution: Tensor, c: Tensor) -> TopKState:
+        """Return the state of an update step at a solution x, (B, n): for "sqp" with the multipliers that x has."""
+        return multipliers(solution, c) if optimizer == "sqp" else solution
 
-    def decisions(self, state: TopKState, *_: Tensor) -> Tensor:
+    def decisions(self, state: Any, *_: Tensor) -> Tensor:
         """Return log x, (B, n), of a state."""
         return self.cvxpy_decisions(state if isinstance(state, Tensor) else state[0])
 
-    @staticmethod
-    def cvxpy_decisions(x: Tensor) -> Tensor:
+    def cvxpy_decisions(self, solutions: Tensor) -> Tensor:
         """Return log x, (B, n); an x that a solver left below 0 counts as 1e-300."""
-        return x.clamp(min=SMALLEST).log()
+        return solutions.clamp(min=SMALLEST).log()
 
     def exact(self, c: Tensor) -> TopKSolution:
         """Solve in closed form; see `solve_topk`. Raises InputError for wrong shapes and NaN or inf in c."""
         return solve_topk(self._checked(c), self.k)
 
-    def closed_form(self, c: Tensor) -> Tensor:
+    def closed_form(self, c: Tensor, *_: Tensor) -> Tensor:
         """Return log x, (B, n), of the exact solution, with its exact derivative."""
         return self.exact(c).log_x
 
@@ -121,7 +114,7 @@ class TopKProblem:
         h = torch.cat([c.new_zeros(self.n), c.new_ones(self.n)])
         return torch.cat([-eye, eye]), h, c.new_ones(1, self.n), c.new_full((1,), self.k)
 
-    def cvxpy(self, scaling: str) -> tuple[cvxpy.Problem, list[cvxpy.Parameter], list[cvxpy.Variable]]:
+    def cvxpy(self, scaling: str) -> CvxpyForm:
         """Return the problem in cvxpy's form with its parameter c and variable x; both scalings are the same here."""
         cp = cvxpy_for(scaling)
         x, c = cp.Variable(self.n), cp.Parameter(self.n)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from data.noisy_labels import generate
-from experiments.contracts.task import Samples
+from experiments.contracts.task import Samples, Task
 from experiments.multilabel.problem import TopKProblem
 from foldopt.checks import require_positive
 
@@ -18,7 +18,7 @@ PADDING = 4
 TINY = 1e-12  # length of features below which they are not normalized
 
 
-class MultilabelTask:
+class MultilabelTask(Task):
     """Classification of the images of `data.noisy_labels.generate`; arguments as there, `data` being its source.
 
     k, stepsize, solver: as for `TopKProblem`. temperature: tau of c = z / (tau |z|), z the network's features, above 0,
@@ -28,8 +28,11 @@ class MultilabelTask:
     "top5", whether the label is the class, or among the 5 classes, of the largest c.
     """
 
-    shared: ClassVar[bool] = False
-    objective: ClassVar[str] = "loss"
+    objective: ClassVar[str] = "top5"
+    maximize: ClassVar[bool] = True
+    columns: ClassVar[tuple[str, ...]] = ("top1", "top5", "bound_fraction")
+    shown: ClassVar[tuple[str, ...]] = ("top1", "top5")
+    problem: TopKProblem
     running: ClassVar[tuple[str, ...]] = ("top1", "top5")
 
     def __init__(
@@ -60,18 +63,18 @@ class MultilabelTask:
         )
 
     def to(self, device: torch.device) -> None:
-        """Move the splits to the device."""
-        self.splits = {name: {k: v.to(device) for k, v in s.items()} for name, s in self.splits.items()}
+        """Move the splits and the normalization to the device."""
+        super().to(device)
         self.mean, self.deviation = self.mean.to(device), self.deviation.to(device)
 
-    def prepare(self, images: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Return images (B, 3, h, w), uint8, as the model gets them: normalized by the training images' channels.
+    def prepare(self, inputs: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Return images (B, 3, h, w) of uint8 as the model gets them: normalized by the training images' channels.
 
         generator: to shift and mirror with, for training; None leaves them as they are.
         """
         if self.augment and generator is not None:
-            images = shifted_and_mirrored(images, generator)
-        return (images.float() / 255 - self.mean) / self.deviation
+            inputs = shifted_and_mirrored(inputs, generator)
+        return (inputs.float() / 255 - self.mean) / self.deviation
 
     def parameters(self, outputs: Tensor, samples: Samples) -> Tensor:
         """Return the logits c, (B, 100), float64."""

@@ -7,12 +7,13 @@ are those of the Lagrangian -c'x + nu (sum x - 1) + lam_0 (x'Vx / gamma - 1) - l
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from experiments.contracts.problem import CvxpyForm, Forward, Problem
 from experiments.numerics.checks import require_finite
 from experiments.numerics.cone import cvxpy_for
 from experiments.portfolio.exact import PortfolioSolution, kkt_residual, smallest_variance, solve
@@ -22,11 +23,8 @@ from foldopt.errors import InfeasibleError, InputError
 from foldopt.solvers.gurobi import GurobiQCQP
 from foldopt.updates.sqp import SQP, SQPData, SQPState
 
-if TYPE_CHECKING:
-    import cvxpy
 
-
-class PortfolioProblem:
+class PortfolioProblem(Problem):
     """The portfolio problem of one risk model.
 
     Args:
@@ -37,7 +35,7 @@ class PortfolioProblem:
     portfolio satisfies the risk limit.
     """
 
-    forwards: ClassVar[tuple[str, ...]] = ("exact", "gurobi")
+    forwards: ClassVar[Mapping[str, Forward]] = {"exact": Forward(tol=1e-6), "gurobi": Forward(tol=1e-3)}
 
     def __init__(self, V: Tensor, gamma: float) -> None:
         if V.dim() != 2 or V.shape[0] != V.shape[1]:
@@ -57,7 +55,7 @@ class PortfolioProblem:
         self._gurobi: GurobiQCQP | None = None
 
     @property
-    def optimizers(self) -> dict[str, Callable[[], SQP]]:
+    def optimizers(self) -> Mapping[str, Callable[[], SQP]]:
         """Update steps that can be folded, by name."""
         return {"sqp": lambda: PortfolioSQP(self)}
 
@@ -65,19 +63,20 @@ class PortfolioProblem:
         """Return a cold start and the step to unroll from there."""
         return lambda c, *_: self.sqp_start(c), self.optimizers[optimizer]()
 
-    def solve(self, forward: str, c: Tensor, *_: Tensor) -> SQPState:
+    def solve(self, forward: str, c: Tensor, *_: Tensor, **options: float) -> SQPState:
         """Return the state at the solution that the solver `forward` finds."""
-        return getattr(self, forward)(c).state
+        return (self.gurobi(c) if forward == "gurobi" else self.exact(c)).state
 
-    def decisions(self, state: SQPState, *_: Tensor) -> Tensor:
+    def decisions(self, state: Any, *_: Tensor) -> Tensor:
         """Return the portfolios (B, n) of a state."""
         return state[0]
 
-    def params(self, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def params(self, parameters: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the parameters (c, V, gamma) of every layer of this problem, on the device of c and in float64."""
+        c = parameters
         return c, self.V.to(c.device), torch.tensor(self.gamma, dtype=torch.float64, device=c.device)
 
-    def decide(self, c: Tensor) -> Tensor:
+    def decide(self, c: Tensor, *_: Tensor) -> Tensor:
         """Return optimal portfolios (B, n)."""
         return self.exact(c).x
 
@@ -99,8 +98,9 @@ class PortfolioProblem:
             "negativity": (-x).amax(1).clamp(min=0),
         }
 
-    def sqp_data(self, x: Tensor, nu: Tensor, lam: Tensor, c: Tensor, V: Tensor, gamma: Tensor) -> SQPData:
-        """Return the quadratic model at (x, nu, lam) in closed form; V (n, n) or (B, n, n), gamma () or (B,)."""
+    def sqp_data(self, x: Tensor, nu: Tensor, lam: Tensor, *params: Tensor) -> SQPData:
+        """Return the quadratic model at (x, nu, lam) in closed form, for V (n, n) or (B, n, n), gamma () or (B,)."""
+        c, V, gamma = params
         B, n = x.shape
         V, limit = V.expand(B, n, n), gamma.expand(B)[:, None]
         Vx = matvec(V, x) / limit
@@ -160,7 +160,7 @@ class PortfolioProblem:
         residual = kkt_residual(*state, *self.params(c))
         return PortfolioSolution(*state, found.iterations, residual, found.ok)
 
-    def cvxpy(self, scaling: str) -> tuple[cvxpy.Problem, list[cvxpy.Parameter], list[cvxpy.Variable]]:
+    def cvxpy(self, scaling: str) -> CvxpyForm:
         """Return the problem in cvxpy's form with its parameter c and variable x.
 
         scaling: "paper" takes the risk limit as it is written, x'Vx <= gamma; "normalized" divides it by gamma.

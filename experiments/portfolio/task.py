@@ -4,23 +4,24 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from data.portfolio import generate
-from experiments.contracts.task import Samples
+from experiments.contracts.task import Samples, Task
 from experiments.portfolio.problem import PortfolioProblem
 
 
-class PortfolioTask:
+class PortfolioTask(Task):
     """Portfolio task on the data of `data.portfolio.generate`; arguments as there, seed included.
 
     standardize: the model predicts (c - mean) / deviation, with the mean and standard deviation over all training
     returns (one number each, so that the scale of the loss changes but not the relative importance of assets).
     """
 
-    shared: ClassVar[bool] = False
     objective: ClassVar[str] = "regret"
+    columns: ClassVar[tuple[str, ...]] = ("regret", "regret_percent", "mse")
+    shown: ClassVar[tuple[str, ...]] = ("regret_percent", "mse")
+    problem: PortfolioProblem
 
     def __init__(
         self,
@@ -44,10 +45,6 @@ class PortfolioTask:
     def _samples(self, features: Tensor, c: Tensor) -> Samples:
         optimal = self.problem.value(self.problem.exact(c).x, c)
         return {"inputs": features.float(), "returns": c, "optimal": optimal}
-
-    def to(self, device: torch.device) -> None:
-        """Move the splits to the device."""
-        self.splits = {name: {k: v.to(device) for k, v in s.items()} for name, s in self.splits.items()}
 
     def parameters(self, outputs: Tensor, samples: Samples) -> Tensor:
         """Return the predicted returns (B, n), float64."""

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from experiments.run.folders import COLUMNS, DAMAGED, storing, write_atomically
 from foldopt.errors import InputError
@@ -22,12 +21,12 @@ class Checkpoint:
     """checkpoint.pt and metrics.csv of one run folder, kept in step.
 
     Metrics are appended before the checkpoint is replaced; a kill between the two leaves rows of an epoch that will
-    be run again, and `restore` drops them.
+    be run again, and `restore` drops them. columns: those of metrics.csv that the task adds to `COLUMNS`.
     """
 
-    def __init__(self, folder: Path, **parts: nn.Module | torch.optim.Optimizer | Any) -> None:
+    def __init__(self, folder: Path, columns: tuple[str, ...] = (), **parts: Any) -> None:
         self.path, self.metrics, self.parts = folder / "checkpoint.pt", folder / "metrics.csv", parts
-        self.rows = 0
+        self.columns, self.rows = (*COLUMNS, *columns), 0
 
     def save(self, epoch: int, seconds: float, rows: list[Row], begun: dict[str, Any] | None = None) -> None:
         """Append the rows of an epoch to metrics.csv, then replace the checkpoint by the state after it.
@@ -35,7 +34,7 @@ class Checkpoint:
         begun: what was done of the epoch after that, in plain numbers.
         """
         with storing(self.metrics), self.metrics.open("a", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            writer = csv.DictWriter(file, self.columns, lineterminator="\n")
             if file.tell() == 0:
                 writer.writeheader()
             writer.writerows(rows)
@@ -81,7 +80,7 @@ class Checkpoint:
             raise InputError(f"{self.metrics} has {len(rows)} of the {expected} rows until epoch {epoch}. {DAMAGED}")
         self.rows = len(rows)
         text = io.StringIO()
-        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n", extrasaction="ignore")
+        writer = csv.DictWriter(text, self.columns, lineterminator="\n", extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)
         write_atomically(self.metrics, text.getvalue())

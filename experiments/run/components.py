@@ -8,6 +8,7 @@ a place in the search path.
 from __future__ import annotations
 
 import inspect
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,13 @@ from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from experiments.contracts.backend import Backend
+from experiments.contracts.backend import TRAINS_ON, Backend
+from experiments.contracts.base import ContractError, dotted, require_attributes, require_contract
+from experiments.contracts.model import Model
+from experiments.contracts.problem import Problem
 from experiments.contracts.task import Task
 from experiments.run.checkpoint import load
-from experiments.run.configuration import group_options
+from experiments.run.configuration import group_options, load_yaml
 from experiments.run.spelling import meant
 from foldopt.checks import require_type
 from foldopt.errors import FoldoptError, InputError
@@ -35,7 +39,7 @@ class Components:
     """What a run is made of."""
 
     task: Task
-    model: nn.Module
+    model: Model
     backend: Backend
 
 
@@ -53,7 +57,8 @@ def target_of(node: DictConfig, group: str) -> Any:
 def make(node: DictConfig, group: str, **context: Any) -> Any:
     """Make the object that a group's configuration describes; `context` adds arguments that no YAML can hold."""
     target = target_of(node, group)
-    options = {k: v for k, v in OmegaConf.to_container(node, resolve=True).items() if k not in ("_target_", "name")}
+    settings: Any = OmegaConf.to_container(node, resolve=True)
+    options: dict[str, Any] = {k: v for k, v in settings.items() if k not in ("_target_", "name")}
     signature = _signature(target)
     try:
         signature.bind(**context, **options)
@@ -69,8 +74,12 @@ def make(node: DictConfig, group: str, **context: Any) -> Any:
         return target(**context, **options)
     except FoldoptError:
         raise
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{group}={node.get('name')} refuses its settings {options}: {error}") from error
+    except Exception as error:  # whatever a class from outside raises
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        raise InputError(
+            f"{group}={node.get('name')}: {dotted(target)} refuses its settings {options}: "
+            f"{type(error).__name__}: {error} (line {place.lineno} of {Path(place.filename).name})"
+        ) from error
 
 
 def _signature(target: Any) -> inspect.Signature:
@@ -85,8 +94,10 @@ def build(cfg: DictConfig) -> Components:
 
     Raises InputError for options that do not fit a class, CombinationError for a backend that cannot do the task.
     """
-    task = make(cfg.task, "task", seed=cfg.seed)
-    reason = target_of(cfg.backend, "backend").unsuitable(task)
+    task = _task(cfg)
+    chosen = target_of(cfg.backend, "backend")
+    require_contract(chosen, Backend, f"backend={cfg.backend.name}")
+    reason = chosen.unsuitable(task)
     if reason:
         able = [name for name, node in group_options("backend").items() if not target_of(node, name).unsuitable(task)]
         raise CombinationError(
@@ -95,19 +106,61 @@ def build(cfg: DictConfig) -> Components:
         )
     solver = make(cfg.linear_solver, "linear_solver")
     backend = make(cfg.backend, "backend", task=task, linear_solver=solver)
+    if backend.trains_on not in TRAINS_ON:
+        raise ContractError(f"{dotted(chosen)}.trains_on={backend.trains_on!r} is unknown; choose one of {TRAINS_ON}.")
+    if backend.trains_on == "surrogate" and backend.lacks("losses"):
+        raise ContractError(f"{dotted(chosen)} trains on its own loss, but {backend.lacks('losses')}; add it.")
     model = make(cfg.model, "model", n_inputs=task.n_inputs, n_outputs=task.n_outputs)
+    if not isinstance(model, nn.Module):
+        raise ContractError(
+            f"model={cfg.model.name}: {dotted(type(model))} is no torch.nn.Module; derive it from that."
+        )
     _require_fit(cfg, task, model)
     return Components(task, model, backend)
 
 
+def task_class(cfg: DictConfig) -> type[Task]:
+    """Return the class of a run's task. Raises ContractError for one that lacks what the trainer needs of a class."""
+    target = target_of(cfg.task, "task")
+    group = f"task={cfg.task.name}"
+    require_contract(target, Task, group)
+    for name in ("objective", "columns"):
+        if not hasattr(target, name):
+            raise ContractError(
+                f"{group}: {dotted(target)} does not declare {name}; set it in the class, such as "
+                'objective = "regret" and columns = ("regret",).'
+            )
+    if target.objective not in ("loss", *target.columns):
+        raise ContractError(
+            f"{group}: the objective {target.objective!r} of {dotted(target)} is none of its columns {target.columns}; "
+            "add it there."
+        )
+    return target
+
+
+def _task(cfg: DictConfig) -> Task:
+    task_class(cfg)
+    task: Task = make(cfg.task, "task", seed=cfg.seed)
+    require_attributes(task, Task, f"task={cfg.task.name}")
+    if not isinstance(task.problem, Problem):
+        raise ContractError(
+            f"task={cfg.task.name}: {dotted(type(task.problem))} is no Problem; derive it from {dotted(Problem)}."
+        )
+    for split in ("train", "val", "test"):
+        if "inputs" not in task.splits.get(split, {}):
+            raise ContractError(
+                f"task={cfg.task.name}: splits of {dotted(type(task))} have no {split!r} with 'inputs'; add it."
+            )
+    return task
+
+
 @torch.no_grad()
-def _require_fit(cfg: DictConfig, task: Task, model: nn.Module) -> None:
+def _require_fit(cfg: DictConfig, task: Task, model: Model) -> None:
     """Raise CombinationError unless the model takes the task's inputs, and the task what it returns for them."""
     samples = {name: values[:2] for name, values in task.splits["val"].items()}
-    prepare = getattr(task, "prepare", lambda inputs, _: inputs)
     model.eval()
     try:
-        task.parameters(model(prepare(samples["inputs"], None)), samples)
+        task.parameters(model(task.prepare(samples["inputs"], None)), samples)
     except (RuntimeError, InputError) as error:
         raise CombinationError(
             f"model={cfg.model.name} does not fit task={cfg.task.name}, whose inputs are of shape "
@@ -122,7 +175,7 @@ def trained(folder: Path) -> Components:
     Raises InputError if the folder has no configuration or no checkpoint.
     """
     try:
-        parts = build(OmegaConf.load(folder / "config.yaml"))
+        parts = build(load_yaml(folder / "config.yaml"))
         load(folder / "checkpoint.pt", {"model": parts.model})
     except FileNotFoundError as error:
         raise InputError(f"{folder} holds no trained model ({error}); run this configuration first.") from error

@@ -44,6 +44,14 @@ def compose_launcher(name: str, settings: list[str]) -> DictConfig:
             raise InputError(f"{' '.join(settings)}: {error.__cause__ or error}") from error
 
 
+def load_yaml(path: Path) -> DictConfig:
+    """Return a YAML file of keys and values. Raises InputError for one that holds something else."""
+    content = OmegaConf.load(path)
+    if not isinstance(content, DictConfig):
+        raise InputError(f"{path} holds a list; expected keys with values.")
+    return content
+
+
 def group_options(group: str) -> dict[str, DictConfig]:
     """Return every configuration of a group by name: those of conf/<group> and of the search path of this run."""
     if not GlobalHydra.instance().is_initialized():
@@ -59,7 +67,7 @@ def _options(loader: ConfigLoader, group: str) -> dict[str, DictConfig]:
 
 def identity(cfg: DictConfig) -> str:
     """Return the hash of all that the numbers of a configuration depend on, so not where and how it is executed."""
-    content = OmegaConf.to_container(cfg, resolve=True)
+    content: Any = OmegaConf.to_container(cfg, resolve=True)
     for key, absent in ADDED.items():
         group, _, name = key.partition(".")
         if content[group].get(name, absent) == absent:

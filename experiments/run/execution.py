@@ -23,8 +23,9 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
+from experiments.contracts.task import Task
 from experiments.run import configuration, folders, tracking
-from experiments.run.components import build
+from experiments.run.components import build, task_class
 from experiments.run.interruption import BUSY, StopRequest
 from experiments.run.tracking import Tracker
 from experiments.run.trainer import Interrupted, Trainer, check_training
@@ -33,7 +34,6 @@ from foldopt.errors import FoldoptError, InputError
 
 log = logging.getLogger("foldopt.run")
 MOST_SEEDS = 2**40
-SHOWN = ("regret", "regret_percent", "mse", "top1", "top5")
 LOCK_POLL_SECONDS = 2.0
 PACKAGES = ("foldopt", "torch", "cvxpylayers", "diffcp", "scs", "clarabel", "gurobipy", "qpth", "hydra-core", "wandb")
 
@@ -109,12 +109,12 @@ def _run(
     try:
         tracker = Tracker(cfg, path, configuration.identity(cfg))
         seconds = trainer.fit(tracker, console, stop)
-        final = _final(path)
+        final = _final(path, trainer.task)
         _write_summary(
             path, cfg, device, begun, "finished", seconds_wall=seconds, rows=trainer.checkpoint.rows, final=final
         )
         tracker.summarize(final)
-        shown = ", ".join(f"{name} {final['test'][name]:.4g}" for name in SHOWN if name in final["test"])
+        shown = ", ".join(f"{name} {final['test'][name]:.4g}" for name in trainer.task.columns if name in final["test"])
         _say(console, f"Finished in {seconds:.0f} s, test: {shown}")
         code = 0
     except Interrupted:
@@ -158,22 +158,25 @@ def _set_determinism(wanted: bool) -> None:
     torch.use_deterministic_algorithms(wanted)
 
 
-def validation(frame: pd.DataFrame) -> pd.Series:
+def best_validation(cfg: DictConfig) -> float:
+    """Return the best validation of a finished run, smaller being better: what a search minimizes."""
+    return float(validation(folders.load_metrics(folders.of(cfg)), task_class(cfg)).min())
+
+
+def validation(frame: pd.DataFrame, task: Task | type[Task]) -> pd.Series[float]:
     """Return what a run is judged by, smaller being better, for each epoch after the start.
 
-    That is the regret on validation samples, or the squared error for a task that has no regret, or else minus the
-    top-5 accuracy.
+    That is the task's objective on validation samples, or minus it if more is better.
     """
-    val = frame[(frame["split"] == "val") & (frame["epoch"] > 0)].set_index("epoch")
-    value = next(name for name in ("regret", "mse", "top5") if val[name].notna().any())
-    return -val[value] if value == "top5" else val[value]
+    val = frame[(frame["split"] == "val") & (frame["epoch"] > 0)].set_index("epoch")[task.objective]
+    return -val if task.maximize else val
 
 
-def _final(path: Path) -> dict[str, Any]:
+def _final(path: Path, task: Task) -> dict[str, Any]:
     """Return the last metrics of each split, and those of validation and test at the epoch of the best validation."""
     frame = folders.load_metrics(path)
     last = {split: part.iloc[-1].dropna().to_dict() for split, part in frame.groupby("split")}
-    best = frame[frame["epoch"] == validation(frame).idxmin()].set_index("split", drop=False)
+    best = frame[frame["epoch"] == validation(frame, task).idxmin()].set_index("split", drop=False)
     at_best = {f"{split}_at_best_val": best.loc[split].dropna().to_dict() for split in ("val", "test")}
     return {**last, **at_best}
 

@@ -21,16 +21,10 @@ from experiments.run import configuration
 from foldopt.errors import FoldoptError, InputError
 
 DAMAGED = "Restore it, or delete the folder to execute this run anew."
-COLUMNS = (
+COLUMNS = (  # of every task; those of its own follow
     "epoch",
     "split",
     "loss",
-    "regret",
-    "regret_percent",
-    "mse",
-    "top1",
-    "top5",
-    "operator_norm",
     "seconds_network",
     "seconds_solve",
     "seconds_backward",
@@ -39,13 +33,8 @@ COLUMNS = (
     "zero_gradient_fraction",
     "solver_failures",
     "adjoint_products",
-    "prediction_scale",
-    "spectral_radius",
-    "global_fraction",
-    "solver_timeouts",
     "gradient_error",
     "gradient_error_max",
-    "bound_fraction",
 )
 
 

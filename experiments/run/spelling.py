@@ -6,9 +6,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from experiments.run.configuration import CONF
+from experiments.run.configuration import CONF, load_yaml
 
 
 def meant(name: str, known: Iterable[str]) -> str:
@@ -26,7 +26,7 @@ def misspelt(arguments: Sequence[str]) -> str | None:
     if any(argument.startswith("--config") or argument in ("-cd", "-cn", "-cp") for argument in arguments):
         return None
     overrides = dict(argument.split("=", 1) for argument in arguments if "=" in argument and argument[0] not in "-+~")
-    config = OmegaConf.load(CONF / "config.yaml")
+    config = load_yaml(CONF / "config.yaml")
     groups = {group: name for default in config.pop("defaults") for group, name in _choice(default)}
     known = {*groups, *_keys(config)}
     for group, name in groups.items():
@@ -49,19 +49,20 @@ def misspelt(arguments: Sequence[str]) -> str | None:
 
 def _choice(default: str | DictConfig) -> Iterator[tuple[str, str]]:
     if isinstance(default, DictConfig):
-        yield from ((group, name) for group, name in default.items() if not group.startswith("override "))
+        yield from ((str(group), name) for group, name in default.items() if not str(group).startswith("override "))
 
 
 def _keys(node: DictConfig, prefix: str = "") -> Iterator[str]:
     """Yield the dotted names of all that a configuration holds, inner nodes included."""
-    for key, value in node.items():
+    for name, value in node.items():
+        key = str(name)
         yield f"{prefix}{key}"
         if isinstance(value, DictConfig):
             yield from _keys(value, f"{prefix}{key}.")
 
 
 def _keys_of(file: Path) -> list[str]:
-    return list(_keys(OmegaConf.load(file))) if file.is_file() else []
+    return list(_keys(load_yaml(file))) if file.is_file() else []
 
 
 def _keys_missing(group: str, chosen: str) -> bool:

@@ -17,6 +17,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from experiments.contracts.backend import Backend
+from experiments.contracts.base import ContractError, dotted
+from experiments.contracts.model import Model
 from experiments.contracts.task import Samples, Task
 from experiments.run.checkpoint import Checkpoint, Row
 from experiments.run.components import Components, make
@@ -29,6 +31,10 @@ from foldopt.errors import FoldoptError, InputError
 log = logging.getLogger("foldopt.run")
 SCHEDULES = ("constant", "cosine")
 ZERO_GRADIENT = 1e-12
+NO_GRADIENT = (
+    "no sample had a gradient: the decisions do not move with the predictions (as at vertices of a linear program), "
+    "so nothing is learned. Smooth the problem, or train on predictions or a surrogate: backend=two_stage or spo_plus."
+)
 
 
 class DivergenceError(FoldoptError, ArithmeticError):
@@ -46,7 +52,8 @@ class Stopwatch:
     """Seconds by name; waits for the GPU at every reading."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device, self.seconds, self._last = device, {}, 0.0
+        self._device, self._last = device, 0.0
+        self.seconds: dict[str, float] = {}
 
     def start(self) -> None:
         """Begin to measure."""
@@ -87,7 +94,7 @@ class Trainer:
         self.cfg, self.device = cfg, device
         self.task: Task = parts.task
         self.backend: Backend = parts.backend
-        self.model: nn.Module = parts.model.to(device)
+        self.model: Model = parts.model.to(device)
         self.task.to(device)
         train = cfg.train
         self._check(train)
@@ -97,10 +104,11 @@ class Trainer:
             if train.schedule == "cosine"
             else torch.optim.lr_scheduler.ConstantLR(self.optimizer, factor=1.0)
         )
-        self.checkpoint = Checkpoint(folder, model=self.model, optimizer=self.optimizer, schedule=self.schedule)
+        kept = {"model": self.model, "optimizer": self.optimizer, "schedule": self.schedule}
+        self.checkpoint = Checkpoint(folder, self.task.columns, **kept)
 
     def _check(self, train: DictConfig) -> None:
-        if train.mse_epochs and not hasattr(self.task, "prediction_losses"):
+        if train.mse_epochs and self.task.lacks("prediction_losses"):
             raise InputError(
                 f"train.mse_epochs={train.mse_epochs}: this task has no prediction error to train on; take 0."
             )
@@ -133,9 +141,9 @@ class Trainer:
                 begun = None
                 self.checkpoint.save(epoch, before + time.perf_counter() - begin, rows)
                 tracker.log(rows)
-                line = _line(epoch, self.cfg.train.epochs, rows)
+                line = self._line(epoch, rows)
                 log.info(line)
-                progress.update(bar, completed=epoch, description=_brief(rows))
+                progress.update(bar, completed=epoch, description=self._brief(rows))
                 if progress.disable:
                     console.print(line, markup=False, highlight=False, soft_wrap=True)
         return before + time.perf_counter() - begin
@@ -175,7 +183,8 @@ class Trainer:
         watch = Stopwatch(self.device)
         begin = time.perf_counter()
         totals = {"zero": 0, "failures": 0, "products": 0, "samples": 0, "largest_error": 0.0}
-        sums, first = Counter(), 0
+        sums: Counter[str] = Counter()
+        first = 0
         if begun:
             first, totals, sums = begun["batches"], begun["totals"], Counter(begun["sums"])
             watch.seconds = begun["seconds"]
@@ -190,7 +199,7 @@ class Trainer:
             totals["largest_error"] = max(totals["largest_error"], values.get("gradient_error", 0.0))
             totals["zero"] += zero
             totals["failures"] += self.backend.take_failures()
-            totals["products"] += getattr(self.backend, "products", 0)
+            totals["products"] += self.backend.products
             totals["samples"] += size
         self.schedule.step()
         if totals["failures"]:
@@ -215,15 +224,20 @@ class Trainer:
 
     @torch.no_grad()
     def _diagnosed(self, batch: Samples) -> Row:
-        """Return what the task has to say of the last batch of an epoch, if it does."""
-        if not hasattr(self.task, "diagnose"):
-            return {}
+        """Return what the task measures on the last batch of an epoch."""
         self.model.eval()
-        return self.task.diagnose(self.model(self._prepared(batch["inputs"])), batch)
+        outputs = self.model(self.task.prepare(batch["inputs"], None))
+        return self._declared(self.task.diagnose(outputs, batch), "diagnose")
 
-    def _prepared(self, inputs: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Return inputs as the task has the model get them; generator: of random changes for training."""
-        return self.task.prepare(inputs, generator) if hasattr(self.task, "prepare") else inputs
+    def _declared(self, values: dict[str, float], member: str) -> dict[str, float]:
+        """Return values after checking that the task declares all of their columns."""
+        unknown = sorted(set(values) - {"loss", *self.task.columns})
+        if unknown:
+            raise ContractError(
+                f"{dotted(type(self.task))}.{member} returns {unknown}, which its columns {self.task.columns} do not "
+                "declare; add them there."
+            )
+        return values
 
     def _batches(self, epoch: int) -> Iterator[Samples]:
         samples = self.task.splits["train"]
@@ -235,7 +249,7 @@ class Trainer:
                 continue  # a last sample alone has no batch statistics
             index = chosen.to(self.device)
             batch = {name: values[index] for name, values in samples.items()}
-            yield batch | {"inputs": self._prepared(batch["inputs"], generator)}
+            yield batch | {"inputs": self.task.prepare(batch["inputs"], generator)}
 
     def _step(self, epoch: int, batch: Samples, watch: Stopwatch) -> tuple[dict[str, float], int]:
         """Take one optimizer step; return what the task follows, and how many samples had a zero gradient.
@@ -277,10 +291,9 @@ class Trainer:
     @torch.no_grad()
     def _measured(self, epoch: int, outputs: Tensor, batch: Samples, gradient: Tensor) -> dict[str, float]:
         """Return the metrics that the task follows in training, and how far the gradient is from the exact one."""
-        running = getattr(self.task, "running", ())
-        found = self.task.metrics(outputs, batch) if running else {}
-        values = {name: found[name] for name in running}
-        if hasattr(self.task, "exact_gradient") and not self.on_prediction(epoch):
+        found = self.task.metrics(outputs, batch) if self.task.running else {}
+        values = {name: found[name] for name in self.task.running}
+        if not self.task.lacks("exact_gradient") and not self.on_prediction(epoch):
             exact = self.cfg.train.loss_scale * self.task.exact_gradient(outputs, batch)
             size = exact.norm()
             values["gradient_error"] = float((gradient - exact).norm() / torch.where(size > 0, size, 1))
@@ -305,28 +318,34 @@ class Trainer:
         self.model.eval()
         samples = self.task.splits[split]
         parts = samples["inputs"].split(250)[: 1 if self.task.shared else None]
-        outputs = torch.cat([self.model(self._prepared(part)) for part in parts])
+        outputs = torch.cat([self.model(self.task.prepare(part, None)) for part in parts])
         self._refuse_nan(outputs, "predictions", epoch)
-        metrics = self.task.metrics(outputs, samples)
+        metrics = self._declared(self.task.metrics(outputs, samples), "metrics")
+        if self.task.objective not in metrics:
+            raise ContractError(
+                f"{dotted(type(self.task))}.metrics returns {sorted(metrics)} without the objective "
+                f"{self.task.objective!r}; return it, or declare another objective."
+            )
         if self.backend.trains_on == "prediction":
             loss = float(self.task.prediction_losses(outputs, samples).mean())
         else:
-            loss = self.cfg.train.loss_scale * metrics[self.task.objective]
+            sign = -1 if self.task.maximize else 1
+            loss = self.cfg.train.loss_scale * metrics.get("loss", sign * metrics[self.task.objective])
         return {"epoch": epoch, "split": split, **metrics, "loss": loss, "samples": len(samples["inputs"])}
 
+    def _shown(self, row: Row) -> str:
+        names = self.task.shown or (self.task.objective,)
+        values = [f"{name.replace('_percent', ' %')} {row[name]:.4g}" for name in names if name in row]
+        return ", ".join(f"{row['split']} {value}" for value in values)
 
-def _brief(rows: list[Row]) -> str:
-    """Return what fits beside a progress bar."""
-    val = next(row for row in rows if row["split"] == "val")
-    if "regret_percent" in val:
-        return f"val regret {val['regret_percent']:.2f}%"
-    return " ".join(f"val {name} {val[name]:.4g}" for name in ("regret", "mse", "top1", "top5") if name in val)
+    def _brief(self, rows: list[Row]) -> str:
+        """Return what fits beside a progress bar."""
+        return self._shown(next(row for row in rows if row["split"] == "val"))
 
-
-def _line(epoch: int, epochs: int, rows: list[Row]) -> str:
-    row: dict[str, Any] = {f"{r['split']} {k}": v for r in rows for k, v in r.items()}
-    shown = [("train loss", ".4g"), ("val regret_percent", ".3f"), ("test regret_percent", ".3f"), ("test mse", ".3g")]
-    shown += [("train top5", ".1f"), ("test top1", ".1f"), ("test top5", ".1f")]
-    values = [f"{name.replace('_percent', ' %')} {row[name]:{form}}" for name, form in shown if name in row]
-    seconds = f"{row['train seconds_epoch']:.1f} s" if "train seconds_epoch" in row else "before training"
-    return f"epoch {epoch}/{epochs}: {', '.join(values)} ({seconds})"
+    def _line(self, epoch: int, rows: list[Row]) -> str:
+        """Return what the console shows of an epoch."""
+        values = [f"train loss {rows[0]['loss']:.4g}"] if epoch else []
+        values += filter(None, map(self._shown, rows))
+        seconds = f"{rows[0]['seconds_epoch']:.1f} s" if epoch else "before training"
+        line = f"epoch {epoch}/{self.cfg.train.epochs}: {', '.join(values)} ({seconds})"
+        return f"{line}; {NO_GRADIENT}" if rows[0].get("zero_gradient_fraction") == 1 else line

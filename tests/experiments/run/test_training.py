@@ -29,7 +29,7 @@ def test_a_run_leaves_metrics_summary_config_and_log(tiny, console, untimed):
     assert execute(cfg, console) == 0
     folder = folders.of(cfg)
     frame = folders.load_metrics(folder)
-    assert tuple(frame.columns) == folders.COLUMNS
+    assert tuple(frame.columns) == (*folders.COLUMNS, "regret", "regret_percent", "mse")
     assert list(zip(frame["epoch"], frame["split"], strict=True)) == [
         (epoch, split) for epoch in range(4) for split in (["train"] if epoch else []) + ["val", "test"]
     ]
@@ -140,7 +140,7 @@ def test_batches_of_every_size_train(tiny, console, size, visited):
 
 def test_rows_written_after_the_last_checkpoint_are_dropped(tmp_path):
     model = torch.nn.Linear(2, 1)
-    checkpoint = Checkpoint(tmp_path, model=model)
+    checkpoint = Checkpoint(tmp_path, ("regret",), model=model)
     for epoch in range(3):
         checkpoint.save(epoch, float(epoch), [{"epoch": epoch, "split": "test", "regret": epoch}])
     kept = {name: value.clone() for name, value in model.state_dict().items()}

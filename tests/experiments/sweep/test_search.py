@@ -13,6 +13,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep
 
 from experiments.run import configuration, folders
+from experiments.run.components import task_class
 from experiments.sweep.search import write_tuned
 
 pytestmark = pytest.mark.slow
@@ -115,7 +116,7 @@ def test_a_search_by_wandb_is_of_the_same_space(name):
             assert theirs["distribution"] == ("log_uniform_values" if "log" in value.tags else "uniform")
     cfg = configuration.compose([word for word in sweep["command"] if "=" in word])
     assert (cfg.task.name, cfg.tracking.mode) == (name, "online")
-    assert sweep["metric"]["name"].removeprefix("val/") in folders.COLUMNS
+    assert sweep["metric"]["name"].removeprefix("val/") in task_class(cfg).columns
 
 
 def test_the_agent_of_a_wandb_sweep_names_the_run(here, monkeypatch):
