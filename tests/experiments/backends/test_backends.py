@@ -153,16 +153,25 @@ def test_a_missing_package_names_the_extra(monkeypatch):
 NO_CONVEX_FORM = """
 import torch
 
-class NonconvexProblem:
-    def exact(self, c):
-        raise NotImplementedError
+from experiments.contracts.problem import Problem
+from experiments.contracts.task import Task
 
-class NonconvexTask:
+class NonconvexTask(Task):
     n_inputs, n_outputs = 2, 3
-    shared, objective = False, "regret"
+    objective, columns = "regret", ("regret",)
 
     def __init__(self, seed):
-        self.problem, self.splits = NonconvexProblem(), {}
+        self.problem = Problem()
+        self.splits = {split: {"inputs": torch.zeros(1, 2)} for split in ("train", "val", "test")}
+
+    def parameters(self, outputs, samples):
+        return outputs
+
+    def decision_losses(self, decisions, samples):
+        return decisions
+
+    def metrics(self, outputs, samples):
+        return {"regret": 0.0}
 """
 
 

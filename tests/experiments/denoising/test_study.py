@@ -63,7 +63,7 @@ def test_a_run_lowers_the_error_of_the_classical_denoiser(tiny, console):
     frame = folders.load_metrics(folders.of(cfg))
     test = frame[frame["split"] == "test"]["mse"]
     assert test.iloc[-1] < 0.95 * test.iloc[0]
-    assert frame["regret"].isna().all()
+    assert "regret" not in frame, "the task has no column of that name"
     train = frame[frame["split"] == "train"]
     assert (train["solver_failures"] == 0).all()
     assert (train["zero_gradient_fraction"] == 0).all()
