@@ -119,7 +119,10 @@ class Vertices(Layer):
         task = self.built(place, self.contenders[OURS].overrides).task
         leaves = parameters_in_training(task, 0.3, torch.Generator().manual_seed(seed))
         problem = cast(BilinearProblem, task.problem)
-        return leaves, {OURS: partial(_vertex, problem), "gurobi": lambda cd: problem.gurobi(cd[0], cd[1], smoothed=False).x}
+        return leaves, {
+            OURS: partial(_vertex, problem),
+            "gurobi": lambda cd: problem.gurobi(cd[0], cd[1], smoothed=False).x,
+        }
 
 
 def _vertex(problem: BilinearProblem, leaves: Leaves) -> Tensor:
