@@ -195,5 +195,5 @@ def test_hydras_launcher_takes_the_same_settings(slurm, here):
     command = [sys.executable, "run.py", "-m", *launcher, "seed=0,1", "backend=two_stage", "tracking.mode=disabled"]
     done = subprocess.run([*command, "train.epochs=1"], cwd=here, env=slurm.environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    folders = list(here.glob("results/runs/portfolio/*"))
-    assert [folders.status(folder) for folder in folders] == ["finished", "finished"]
+    made = list(here.glob("results/runs/portfolio/*"))
+    assert [folders.status(folder) for folder in made] == ["finished", "finished"]
