@@ -58,6 +58,7 @@ def run(code, folder):
     return done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["smoothed", "fold", "spo_plus"])
 def test_extensions_run_and_learn_as_they_stand(tmp_path, backend):
     (tmp_path / "my_package.py").write_text("\n".join(blocks("python")[6:]))

@@ -41,9 +41,10 @@ def used():
     return pages * os.sysconf("SC_PAGE_SIZE"), known, len(os.listdir("/proc/self/fd")), threading.active_count()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="only Linux tells what a process uses")
 @pytest.mark.parametrize("name", LAYERS)
-@pytest.mark.parametrize("steps", [SHORT, pytest.param(LONG, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("steps", [SHORT, LONG])
 def test_long_training_uses_no_more_and_no_more(name, steps):
     layer = LAYERS[name]()
     params = [p.detach().requires_grad_() for p in parameters(name)]

@@ -55,7 +55,8 @@ def pgd_layer():
 
 LAYERS = {make.__name__: make for make in (tanh_layer, qp_layer, nlp_layer, pgd_layer)}
 each = pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow) if name == "pgd_layer" else name for name in LAYERS]
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow) if name in ("nlp_layer", "pgd_layer") else name for name in LAYERS],
 )
 
 

@@ -165,6 +165,7 @@ def outside(tmp_path):
     return call
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", [("backend=fold", "backend.forward=threshold"), ("backend=direct",)])
 @pytest.mark.parametrize("task", TASKS)
 def test_tasks_run_with_a_model_and_backends(outside, tmp_path, task, backend):

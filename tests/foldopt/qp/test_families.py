@@ -145,6 +145,7 @@ def test_the_rows_are_dependent_and_the_families_of_the_promised_size():
         assert np.linalg.matrix_rank(A) < len(A), (name, shape)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "shape"), BATCHES)
 def test_every_instance_is_right(name, shape):
     linprog = pytest.importorskip("scipy.optimize").linprog

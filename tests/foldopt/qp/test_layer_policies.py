@@ -571,6 +571,7 @@ def empty(seed):
     return Program(np.eye(4), draws.normal(size=4), G, h, A, draws.normal(size=1), np.full(4, -1), np.ones(4))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", ["l1", "l2"])
 def test_the_closest_feasible_program_against_independent_solves(norm):
     programs = [one for one in map(empty, range(30)) if truth(one).status == "infeasible"][:8]

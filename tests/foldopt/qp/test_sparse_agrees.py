@@ -83,6 +83,7 @@ DOUBTFUL = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["raise", "one_sided", "least_norm", "nan", "zero"])
 def test_every_policy_says_what_it_says_of_dense_programs(policy):
     """Dependent rows have several one-sided derivatives; all others are compared, where x is unique."""

@@ -52,6 +52,7 @@ def test_a_model_beyond_the_licence_says_so():
         GurobiQCQP(n, torch.ones(1, n), torch.ones(1), -torch.eye(n), torch.zeros(n))(torch.ones(1, n))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "variables",
     [
