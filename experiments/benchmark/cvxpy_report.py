@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -17,6 +16,7 @@ import foldopt
 from experiments.benchmark.apart import in_turn
 from experiments.benchmark.cvxpy_differences import directions, slopes, weights
 from experiments.benchmark.cvxpy_kinds import KINDS, Kind, kind
+from experiments.report.measurements import peak_memory
 from foldopt.errors import DegenerateError
 
 RIGHT = 1e-7  # error of a derivative along one direction, relative to 1 plus its size
@@ -153,13 +153,9 @@ def set_up(who: str) -> tuple[float, float]:
     problem = cp.Problem(cp.Minimize(cp.sum_squares(A @ x - b) + 0.1 * cp.sum_squares(x)), [x >= 0])
     CONTENDERS[who].make(kind("relu"))  # imports do not count
     large = Kind(problem, [A, b], [], [x])
-    before, start = _peak(), time.perf_counter()
-    CONTENDERS[who].make(large)
-    return time.perf_counter() - start, (_peak() - before) / 1e6
-
-
-def _peak() -> int:
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start = time.perf_counter()
+    _, grown = peak_memory(lambda: CONTENDERS[who].make(large))
+    return time.perf_counter() - start, grown / 1e6
 
 
 def sizes(contenders: Sequence[str], say: Callable[[str], None]) -> list[list[str]]:
