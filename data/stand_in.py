@@ -18,7 +18,6 @@ from foldopt.checks import require_whole
 SIDE, OVERSAMPLED = 32, 2
 HUES = 5
 CHUNK = 1000
-FILLINGS = ("plain", "hollow", "striped", "dotted")
 OUTLINES = ("disc", "triangle", "square", "star", "flower")
 
 

@@ -104,6 +104,10 @@ class LayerAround(nn.Module):
 
     fold: FixedPointLayer
 
+    def folded(self, *params: Any) -> FixedPointLayer:
+        """Return the folded layer that a call with these params uses."""
+        return self.fold
+
     @property
     def last(self) -> FoldInfo | None:
         """The certificates of the last call."""

@@ -20,7 +20,7 @@ from foldopt.qp._kkt import probe
 from foldopt.qp._structure import taken
 from foldopt.qp.matrix import Pattern, SparseMatrix
 from foldopt.step import Recorded, pushforward, vjp_of
-from foldopt.updates.sqp import SmoothProgram
+from foldopt.updates.programs import SmoothProgram
 
 Product = Callable[[Tensor], Tensor]
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import types
 import typing
-from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Any
 
@@ -19,7 +17,6 @@ from foldopt.errors import InputError
 __all__ = [
     "NONFINITE_ALLOWED",
     "WORDS",
-    "is_certified",
     "nonfinite_allowed",
     "require_finite",
     "require_positive",
@@ -31,24 +28,17 @@ WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "
 NONFINITE_ALLOWED = ContextVar("nonfinite_allowed", default=False)
 
 
-@contextlib.contextmanager
-def nonfinite_allowed() -> Iterator[None]:
-    """Mark code whose caller certifies every sample: there one that is not finite is no reason to stop the others."""
-    token = NONFINITE_ALLOWED.set(True)
-    try:
-        yield
-    finally:
-        NONFINITE_ALLOWED.reset(token)
+def nonfinite_allowed() -> bool:
+    """Return whether a layer, or a transform of torch.func, is calling; failed samples then come out as NaN.
 
-
-def is_certified() -> bool:
-    """Return whether a layer, or a transform of torch.func, is calling; failed samples then come out as NaN."""
+    The caller certifies every sample: one that is not finite is no reason to stop the others.
+    """
     return NONFINITE_ALLOWED.get() or transforming()
 
 
 def require_finite(**tensors: Tensor | float) -> None:
-    """Raise InputError if one of `tensors` holds NaN or inf, naming it and its rows; not where `is_certified`."""
-    if is_certified():
+    """Raise InputError if one of `tensors` holds NaN or inf, naming it and its rows; not where `nonfinite_allowed`."""
+    if nonfinite_allowed():
         return
     for name, value in tensors.items():
         value = torch.as_tensor(value)

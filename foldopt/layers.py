@@ -23,8 +23,9 @@ from foldopt.step import State, as_tuple
 from foldopt.updates.admm import PrimalADMM, PrimalState, batched_qp, symmetric
 from foldopt.updates.dual_proximal_gradient import DualProximalGradient
 from foldopt.updates.gradient import ProjectedGradient
+from foldopt.updates.programs import SmoothProgram, SQPData, SQPProgram, SQPState
 from foldopt.updates.sparse_sqp import SparseSQP
-from foldopt.updates.sqp import SQP, SmoothProgram, SQPData, SQPProgram, SQPState
+from foldopt.updates.sqp import SQP
 
 __all__ = ["ADMMLayer", "FDPGLayer", "NLPLayer", "Polyhedron", "f_fdpg", "f_pgd_a", "f_pgd_b", "f_sqp"]
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from foldopt._compat import plain, transforming
 from foldopt.batched import matvec
-from foldopt.checks import is_certified, require_finite
+from foldopt.checks import nonfinite_allowed, require_finite
 from foldopt.errors import InfeasibleError, InputError
 from foldopt.solvers.qp import solve_qp
 from foldopt.transforms import opaque
@@ -258,6 +258,6 @@ def _on_polyhedron(x: Tensor, A: Tensor, b: Tensor, G: Tensor, h: Tensor) -> tup
     b, h = (v.expand(B, v.shape[-1]) for v in (b, h))
     found = solve_qp(identity, -x, A, b, G, h)
     bad = (~found.ok).nonzero()[:, 0].tolist()
-    if bad and not is_certified():
+    if bad and not nonfinite_allowed():
         raise InfeasibleError(f"no point satisfies A y = b, G y <= h for the samples {bad[:10]}; relax them.", bad)
     return (found.x,)

@@ -46,10 +46,6 @@ class Problem:
         """Return the objective at x."""
         return float(0.5 * x @ (self.P @ x) + self.q @ x + self.offset)
 
-    def objective_error(self, x: Vector) -> float:
-        """Return how far the objective at x is from the published optimum, relative to max(1, |optimum|)."""
-        return abs(self.objective(x) - self.optimum) / max(1.0, abs(self.optimum))
-
     def violations(self, x: Vector) -> tuple[float, float]:
         """Return the worst violation of a row and the worst of a bound.
 

@@ -17,7 +17,7 @@ from experiments.benchmark.apart import in_turn
 from experiments.benchmark.cvxpy_differences import directions, slopes, weights
 from experiments.benchmark.cvxpy_kinds import KINDS, Kind, kind
 from experiments.report.measurements import peak_memory
-from foldopt.errors import DegenerateError
+from foldopt.errors import DegenerateError, InputError
 
 RIGHT = 1e-7  # error of a derivative along one direction, relative to 1 plus its size
 TIMED = ("quadratic program", "portfolio", "logistic", "nearest semidefinite")
@@ -36,8 +36,8 @@ class Contender:
     make: Callable[[Kind], Call]
 
 
-def _ours(k: Kind) -> Call:
-    return foldopt.CvxpyLayer(k.problem, k.parameters, k.variables, gp=k.gp)
+def _ours(solver: str | None = None) -> Callable[[Kind], Call]:
+    return lambda k: foldopt.CvxpyLayer(k.problem, k.parameters, k.variables, solver=solver, gp=k.gp)
 
 
 def _theirs(solver: str | None = None, **options: Any) -> Callable[[Kind], Call]:
@@ -51,7 +51,8 @@ def _theirs(solver: str | None = None, **options: Any) -> Callable[[Kind], Call]
 
 
 CONTENDERS: dict[str, Contender] = {
-    "foldopt": Contender("foldopt", _ours),
+    "foldopt": Contender("foldopt", _ours()),
+    "own": Contender('foldopt, solver="foldopt"', _ours("foldopt")),
     "scs": Contender("cvxpylayers, SCS", _theirs(solve_method="SCS", n_jobs_forward=1)),
     "clarabel": Contender("cvxpylayers, Clarabel", _theirs(solve_method="Clarabel", n_jobs_forward=1)),
     "moreau": Contender("cvxpylayers, moreau", _theirs("MOREAU")),
@@ -75,7 +76,7 @@ def answered(k: Kind, contender: Contender, truth: Iterable[tuple[float, float]]
             parts = zip(outputs, weights(k), strict=True)
             total = torch.stack([(x * torch.tensor(w)).sum() for x, w in parts]).sum()
             gradients = torch.autograd.grad(total, values)
-        except DegenerateError as error:
+        except (DegenerateError, InputError) as error:
             return f"says {type(error).__name__}"
         except Exception as error:  # of another library: whatever it raises is its answer
             return f"raises {type(error).__name__}"
@@ -129,17 +130,25 @@ def timed(contenders: Sequence[str], say: Callable[[str], None]) -> list[list[st
     """Return one row for each kind and batch: milliseconds of all, and how many times foldopt's that is."""
     rows = []
     for name in TIMED:
-        calls = {who: CONTENDERS[who].make(kind(name)) for who in contenders}
+        calls = {who: _made(who, kind(name)) for who in contenders}
         for size in BATCHES:
-            found = {who: seconds(call, batch(kind(name), size)) for who, call in calls.items()}
-            own = sum(found["foldopt"])
+            found = {who: call and seconds(call, batch(kind(name), size)) for who, call in calls.items()}
+            own = sum(found["foldopt"] or ())
             cells = [
-                f"{1e3 * forward:.1f} + {1e3 * backward:.1f} ({(forward + backward) / own:.1f}×)"
-                for forward, backward in found.values()
+                f"{1e3 * taken[0]:.1f} + {1e3 * taken[1]:.1f} ({sum(taken) / own:.1f}×)" if taken else "–"
+                for taken in found.values()
             ]
             rows.append([name, str(size), *cells])
             say(", ".join(rows[-1]))
     return rows
+
+
+def _made(who: str, k: Kind) -> Call | None:
+    """Return a contender's layer of a kind, None if it refuses the kind's cones."""
+    try:
+        return CONTENDERS[who].make(k)
+    except InputError:
+        return None
 
 
 def set_up(who: str) -> tuple[float, float]:
@@ -194,7 +203,8 @@ changed). Bold: above {RIGHT:.0e}. At degenerate points there is no derivative a
 
 ## Milliseconds, forward + backward
 
-The fastest of {ROUNDS} rounds, one thread, float64; in brackets how many times foldopt's.
+The fastest of {ROUNDS} rounds, one thread, float64; in brackets how many times foldopt's. –: it does not take
+these cones.
 
 {table(["problem", "batch", *titles], times)}
 

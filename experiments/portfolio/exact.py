@@ -10,7 +10,7 @@ from torch import Tensor
 from experiments.numerics.blocks import Chosen, times
 from foldopt.errors import InfeasibleError
 from foldopt.solvers.interior_point import solve_qcqp
-from foldopt.updates.sqp import SQPState
+from foldopt.updates.programs import SQPState
 
 MAX_PIVOTS = 30
 FEW = 64  # samples that are not worth singling out those of them that have settled

@@ -21,7 +21,8 @@ from experiments.portfolio.sqp import PortfolioSQP
 from foldopt.batched import matvec
 from foldopt.errors import InfeasibleError, InputError
 from foldopt.solvers.gurobi import GurobiQCQP
-from foldopt.updates.sqp import SQP, SQPData, SQPState
+from foldopt.updates.programs import SQPData, SQPState
+from foldopt.updates.sqp import SQP
 
 
 class PortfolioProblem(Problem):

@@ -11,7 +11,8 @@ from torch.nn.functional import pad
 from experiments.numerics.blocks import Chosen, times
 from foldopt.solvers.qp import TOLERANCE
 from foldopt.transforms import plain
-from foldopt.updates.sqp import SQP, SQPState
+from foldopt.updates.programs import SQPState
+from foldopt.updates.sqp import SQP
 
 SAFE = 1e-10  # smaller pivots of V on the assets held, relative to its largest variance, are left to the general step
 

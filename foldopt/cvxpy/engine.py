@@ -46,8 +46,11 @@ class Front(Protocol):
         """Return how messages call it."""
         ...
 
-    def __call__(self, data: Data) -> tuple[Tensor, Tensor, list[str]]:
-        """Return x (B, n) and y (B, m), NaN where there is none, and what became of each sample, in words."""
+    def __call__(self, data: Data, device: torch.device) -> tuple[Tensor, Tensor, list[str]]:
+        """Return x (B, n) and y (B, m), NaN where there is none, and what became of each sample, in words.
+
+        The data and the answer are on the CPU. device: that of the parameters, for those that can compute there.
+        """
         ...
 
 
@@ -59,7 +62,7 @@ class OwnQP:
     def __init__(self, form: Form) -> None:
         self.form = form
 
-    def __call__(self, data: Data) -> tuple[Tensor, Tensor, list[str]]:
+    def __call__(self, data: Data, device: torch.device) -> tuple[Tensor, Tensor, list[str]]:
         """See `Front`."""
         P, q, A, b = self.form.dense(data)
         lower = torch.where(torch.arange(self.form.m) < self.form.zero, b, -torch.inf)
@@ -68,7 +71,7 @@ class OwnQP:
 
 
 class OwnInteriorPoint:
-    """Linear and second-order cones, by foldopt's batched interior point, as one dense batch on `device`.
+    """Linear and second-order cones, by foldopt's batched interior point, as one dense batch where the parameters are.
 
     options: ``tol`` and ``max_iter`` of `foldopt.cones.solve_cone_program`. Raises InputError for others, and for
     other cones.
@@ -85,11 +88,11 @@ class OwnInteriorPoint:
         unknown = sorted(set(options) - {"tol", "max_iter"})
         if unknown:
             raise InputError(f"options has {unknown}: solver='foldopt' knows 'tol' and 'max_iter'.")
-        self.form, self.options, self.device = form, options, torch.device("cpu")
+        self.form, self.options = form, options
 
-    def __call__(self, data: Data) -> tuple[Tensor, Tensor, list[str]]:
+    def __call__(self, data: Data, device: torch.device) -> tuple[Tensor, Tensor, list[str]]:
         """See `Front`."""
-        P, q, A, b = (part.to(self.device) for part in self.form.dense(data))
+        P, q, A, b = (part.to(device) for part in self.form.dense(data))
         dims = {kind: size for kind, size in self.form.cone.dims.items() if kind in ("zero", "nonneg", "soc")}
         found = solve_cone_program(P, q, A, b, dims, **self.options)
         good = (found.status == STATUS_OF_CONES.index(SOLVED))[:, None]
@@ -105,7 +108,7 @@ class Again:
     y: Tensor
     name: str = "the last solution"
 
-    def __call__(self, data: Data) -> tuple[Tensor, Tensor, list[str]]:
+    def __call__(self, data: Data, device: torch.device) -> tuple[Tensor, Tensor, list[str]]:
         """See `Front`."""
         return self.x, self.y, [SOLVED] * len(self.x)
 
@@ -182,7 +185,7 @@ class ConicEngine(FixedPointLayer):
         x, y = torch.full_like(data.q, torch.nan), torch.full_like(data.b, torch.nan)
         left = torch.arange(len(x))
         for front in self._fronts(len(x)):
-            found_x, found_y, found = front(data.at(left))
+            found_x, found_y, found = front(data.at(left), self.call.device)
             for i, outcome in zip(left.tolist(), found, strict=True):
                 status[i] = outcome
             scale_x, scale_y = program.scale[left].split([self.form.n, self.form.m], 1)
@@ -229,7 +232,8 @@ class ConicEngine(FixedPointLayer):
 
 
 class _Call(threading.local):
-    """What calls of a layer pass on: residuals and statuses of the last one, and its solutions."""
+    """What calls of a layer pass on: residuals and statuses of the last one, its solutions, the parameters' device."""
 
     found: tuple[Tensor, list[str]]
+    device = torch.device("cpu")
     start: ConeState | None = None

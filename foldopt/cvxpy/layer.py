@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from foldopt._certificates import POLICIES, FoldInfo
+from foldopt._layer import FixedPointLayer
 from foldopt.errors import InputError, MissingDependencyError
 from foldopt.verdicts import require_policy
 
@@ -101,9 +102,11 @@ class CvxpyLayer(nn.Module):
         pattern = canonical.pattern
         form = Form(**vars(pattern))
         name, given = solver or "CLARABEL", {**(solver_args or {}), **(options or {})}
-        self._own = OwnInteriorPoint(form, given) if name == "foldopt" else None
-        front: Front = self._own or (Clarabel if name == "CLARABEL" else ConeSolver)(canonical, name, given)
-        fronts = [front]
+        fronts: list[Front] = [
+            OwnInteriorPoint(form, given)
+            if name == "foldopt"
+            else (Clarabel if name == "CLARABEL" else ConeSolver)(canonical, name, given)
+        ]
         if solver is None and pattern.linear and pattern.n + pattern.m <= LARGEST_QP:
             fronts.append(OwnQP(form))
         read = torch.zeros(pattern.n + 1, dtype=torch.bool)
@@ -111,6 +114,10 @@ class CvxpyLayer(nn.Module):
             if not one.dual:
                 read[index.flatten()] = True
         self.engine = ConicEngine(canonical, form, fronts, read[1:], warm_start, degenerate, on_failure)
+
+    def folded(self, *params: Tensor) -> FixedPointLayer:
+        """Return the folded layer that calls use."""
+        return self.engine
 
     @property
     def last(self) -> FoldInfo | None:
@@ -122,8 +129,8 @@ class CvxpyLayer(nn.Module):
         from foldopt.cvxpy.values import lowered
 
         entries, batched = lowered(self.inputs, self._entries, params)
-        if self._own is not None and params:
-            self._own.device = params[0].device
+        if params:
+            self.engine.call.device = params[0].device
         x, y = self.engine(*entries)
         like = next((p for p in params if p.is_floating_point()), None)
         found = []

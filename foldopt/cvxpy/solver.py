@@ -75,7 +75,7 @@ class ConeSolver:
     def __reduce__(self) -> Any:
         return ConeSolver, self.made_of  # CVXPY's constraints get new ids when they are copied
 
-    def __call__(self, data: Data) -> tuple[Tensor, Tensor, list[str]]:
+    def __call__(self, data: Data, device: torch.device) -> tuple[Tensor, Tensor, list[str]]:
         """Return x (B, n) and y (B, m), NaN where there is none, and a status for each sample."""
         x, y = torch.full_like(data.q, torch.nan), torch.full_like(data.b, torch.nan)
         status = []

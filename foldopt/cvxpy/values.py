@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from foldopt.checks import is_certified
+from foldopt.checks import nonfinite_allowed
 from foldopt.cvxpy.canonical import Input
 from foldopt.errors import InputError
 from foldopt.step import Tensors
@@ -41,7 +41,7 @@ def lowered(inputs: Sequence[Input], indices: Sequence[Tensor], tensors: Sequenc
         if batched:
             sizes[one.name] = len(value)
         value = value.to("cpu", torch.float64)
-        if not is_certified():
+        if not nonfinite_allowed():
             require_attributes(one, value.detach())
         if one.symmetric:
             value = (value + value.mT) / 2

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from foldopt.checks import is_certified
+from foldopt.checks import nonfinite_allowed
 from foldopt.errors import InputError
 from foldopt.qp._engine import CURVATURE
 from foldopt.qp._structure import is_sparse_argument, taken
@@ -72,7 +72,7 @@ def arguments(*values: Any) -> Given:
         bounded = bool(found["lower"].shape[-1] or found["upper"].shape[-1])
         patterns = (taken_["Q"].pattern, taken_["G"].pattern, taken_["A"].pattern, bounded)
         found |= {name: one.values for name, one in taken_.items()}
-    if not is_certified():
+    if not nonfinite_allowed():
         _require_numbers(found)
     numbers = [found[name] for name in NAMES if isinstance(given[name], Tensor | SparseMatrix)]
     dtypes = [t.dtype for t in numbers if t.is_floating_point()]

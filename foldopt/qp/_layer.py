@@ -16,7 +16,7 @@ from foldopt._fold import Implicit
 from foldopt._layer import FixedPointLayer
 from foldopt.errors import InfeasibleError, InputError, LimitError, NonconvexError, SolverError, UnboundedError
 from foldopt.linear_solve import LinearSolver
-from foldopt.qp._arguments import Given, arguments
+from foldopt.qp._arguments import NAMES, Given, arguments
 from foldopt.qp._closest import shifted
 from foldopt.qp._engine import (
     CURVATURE,
@@ -136,6 +136,10 @@ class QPLayer(nn.Module):
     def last(self) -> FoldInfo | None:
         """The certificates of the last call."""
         return self._latest[0].last
+
+    def folded(self, *args: Any) -> FixedPointLayer:
+        """Return the folded layer that a call with Q, p, G, h, A, b uses: sparse patterns have their own."""
+        return self._fold_for(arguments(*args, *[None] * (len(NAMES) - len(args))))
 
     def _fold_for(self, given: Given) -> _QPFold:
         """Return the folded layer of the arguments' patterns, a new one if there is none; `PATTERNS` are kept."""
@@ -262,7 +266,9 @@ class _QPFold(FixedPointLayer):
             if (found.status != GOOD).any():
                 return
             part = program if len(left) == len(x) else program.at(left)
-            point = Point.of(part, x[left], y[left], self.newton.degenerate, found.units, found.residual, found.known)
+            point = Point.of(
+                part, x[left], y[left], self.derivative.degenerate, found.units, found.residual, found.known
+            )
         if saddle is not None and len(left) < len(x):
             strong = (y != 0) | program.equality
             strong[left] = False

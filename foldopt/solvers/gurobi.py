@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from foldopt.checks import is_certified
+from foldopt.checks import nonfinite_allowed
 from foldopt.errors import InfeasibleError, InputError, MissingDependencyError, SolverError, UnboundedError
 from foldopt.solvers.interior_point import QuadraticConstraints, Solution
 
@@ -278,7 +278,7 @@ def _explained(error: Exception, problem: GurobiQCQP | GurobiNonconvexQP) -> Sol
 
 def _report(failed: dict[int, list[int]], gp: Any) -> None:
     """Raise what the samples that were not solved call for; in a layer only where someone stopped Gurobi."""
-    if failed and (gp.GRB.INTERRUPTED in failed or not is_certified()):
+    if failed and (gp.GRB.INTERRUPTED in failed or not nonfinite_allowed()):
         raise _failure(failed, gp)
 
 

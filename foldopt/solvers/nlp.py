@@ -11,7 +11,7 @@ from foldopt.batched import matvec
 from foldopt.errors import InputError
 from foldopt.solvers.interior_point import largest
 from foldopt.solvers.qp import QPSolution, solve_qp
-from foldopt.updates.sqp import SmoothProgram, SQPData
+from foldopt.updates.programs import SmoothProgram, SQPData
 
 __all__ = ["HALVINGS", "MEMORY", "WEIGHTS", "NLPSolution", "kkt_residual", "solve_nlp"]
 

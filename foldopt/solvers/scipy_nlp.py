@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from foldopt.errors import MissingDependencyError
-from foldopt.updates.sqp import SmoothProgram
+from foldopt.updates.programs import SmoothProgram
 
 __all__ = ["METHODS", "minimize", "solve_scipy"]
 

@@ -20,7 +20,8 @@ from foldopt.qp.matrix import SparseMatrix, numbers, rescaled
 from foldopt.solvers.interior_point import largest
 from foldopt.updates._kept import Kept
 from foldopt.updates.newton import Judge, Point
-from foldopt.updates.sqp import CURVED, SmoothProgram, SQPData, SQPProgram, SQPState, moving
+from foldopt.updates.programs import SmoothProgram, SQPData, SQPProgram, SQPState
+from foldopt.updates.sqp import CURVED, moving
 from foldopt.verdicts import DEPENDENT, DIFFERENTIABLE, Verdict
 
 __all__ = ["NEGATIVE", "RECENT", "TOUCHING", "Known", "SparseSQP"]

@@ -4,6 +4,7 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
+from experiments.report.artifacts import Artifacts
 from experiments.run import configuration, folders
 
 TINY = [
@@ -40,3 +41,16 @@ def untimed():
         return frame.drop(columns=[name for name in frame if name.startswith("seconds_")])
 
     return read
+
+
+@pytest.fixture
+def drawings(monkeypatch):
+    """The figures that are written, by their names, to look at what they show."""
+    kept, write = {}, Artifacts.figure
+
+    def noted(self, name, figure):
+        kept[name] = figure
+        write(self, name, figure)
+
+    monkeypatch.setattr(Artifacts, "figure", noted)
+    return kept

@@ -8,7 +8,7 @@ import torch
 import foldopt
 from foldopt import diagnostics
 from foldopt.diagnostics import agreement, backward_trace, check, spectral_radius, stepsize_study
-from foldopt.errors import InputError
+from foldopt.errors import InputError, KinkError
 from foldopt.linear_solve import LFPI
 from foldopt.step import record
 from tests.foldopt.steps import F64, heron, iterate, problem, tanh_step
@@ -96,6 +96,34 @@ def test_ready_layers_are_examined_through_their_folded_part():
     assert check(nlp, p).ok
     with pytest.raises(InputError, match="Linear is not a folded layer"):
         check(torch.nn.Linear(2, 2), p)
+
+
+@pytest.mark.parametrize("kind", ["coo", "scipy"])
+def test_a_sparse_program_is_examined_by_the_layer_of_its_pattern_and_keeps_its_policies(kind):
+    scipy_sparse = pytest.importorskip("scipy.sparse")
+    Q = scipy_sparse.identity(3) if kind == "scipy" else torch.eye(3, dtype=F64).to_sparse_coo()
+    p, A, b = torch.tensor([[0.3, -0.2, 0.1]], dtype=F64), torch.ones(1, 3, dtype=F64), torch.ones(1, dtype=F64)
+    layer = foldopt.QPLayer()
+    report = check(layer, Q, p, None, None, A, b)
+    assert report.ok
+    assert [c.name for c in report.gradients] == ["1", "4", "5"]
+    tied = torch.tensor([[1.0, 0.0, -1.0]], dtype=F64, requires_grad=True)
+    x = layer(Q, -tied, torch.eye(3, dtype=F64) * -1, torch.zeros(3, dtype=F64), A, b)
+    with pytest.raises(KinkError):  # and not one side of it, as `check` takes
+        x[0, 1].backward()
+    if kind == "coo":
+        with pytest.raises(InputError, match=r"parameter 0 is a sparse tensor of shape \(3, 3\) that requires"):
+            check(layer, Q.clone().requires_grad_(), p, None, None, A, b)
+
+
+def test_a_cvxpy_problem_is_examined():
+    cp = pytest.importorskip("cvxpy")
+    x, c, r = cp.Variable(3), cp.Parameter(3), cp.Parameter()
+    layer = foldopt.CvxpyLayer(cp.Problem(cp.Maximize(c @ x), [cp.norm(x) <= r]), [c, r], [x])
+    report = check(layer, torch.tensor([1.0, 2, 3], dtype=F64), torch.tensor(2.0, dtype=F64))
+    assert report.ok
+    assert [c.name for c in report.gradients] == ["0", "1"]
+    assert max(c.error for c in report.gradients) < 1e-6
 
 
 def test_the_spectral_radius_is_that_of_the_matrix():

@@ -1,6 +1,7 @@
 """Instances that no solver can solve, put at random places of a batch: the rest is as if they were not there."""
 
 import random
+from contextvars import copy_context
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch
 import foldopt
 from experiments.backends.fold import FoldBackend
 from experiments.portfolio.problem import PortfolioProblem
-from foldopt.checks import nonfinite_allowed
+from foldopt.checks import NONFINITE_ALLOWED
 from foldopt.errors import FixedPointError, SolverError
 from foldopt.linear_solve import linear_solver
 from foldopt.solvers import gurobi
@@ -150,8 +151,12 @@ def test_a_time_limit_is_told_apart_from_a_solution():
     H = torch.randn(n, n, generator=torch.Generator().manual_seed(0), dtype=F64)
     ones = torch.ones(1, n, dtype=F64)
     solver = GurobiNonconvexQP(H + H.T, ones, torch.tensor([5.0], dtype=F64), 1e-3)
-    with nonfinite_allowed():
-        found = solver(torch.ones(2, n, dtype=F64))
+
+    def as_in_a_layer():
+        NONFINITE_ALLOWED.set(True)
+        return solver(torch.ones(2, n, dtype=F64))
+
+    found = copy_context().run(as_in_a_layer)
     assert found.timed_out.all()
     known = found.value.isfinite()
     assert (found.bound <= found.value)[known].all()

@@ -46,7 +46,7 @@ def test_unfolding_keeps_every_iteration_and_series_end_at_the_limit():
     assert set(stopped["value"]) == {2, 20}
 
 
-def test_the_figure_and_the_table_show_every_layer(tmp_path, monkeypatch):
+def test_the_figure_and_the_table_show_every_layer(tmp_path, monkeypatch, drawings):
     rows = pd.concat(
         law(backend, 2.0, (10, 20, 40)).assign(layer=layer, axis=axis)
         for layer, content in scaling.LAYERS.items()
@@ -59,4 +59,10 @@ def test_the_figure_and_the_table_show_every_layer(tmp_path, monkeypatch):
     text = (tmp_path / "tables/scaling.md").read_text()
     assert text.count("| 2.0 | 2.0 | 2.0 | 2.0 | 2.0 | 2.0 |") == sum(len(c.backends) for c in scaling.LAYERS.values())
     assert "Made by: `make scaling PROFILE=smoke`" in text
-    assert (tmp_path / "figures/scaling.png").stat().st_size > 50_000
+    assert (tmp_path / "figures/scaling.png").read_bytes().startswith(b"\x89PNG")
+    panels = np.array(drawings["scaling"].axes).reshape(-1, len(scaling.LAYERS))
+    for column, layer in zip(panels.T, scaling.LAYERS.values(), strict=True):
+        assert column[0].get_title() == layer.title
+        for panel in column:
+            assert [line.get_label() for line in panel.lines] == ["2.0"] * len(layer.backends), "the exponents"
+            assert all(line.get_xdata().tolist() == [10, 20, 40] for line in panel.lines)

@@ -192,7 +192,7 @@ def reported(tmp_path, monkeypatch):
     return call
 
 
-def test_tables_json_and_figure_are_written(reported):
+def test_tables_json_and_figure_are_written(reported, drawings):
     path, judged = reported(list(LAYERS), [1, 3])
     assert len(judged) == len(verdicts.TARGETS) - 3, "no network was measured"
     text = (path / "bench/targets.md").read_text()
@@ -203,7 +203,12 @@ def test_tables_json_and_figure_are_written(reported):
     assert "qpth" in (path / "bench/layers.md").read_text()
     assert "0.00 | – |" in (path / "bench/growth.md").read_text(), "batches take the same time"
     assert '"cores"' in (path / "bench/bench.json").read_text()
-    assert (path / "figures/bench.png").stat().st_size > 30_000
+    assert (path / "figures/bench.png").read_bytes().startswith(b"\x89PNG")
+    panels = [panel for panel in drawings["bench"].axes if panel.axison]
+    for panel, layer in zip(panels, LAYERS.values(), strict=True):
+        assert panel.get_title(loc="right").startswith(layer.title)
+        bars = len(layer.contenders) + 1  # the batched LU beside them
+        assert [bar.get_width() for bar in panel.patches] == [pytest.approx(2e3 / layer.batch)] * bars
     assert not list(path.glob("bench/cuda*"))
 
 

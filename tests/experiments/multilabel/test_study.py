@@ -228,7 +228,7 @@ def planned(tmp_path):
     return study, made
 
 
-def test_the_figure_shows_the_noise_floor_and_its_files_say_stand_in(planned, tmp_path):
+def test_the_figure_shows_the_noise_floor_and_its_files_say_stand_in(planned, tmp_path, drawings):
     study, made = planned
     artifacts = Artifacts(tmp_path / "out")
     for maker in (figure_7.make, multilabel_accuracy.make, stand_in_images.make):
@@ -245,7 +245,19 @@ def test_the_figure_shows_the_noise_floor_and_its_files_say_stand_in(planned, tm
     assert perturbed[5].strip() == "1.0", "2 epochs at 0.5 more"
     assert "Stand-in images, not CIFAR-100" in text
     for name in ("figure_7_stand_in", "multilabel_gradients_stand_in", "stand_in_images"):
-        assert (tmp_path / f"out/figures/{name}.png").stat().st_size > 10_000
+        assert (tmp_path / f"out/figures/{name}.png").read_bytes().startswith(b"\x89PNG")
+    shown = [series for series in study.profiles["smoke"].series if series in figure_7.LINES]
+    top5 = [panel for panel in drawings["figure_7_stand_in"].axes if panel.get_title().startswith("Top-5")]
+    assert len(top5) == 4, "two temperatures, training and test"
+    for panel in top5:
+        lines = {line.get_label(): line for line in panel.lines}
+        assert list(lines) == ["exact forward and backward", *(f"{study.titles[s]}, cvxpy forward" for s in shown)]
+        assert lines[f"{study.titles['sqp']}, cvxpy forward"].get_ydata()[-1] == 12.5
+        assert len(panel.collections) == 1 + len(shown), "the noise floor, and a band for each"
+    for panel in drawings["multilabel_gradients_stand_in"].axes:
+        assert [line.get_label() for line in panel.lines] == [study.titles[series] for series in shown]
+    pictures = [panel.images[0].get_array() for panel in drawings["stand_in_images"].axes]
+    assert len({picture.tobytes() for picture in pictures}) == 100, "one of each class"
 
 
 def test_the_floor_is_the_largest_distance_so_far():

@@ -1,0 +1,210 @@
+"""Is this layer right? `check` and its `Report`, readable by people."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from foldopt._certificates import FoldInfo
+from foldopt._layer import TOLERANCE, FixedPointLayer
+from foldopt.diagnostics._convergence import spectral_radius
+from foldopt.diagnostics._examined import examined, folded_in, lenient, random_like
+from foldopt.errors import InputError
+from foldopt.linear_solve import SOLVERS, LinearSolveInfo
+from foldopt.step import StepVJP, as_tuple, flatten
+
+
+class GradientCheck(NamedTuple):
+    """One parameter's folded derivative along a random direction, beside central differences of the solver.
+
+    name: the argument's position or the weight's name. error: |folded - differences| relative to the larger.
+    uncertainty: how much the differences themselves change when their step is halved, in the same units.
+    """
+
+    name: str
+    folded: float
+    differences: float
+    error: float
+    uncertainty: float
+
+
+@dataclass
+class Report:
+    """What `check` found; ``print(report)`` for people, ``report.ok`` for tests.
+
+    residual, spectral_radius: (B,), of the step at the solution and of Phi. gradients: one per parameter.
+    solvers: by name, what each linear solver did for a random cotangent. degenerate: (K, 2), pairs (sample, coordinate)
+    of the flattened output whose one-sided derivatives differ. problems: in words, with the remedy; empty if there are
+    none.
+    """
+
+    residual: Tensor
+    tolerance: float
+    spectral_radius: Tensor
+    gradients: list[GradientCheck]
+    solvers: dict[str, LinearSolveInfo]
+    degenerate: Tensor
+    problems: list[str]
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing was found that makes gradients wrong."""
+        return not self.problems
+
+    def __str__(self) -> str:
+        largest = float(self.spectral_radius.max()) if len(self.spectral_radius) else 0.0
+        lines = [
+            f"fixed point      worst residual {float(self.residual.max()):.1e} (tolerance {self.tolerance:.0e})",
+            f"spectral radius  rho(Phi) up to {largest:.3g}: LFPI {'converges' if largest < 1 else 'diverges'}",
+            "gradient         parameter    folded   differences   rel. error",
+        ]
+        lines += [f"{'':<17}{c.name:<10}{c.folded:>9.3g}{c.differences:>14.3g}{c.error:>13.1e}" for c in self.gradients]
+        lines.append("linear solvers   name          solved   products   worst residual")
+        lines += [
+            f"{'':<17}{name:<14}{float(i.ok.double().mean()):>6.0%}{int(i.iterations.max()):>11}"
+            f"{float(i.residual.max()):>17.1e}"
+            for name, i in self.solvers.items()
+        ]
+        lines.append(f"degenerate       {len(self.degenerate)} coordinates with two one-sided derivatives")
+        found = [textwrap.fill(f"PROBLEM          {p}", 110, subsequent_indent=" " * 17) for p in self.problems]
+        return "\n".join([*lines, *(found or ["no problem found"])])
+
+
+def check(layer: nn.Module, *params: Any, seed: int = 0, eps: float | None = None) -> Report:
+    """Examine a folded layer at the given parameters.
+
+    Args:
+        layer: a `FixedPointLayer`, or a module that has one as ``layer.fold``, or names it by ``layer.folded(*params)``
+            (`QPLayer`, `NLPLayer`, `CvxpyLayer`, ...).
+        params: as the layer is called; small batches are enough. Float64 makes the differences sharp. None, SciPy
+            matrices and sparse tensors without gradient are constants.
+        seed: of the random directions and the cotangent. eps: step of the differences relative to the parameter's size;
+            None: 1e-5 in float64, 1e-2 below.
+
+    Returns a `Report`: whether the step fixes the solution, finite differences of the *solver* against the folded
+    derivative for each parameter and weight, rho(Phi) by power iteration, which linear solvers solve the adjoint
+    equation, and the coordinates where the solution has a kink. It costs 4 solves for each parameter. Errors of the
+    layer's policies are reported, not raised: a sample without a solution, or without a derivative, by its cause and
+    before anything that follows from it. InputError is raised for a module that has no folded layer.
+    """
+    for i, p in enumerate(params):
+        if isinstance(p, Tensor) and p.layout != torch.strided and p.requires_grad:
+            raise InputError(
+                f"parameter {i} is a sparse tensor of shape {tuple(p.shape)} that requires a gradient, and differences "
+                "are taken of dense ones only; pass it without, or check a module that builds it of its values."
+            )
+    core = folded_in(layer, params)
+    generator = torch.Generator().manual_seed(seed)
+    with lenient(core):
+        at = examined(layer, core, params)
+        cotangent = random_like(flatten(at.solution), generator)
+        solvers = {}
+        for name, make in SOLVERS.items():
+            with suppress(InputError):  # of those that would need too much memory
+                solvers[name] = make()(StepVJP(at.recorded), cotangent)[1]
+        gradients, kinks, info = _differences(layer, core, params, generator, eps)
+    tolerance = core.tol or TOLERANCE[at.solution[0].dtype]
+    rho = spectral_radius(at.recorded)
+    report = Report(at.residual, tolerance, rho, gradients, solvers, kinks.nonzero(), [])
+    report.problems += _problems(report, float(at.residual.nan_to_num(nan=torch.inf).max()), info)
+    return report
+
+
+def _problems(report: Report, worst: float, info: FoldInfo) -> list[str]:
+    causes = sorted(set(info.causes or ()) - {"solved"})
+    if causes:  # all else follows from this
+        where = [f"{cause} at {[i for i, c in enumerate(info.causes or ()) if c == cause][:10]}" for cause in causes]
+        return [f"samples without a solution: {'; '.join(where)}. Mend these programs before looking at gradients."]
+    problems = [f"{cause}." for cause in (info.derivative.causes() if info.derivative is not None else [])]
+    if not worst <= report.tolerance:
+        problems.append(
+            f"the step does not fix the solution: ||U(x*, c) - x*|| / (1 + ||x*||) = {worst:.1e}. Solver and "
+            "step disagree (another problem, a sign, a missing dual) or the solver stopped early; tighten the solver, "
+            "or mend the step."
+        )
+    wrong = [c.name for c in report.gradients if not c.error <= max(1e-4, 10 * c.uncertainty)]
+    if wrong and worst <= report.tolerance and not problems:
+        why = (
+            "The solution has kinks nearby (degenerate coordinates), where differences mix two derivatives."
+            if len(report.degenerate)
+            else "The step fixes the solution but depends on the parameters otherwise than the solver does: look for "
+            "a detach, a parameter that the step ignores, or one that the solver ignores."
+        )
+        problems.append(
+            f"the folded derivative differs from finite differences for parameter {', '.join(wrong)}. {why}"
+        )
+    if not report.solvers["auto"].ok.all():
+        bad = (~report.solvers["auto"].ok).nonzero()[:, 0].tolist()
+        problems.append(
+            f"I - Phi is singular at samples {bad[:10]}: the solution is not locally unique there, or the step has "
+            "more fixed points than the problem has solutions; choose linear_solver='least_squares' or "
+            "on_failure='zero'."
+        )
+    return problems
+
+
+def _differences(
+    layer: nn.Module,
+    core: FixedPointLayer,
+    params: Sequence[Any],
+    generator: torch.Generator,
+    eps: float | None,
+) -> tuple[list[GradientCheck], Tensor, FoldInfo]:
+    """Check the derivative along one direction per parameter.
+
+    Also return where the output has a kink, (B, N) bool, and the certificates of the call and of its backward pass.
+    """
+    leaves = [
+        p.detach().clone().requires_grad_(p.is_floating_point())
+        if isinstance(p, Tensor) and p.layout == torch.strided
+        else p
+        for p in params
+    ]
+    named = {str(i): p for i, p in enumerate(leaves) if isinstance(p, Tensor) and p.requires_grad}
+    named |= core.inside.weights()
+    output = as_tuple(layer(*leaves))
+    info = cast(FoldInfo, core.last)
+    weight = [random_like(part.detach(), generator) for part in output]
+    wanted = list(named.values())
+    gradients = torch.autograd.grad(
+        torch.stack([(part * w).sum() for part, w in zip(output, weight, strict=True)]).sum(), wanted, allow_unused=True
+    )
+    base, w = flatten([part.detach() for part in output]), flatten(weight)
+    kinks = torch.zeros_like(base, dtype=torch.bool)
+    rows = []
+    for (name, p), gradient in zip(named.items(), gradients, strict=True):
+        direction = random_like(p.detach(), generator)
+        size = float(p.detach().abs().max()) if p.numel() else 0.0
+        h = (eps or (1e-5 if p.dtype == torch.float64 else 1e-2)) * (1 + size)
+        ends = {t: _moved(layer, leaves, p, t * h * direction) for t in (-1.0, -0.5, 0.5, 1.0)}
+        right, left = ends[1.0] - base, base - ends[-1.0]
+        kinks |= (right - left).abs() > 0.05 * torch.maximum(right.abs(), left.abs()) + 1e-3 * right.abs().max()
+        wide, narrow = (float(((ends[t] - ends[-t]) * w).sum() / (2 * t * h)) for t in (1.0, 0.5))
+        rows.append(
+            (name, 0.0 if gradient is None else float((gradient * direction).sum()), narrow, abs(wide - narrow))
+        )
+    floor = 1e-6 * max((abs(row[2]) for row in rows if math.isfinite(row[2])), default=0.0) + 1e-12
+    checks = []
+    for name, folded, narrow, spread in rows:
+        scale = max(floor, abs(folded), abs(narrow))
+        checks.append(GradientCheck(name, folded, narrow, abs(folded - narrow) / scale, spread / scale))
+    return checks, kinks, info
+
+
+def _moved(layer: nn.Module, leaves: Sequence[Any], p: Tensor, change: Tensor) -> Tensor:
+    """Return the layer's flattened output with `p`, one of the leaves or a weight, moved for the call."""
+    before = p.detach().clone()
+    try:
+        with torch.no_grad():
+            p.add_(change)
+            return flatten(as_tuple(layer(*leaves)))
+    finally:
+        with torch.no_grad():
+            p.copy_(before)
