@@ -1,9 +1,5 @@
-"""fold, unfold and unroll on steps whose derivatives are known; as parts of networks and of PyTorch."""
+"""fold, unfold and unroll on steps whose derivatives are known."""
 
-import copy
-import functools
-import gc
-import pickle
 import warnings
 
 import pytest
@@ -13,8 +9,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import foldopt
 from foldopt import errors
-from foldopt._implicit import FixedPoint
-from foldopt.linear_solve import GMRES, LFPI, SOLVERS, WarmStart
+from foldopt.linear_solve import GMRES, LFPI, SOLVERS
 from tests.foldopt.steps import F64, heron, iterate, problem, tanh_step
 
 
@@ -157,78 +152,6 @@ def test_gradient_where_the_step_is_not_contractive():
         (layer(c) * weights).sum().backward()
 
 
-class Net(nn.Module):
-    def __init__(self, n=4):
-        super().__init__()
-        gen = torch.Generator().manual_seed(3)
-        self.linear = nn.Linear(n, n).double()
-        with torch.no_grad():
-            self.linear.weight.copy_(0.3 * torch.randn(n, n, generator=gen, dtype=F64))
-
-    def forward(self, x, c):
-        return torch.tanh(self.linear(x) + c)
-
-
-GLOBAL_NET = Net()
-
-
-def global_step(x, c):
-    return GLOBAL_NET(x, c)
-
-
-def explicit_module_gradient(net, c):
-    """The same with the weights passed as parameters of the layer."""
-    W, b = (p.detach().clone().requires_grad_() for p in (net.linear.weight, net.linear.bias))
-
-    def step(x, c, W, b):
-        return torch.tanh(x @ W.T + b + c)
-
-    loss = foldopt.fold(iterate(step), step)(c, W, b).square().sum()
-    first = torch.autograd.grad(loss, (c, W, b), create_graph=True)
-    return first, torch.autograd.grad(sum(g.square().sum() for g in first), (c, W, b))
-
-
-@pytest.mark.parametrize("how", ["module", "closure", "partial", "global", "bound method", "modules="])
-def test_gradients_reach_the_parameters_of_modules(how):
-    c, _ = problem()
-    net = GLOBAL_NET if how == "global" else Net()
-    hidden = {"net": net}
-    options = {}
-    update = {
-        "module": net,
-        "closure": lambda x, c: net(x, c),
-        "partial": functools.partial(lambda net, x, c: net(x, c), net),
-        "global": global_step,
-        "bound method": net.forward,
-        "modules=": lambda x, c: hidden["net"](x, c),
-    }[how]
-    if how == "modules=":
-        options["modules"] = [net]
-    layer = foldopt.fold(iterate(update), update, **options)
-    wanted = (c, net.linear.weight, net.linear.bias)
-    first = torch.autograd.grad(layer(c).square().sum(), wanted, create_graph=True)
-    second = torch.autograd.grad(sum(g.square().sum() for g in first), wanted)
-    expected_first, expected_second = explicit_module_gradient(net, c)
-    torch.testing.assert_close(first, expected_first)
-    torch.testing.assert_close(second, expected_second)
-    if how == "module":
-        assert set(layer.parameters()) == set(net.parameters())
-
-
-def test_undeclared_parameter_raises_and_names_the_remedy():
-    c, _ = problem()
-    stray = torch.ones(4, dtype=F64, requires_grad=True)
-    derived = stray * 2
-    hidden = {"net": Net()}
-    for update in (
-        lambda x, c: heron(x, c) * stray,
-        lambda x, c: heron(x, c) * derived,
-        lambda x, c: hidden["net"](x, c),
-    ):
-        with pytest.raises(errors.UndeclaredParameterError, match=r"shape \(4,.*\).*modules="):
-            foldopt.fold(lambda c: c.exp(), update)(c)
-
-
 def test_float32_in_float32_out_with_float64_inside():
     c32 = torch.tensor([[2.0, 3.0]], requires_grad=True)
     seen = []
@@ -283,42 +206,6 @@ def test_gradient_of_the_network_under_a_layer_that_sees_no_grad_solver():
     assert seen == [(False, False)]
 
 
-def test_backward_twice_with_retain_graph():
-    c, W = problem()
-    x = foldopt.fold(iterate(tanh_step), tanh_step)(c, W).sum()
-    first = torch.autograd.grad(x, (c, W), retain_graph=True)
-    torch.testing.assert_close(torch.autograd.grad(x, (c, W)), first)
-
-
-def test_memory_of_the_backward_is_one_step_whatever_the_solver_needed():
-    calls = []
-
-    def step(x, c):
-        calls.append(1)
-        return heron(x, c)
-
-    c = torch.rand(3, 2, dtype=F64, requires_grad=True)
-    foldopt.fold(torch.sqrt, step, linear_solver=GMRES())(c).sum().backward()
-    assert len(calls) == 1
-
-
-def test_deepcopy_and_pickle():
-    layer = foldopt.fold(torch.sqrt, heron, on_failure="nan", linear_solver="gmres")
-    c = torch.rand(3, 2, dtype=F64, requires_grad=True)
-    layer(c).sum().backward()
-    for clone in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
-        (grad,) = torch.autograd.grad(clone(c).sum(), c)
-        torch.testing.assert_close(grad, c.grad)
-        assert clone.on_failure == "nan"
-    net = Net()
-    module_layer = foldopt.fold(lambda c: iterate(net)(c), net)
-    twin = copy.deepcopy(module_layer)
-    assert twin.update is not net
-    twin(torch.rand(2, 4, dtype=F64)).sum().backward()
-    assert twin.update.linear.weight.grad is not None
-    assert net.linear.weight.grad is None
-
-
 def test_closed_form_jacobian_of_the_update_is_used():
     class Step:
         def __call__(self, x, c):
@@ -333,25 +220,6 @@ def test_closed_form_jacobian_of_the_update_is_used():
     torch.testing.assert_close(c.grad, torch.ones_like(c))
     assert layer.last.backward.method == "direct"
     assert layer.last.backward.iterations.tolist() == [0, 0, 0]
-
-
-@pytest.mark.parametrize(
-    "layer",
-    [foldopt.fold(torch.sqrt, heron), foldopt.unroll(lambda c: c, heron, iterations=20)],
-    ids=["fold", "unroll"],
-)
-def test_a_compiled_function_around_a_layer_gives_the_same_gradient(layer):
-    linear = nn.Linear(3, 3).double()
-
-    def function(z):
-        return (layer(linear(z).exp()) * 2).sum()
-
-    z = torch.randn(4, 3, generator=torch.Generator().manual_seed(0), dtype=F64).requires_grad_()
-    (expected,) = torch.autograd.grad(function(z), z)
-    compiled = torch.compile(function, backend="eager")
-    for _ in range(2):
-        (gradient,) = torch.autograd.grad(compiled(z), z)
-        torch.testing.assert_close(gradient, expected)
 
 
 @pytest.mark.parametrize("name", SOLVERS)
@@ -400,74 +268,3 @@ def test_parts_of_the_state_that_nothing_uses_change_no_gradient(used):
         sum(float(u) * part.square().sum() for u, part in zip(used, parts, strict=True)) for parts in (state, exact)
     )
     torch.testing.assert_close(*(torch.autograd.grad(value, c)[0] for value in (found, expected)))
-
-
-@pytest.mark.parametrize("order", [1, 2])
-@pytest.mark.parametrize("name", ["auto", "direct", "closed form"])
-def test_a_call_leaves_nothing_to_the_garbage_collector(name, order):
-    """A cycle through what a call records would hold its graph for many training steps."""
-    c = torch.rand(4, 3, generator=torch.Generator().manual_seed(0), dtype=F64).requires_grad_()
-    if name == "closed form":
-        eye = torch.eye(3, dtype=F64)
-        layer = functools.partial(foldopt.QPLayer(), eye, G=-eye, h=torch.zeros(3, dtype=F64))
-    else:
-        layer = foldopt.fold(torch.exp, lambda x, c: 0.5 * (x + c.exp()), linear_solver=name)
-
-    def step():
-        (gradient,) = torch.autograd.grad(layer(c).pow(2).sum(), c, create_graph=order > 1)
-        if order > 1:
-            torch.autograd.grad(gradient.sum(), c)
-
-    step()
-    gc.collect()
-    gc.disable()
-    try:
-        for _ in range(3):
-            step()
-        left = [o for o in gc.get_objects() if issubclass(type(o), FixedPoint)]
-    finally:
-        gc.enable()
-    assert left == []
-
-
-def test_further_backward_passes_make_no_more_products():
-    """Phi is assembled once for all right-hand sides at a solution."""
-    products = []
-
-    class Counted(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx, g):
-            products.append(1)
-            return g
-
-    c, W = problem()
-    solve = iterate(tanh_step)
-    layer = foldopt.fold(solve, lambda x, c, W: tanh_step(Counted.apply(x), c, W), linear_solver="direct")
-    x = layer(c, W)
-    first = torch.autograd.grad(x.sum(), (c, W), retain_graph=True)
-    spent = len(products)
-    assert spent >= x.shape[1]
-    again = torch.autograd.grad(2 * x.sum(), (c, W))
-    assert len(products) - spent <= 2
-    for a, b in zip(first, again, strict=True):
-        torch.testing.assert_close(2 * a, b)
-
-
-def test_warm_start_through_training_saves_products():
-    c, W = problem(batch=8, n=30, scale=0.12)
-    cold, warm = [], []
-    results = []
-    for solver, products in ((GMRES(), cold), (WarmStart(GMRES()), warm)):
-        layer = foldopt.fold(iterate(tanh_step), tanh_step, linear_solver=solver)
-        moving = c.detach().clone().requires_grad_()
-        for _ in range(6):
-            (grad,) = torch.autograd.grad(layer(moving, W.detach()).square().sum(), moving)
-            products.append(int(layer.last.backward.iterations.sum()))
-            moving = (moving - 1e-5 * grad).detach().requires_grad_()
-        results.append(moving.detach())
-    assert sum(warm[1:]) < 0.8 * sum(cold[1:])
-    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-9)

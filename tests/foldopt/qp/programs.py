@@ -14,6 +14,7 @@ import pytest
 import torch
 
 F32, F64 = torch.float32, torch.float64
+DTYPES = pytest.mark.parametrize("dtype", [F32, F64], ids=["float32", "float64"])
 ARGUMENTS = ("Q", "p", "G", "h", "A", "b", "lower", "upper")
 
 DIFFERENTIABLE, KINK, NOT_UNIQUE = "differentiable", "kink", "not unique"
@@ -261,3 +262,14 @@ def stacked(programs, dtype=F64):
 
 def tensor(*values):
     return torch.tensor(*values, dtype=F64)
+
+
+def symmetric(Q):
+    return (Q + Q.mT) / 2
+
+
+def close(found, expected, rtol=1e-9, atol=None):
+    """Compare to `rtol` of the largest entry (1e-12 where that is 0), unless `atol` is given."""
+    expected = torch.as_tensor(np.asarray(expected), dtype=found.dtype)
+    atol = (rtol * float(expected.abs().max()) or 1e-12) if atol is None else atol
+    torch.testing.assert_close(found, expected.view_as(found), rtol=0, atol=atol)

@@ -1,4 +1,4 @@
-"""Quadratic programs in sparse matrices of every layout, for the tests of the sparse QP layer."""
+"""Calls of the QP layer with its arguments by name, and these arguments in sparse matrices of every layout."""
 
 import torch
 

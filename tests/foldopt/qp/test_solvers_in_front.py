@@ -6,9 +6,9 @@ import torch
 
 import foldopt
 from foldopt import errors
+from tests.foldopt.qp.hard_cases import RIGHT
 from tests.foldopt.qp.programs import F64, Program, truth
 from tests.foldopt.qp.sparse import all_sparse, arguments, asked, call
-from tests.foldopt.qp.test_hard_cases import RIGHT
 
 pytest.importorskip("scipy")
 pytest.importorskip("qpsolvers")

@@ -10,10 +10,10 @@ import foldopt
 from experiments.benchmark import integer_sweep
 from foldopt import errors
 from foldopt.qp.matrix import Pattern, SparseMatrix
+from tests.foldopt.qp.batches import DEGENERATE, WEIGHT, same, with_degenerate
+from tests.foldopt.qp.hard_cases import FACES, KINKS, REFUSED, RIGHT, TIES
 from tests.foldopt.qp.programs import F32, F64, stacked, tensor, truth
 from tests.foldopt.qp.sparse import all_sparse, arguments, asked, call, densely
-from tests.foldopt.qp.test_hard_cases import FACES, KINKS, REFUSED, RIGHT, TIES
-from tests.foldopt.qp.test_layer_policies import DEGENERATE, WEIGHT, same, with_degenerate
 
 VECTORS = ("p", "h", "b", "lower", "upper")
 

@@ -1,7 +1,5 @@
-"""Every installed solver of quadratic programs: optimality conditions checked here, options, functions, errors."""
+"""Every installed solver of quadratic programs: its answers fulfil the optimality conditions."""
 
-import functools
-import importlib.util
 import pickle
 import subprocess
 import sys
@@ -12,104 +10,15 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 
-from foldopt.errors import InputError, MissingDependencyError, SolverError
 from foldopt.solvers import qp_solvers
 from foldopt.solvers.bounded import Answer, Bounded
-from foldopt.solvers.qp_solvers import QPSolver, installed
+from foldopt.solvers.qp_solvers import QPSolver
+from tests.foldopt.solvers.programs import INF, PROGRAMS, SOLVERS, named, program, violation
 
 qpsolvers = pytest.importorskip("qpsolvers")
-INF = np.inf
-SOLVERS = installed()
 KINDS = {"dense": lambda H, C: (H, C), "sparse": lambda H, C: (sp.csc_matrix(H), sp.csr_matrix(C))}
 ACCURACY = {"ecos": 1e-5}  # of the others 1e-8; ECOS solves a cone program, with x to the root of its tolerance
 DEFINITE = ("quadprog", "ecos")  # solvers that refuse an H that is only semidefinite
-
-
-def program(H, q, C, lower, upper):
-    return tuple(np.array(part, dtype=float) for part in (H, q, C, lower, upper))
-
-
-def integers(seed):
-    """min 1/2 x'Hx + q'x over integer rows, feasible at an integer point that many rows hold with equality."""
-    g = np.random.default_rng(seed)
-    n, r = 5, 9
-    M = g.integers(-2, 3, (n, n))
-    C = np.vstack([g.integers(-2, 3, (r, n)), np.diag(g.choice([-2, -1, 1, 3], n))])
-    z = C @ g.integers(-2, 3, n)
-    lower, upper = z - g.integers(0, 3, len(z)), z + g.integers(0, 3, len(z))
-    return program(
-        M.T @ M + np.eye(n),
-        g.integers(-5, 6, n),
-        C,
-        np.where(g.random(len(z)) < 0.4, -INF, lower),
-        np.where(g.random(len(z)) < 0.3, INF, upper),
-    )
-
-
-def dense_random():
-    g = np.random.default_rng(0)
-    n = 30
-    M = g.standard_normal((n, n))
-    C = np.vstack([g.standard_normal((12, n)), np.eye(n), np.ones((1, n))])
-    lower = [-1] * 6 + [-INF] * 6 + [-0.3] * n + [1]
-    upper = [1] * 6 + [0.5] * 6 + [INF] * 15 + [0.4] * 15 + [1]
-    return program(M.T @ M / n, g.standard_normal(n), C, lower, upper)
-
-
-NONE = np.zeros((0, 2))
-PROGRAMS = {
-    "no rows": program([[2, 1], [1, 2]], [1, -1], NONE, [], []),
-    "degenerate vertex": program(
-        np.eye(2), [-3, -3], [[1, 0], [0, 1], [1, 1], [1, 2], [2, 1]], [-INF] * 5, [1, 1, 2, 3, 3]
-    ),
-    "equality twice": program(
-        np.eye(3), [-1, 2, 0], [[1, 1, 1], [1, 1, 1], [2, 2, 2], [1, -1, 0]], [1, 1, 2, -INF], [1, 1, 2, 0.5]
-    ),
-    "entries as bounds twice": program(
-        np.eye(3),
-        [-4, 4, -4],
-        [[1, 0, 0], [2, 0, 0], [-3, 0, 0], [0, -1, 0], [0, -2, 0], [0, 0, -1]],
-        [-INF, -INF, -3, -INF, -INF, -1],
-        [2, 6, INF, 3, 2, INF],
-    ),
-    "negative coefficients": program(
-        np.diag([1, 2, 3]),
-        [5, -5, 1],
-        [[-2, 0, 0], [0, -0.5, 0], [0, 0, -1], [1, 1, 1]],
-        [-2, -1, -INF, -1],
-        [4, 1, 0, 2],
-    ),
-    "fixed and free": program(
-        [[2, 0, 1], [0, 1, 0], [1, 0, 2]], [1, 1, 1], [[0, 1, 0], [1, 0, 1], [0, -1, 0]], [2, -INF, -INF], [2, 1, 5]
-    ),
-    "empty and free rows": program(np.eye(2), [-1, -1], [[0, 0], [1, 1], [1, 0]], [-1, -INF, -INF], [0, INF, 0.5]),
-    "semidefinite": program(
-        [[1, -1, 0], [-1, 1, 0], [0, 0, 0]],
-        [1, -1, 1],
-        [[1, 1, 1], [1, 0, 0], [0, 1, 0], [0, 0, 1]],
-        [1, 0, 0, 0],
-        [1, INF, INF, INF],
-    ),
-    "linear": program(
-        np.zeros((3, 3)), [-3, -2, -1], [[1, 1, 0], [1, 0, 1], *np.eye(3)], [-INF, -1, 0, 0, 0], [4, 3, INF, 3, 2]
-    ),
-    "linear degenerate": program(
-        np.zeros((2, 2)),
-        [-1, -1],
-        [[1, 1], [1, 0], [0, 1], [2, 1], [1, 2]],
-        [-INF, 0, 0, -INF, -INF],
-        [2, INF, INF, 3, 3],
-    ),
-    "transport": program(
-        np.zeros((4, 4)),
-        [1, 2, 3, 1],
-        [[1, 1, 0, 0], [0, 0, 1, 1], [1, 0, 1, 0], [0, 1, 0, 1], *np.eye(4)],
-        [2, 3, 2, 3, 0, 0, 0, 0],
-        [2, 3, 2, 3, INF, INF, INF, INF],
-    ),
-    "random": dense_random(),
-    **{f"integers {seed}": integers(seed) for seed in range(4)},
-}
 UNABLE = {
     **{
         (name, task): None for name in DEFINITE for task in ("semidefinite", "linear", "linear degenerate", "transport")
@@ -126,41 +35,12 @@ UNSOLVABLE = {
 }
 
 
-@functools.cache
-def working(solver):
-    try:
-        return QPSolver(solver), ""
-    except SolverError as error:
-        return None, str(error)
-
-
-def named(solver):
-    found, reason = working(solver)
-    if found is None:
-        pytest.skip(reason)
-    return found
-
-
 def solve(solver, task, kind="dense", start=None):
     H, q, C, lower, upper = task
     H, C = KINDS[kind](H, C)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # solvers warn of what they cannot do; the tests look at the answer
         return named(solver)(H, q, C, lower, upper, start)
-
-
-def violation(task, x, y):
-    """The largest violation of the KKT conditions, relative to the numbers that make it up where these are above 1.
-
-    inf where a multiplier is of a side that is no bound.
-    """
-    H, q, C, lower, upper = task
-    z = C @ x
-    size = np.abs(H) @ np.abs(x) + np.abs(q) + np.abs(C.T) @ np.abs(y)
-    stationarity = np.abs(H @ x + q + C.T @ y) / np.maximum(size, 1)
-    outside = np.maximum(lower - z, z - upper)
-    slack = np.where(y > 0, upper - z, z - lower)[y != 0] * np.minimum(np.abs(y[y != 0]), 1)
-    return max(stationarity.max(), outside.max(initial=0), np.abs(slack).max(initial=0))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -316,140 +196,6 @@ def test_a_start_reaches_the_solvers_that_can_use_it(monkeypatch, solver):
     start = np.full(30, 0.1)
     solve(solver, PROGRAMS["random"], "sparse", start)
     assert seen[0] is (start if solver in ("osqp", "scs", "proxqp", "daqp") else None)
-
-
-def lagrangian(H, q, C, lower, upper):
-    """A user's solver: all rows are taken as equalities at their upper bounds."""
-    n = len(q)
-    system = np.block([[H, C.T], [C, np.zeros((len(C), len(C)))]])
-    solution = np.linalg.solve(system, np.concatenate([-q, upper]))
-    return solution[:n], solution[n:]
-
-
-EQUALITIES = program([[2, 1], [1, 2]], [1, -1], [[1, 1]], [1], [1])
-
-
-def test_a_function_is_a_solver():
-    answer = QPSolver(lagrangian)(*EQUALITIES)
-    assert answer.found
-    assert violation(EQUALITIES, answer.x, answer.y) < 1e-14
-    alone = QPSolver(lambda *task: lagrangian(*task)[0])(*EQUALITIES)
-    np.testing.assert_array_equal(alone.x, answer.x)
-    np.testing.assert_array_equal(alone.y, [0])
-    assert QPSolver(lambda *task: None)(*EQUALITIES) is None
-    assert QPSolver(lagrangian).name == "lagrangian"
-    assert (QPSolver().name, QPSolver("piqp").name) == ("default", "piqp")
-
-
-@pytest.mark.parametrize(
-    ("returned", "message"),
-    [
-        (np.zeros(3), r"solver=stub returned x of shape \(3,\), expected \(2,\)"),
-        (np.zeros((2, 1)), r"x of shape \(2, 1\), expected \(2,\)"),
-        ((np.zeros(2), np.zeros(2)), r"y of shape \(2,\), expected \(1,\): return x \(2,\), or x and the multipliers"),
-        ((np.zeros(2), None), r"y of shape \(\), expected \(1,\)"),
-        ("nothing", r"x of shape \(\), expected \(2,\)"),
-        (np.array([0, np.nan]), "solver=stub returned NaN or inf in x; return None where"),
-        ((np.zeros(2), np.array([INF])), "NaN or inf in y"),
-    ],
-)
-def test_what_a_function_must_not_return(returned, message):
-    def stub(H, q, C, lower, upper):
-        return returned
-
-    with pytest.raises(InputError, match=message):
-        QPSolver(stub)(*EQUALITIES)
-
-
-def test_the_error_of_a_function_is_raised():
-    with pytest.raises(ZeroDivisionError):
-        QPSolver(lambda *task: 1 / 0)(*EQUALITIES)
-
-
-def test_options_take_the_place_of_the_tight_ones():
-    task = PROGRAMS["random"]
-    loose = QPSolver("osqp", {"eps_abs": 1e-3, "eps_rel": 1e-3})(*task)
-    assert loose.found
-    assert violation(task, loose.x, loose.y) > 1e-6
-    for solver, option in (("piqp", "max_iter"), ("clarabel", "max_iter"), ("scs", "max_iters")):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            answer = QPSolver(solver, {option: 2})(*task)
-        assert answer is None or not answer.found
-
-
-@pytest.mark.parametrize("solver", SOLVERS)
-def test_an_unknown_option_is_named(solver):
-    named(solver)
-    with pytest.raises(InputError, match=rf"solver='{solver}' .*no_such_option|no_such_option.*solver='{solver}'"):
-        QPSolver(solver, {"no_such_option": 1})
-
-
-@pytest.mark.parametrize(
-    ("solver", "options"),
-    [
-        ("piqp", {"eps_abs": -1.0}),
-        ("piqp", {"max_iter": 50, "eps_abs": "small"}),
-        ("clarabel", {"max_iter": 50, "direct_solve_method": "guess"}),
-        ("highs", {"time_limit": 5.0, "solver": "guess"}),
-        ("osqp", {"max_iter": 50, "eps_abs": -1.0}),
-        ("scs", {"max_iters": 50, "eps_abs": "small"}),
-    ],
-)
-def test_a_wrong_value_of_an_option_is_named(solver, options):
-    wrong = list(options)[-1]
-    with pytest.raises(InputError, match=rf"options=.*{wrong}.*solver='{solver}'.*") as caught:
-        QPSolver(solver, options)
-    assert "refuses max_iter" not in str(caught.value)
-    QPSolver(solver, {name: value for name, value in options.items() if name != wrong})
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        (("nix",), InputError, r"solver='nix': installed are .*clarabel.*highs.*piqp.*pip install 'qpsolvers\[NAME\]'"),
-        ((3,), InputError, "solver=3: expected None, a name such as 'piqp', or a function"),
-        ((None, {"eps": 1}), InputError, r"options=\{'eps': 1\}: they belong to a solver that is named"),
-        ((lagrangian, {"eps": 1}), InputError, "functools.partial"),
-        (("piqp", [1]), InputError, r"options=\[1\]: expected a dict"),
-        (("piqp", {1: 2}), InputError, r"options=\{1: 2\}: expected a dict from names"),
-        (("copt",), MissingDependencyError, r"solver='copt' is not installed: pip install 'qpsolvers\[copt\]'"),
-    ],
-)
-def test_wrong_arguments_are_explained(arguments, error, message):
-    with pytest.raises(error, match=message):
-        QPSolver(*arguments)
-
-
-def test_missing_packages_are_named(monkeypatch):
-    find = importlib.util.find_spec
-    absent = {"piqp", "qpsolvers"}
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in absent else find(name))
-    for solver, package in ((None, "piqp"), ("piqp", "piqp"), ("osqp", "qpsolvers")):
-        with pytest.raises(MissingDependencyError, match=rf"needs {package}: install with pip install 'foldopt\[qp\]'"):
-            QPSolver(solver)
-    assert installed() == ["clarabel", "highs"]
-    assert QPSolver("highs")(*PROGRAMS["linear"]).found
-
-
-def test_a_solver_that_does_not_work_says_why(monkeypatch):
-    def unlicensed(task, options, start):
-        raise OSError("no licence")
-
-    monkeypatch.setitem(qp_solvers.DIRECT, "piqp", unlicensed)
-    with pytest.raises(SolverError, match="solver='piqp' fails on a program of two variables: no licence"):
-        QPSolver("piqp")
-    monkeypatch.setitem(qp_solvers.DIRECT, "piqp", lambda *_: None)
-    with pytest.raises(SolverError, match="solver='piqp' does not solve a program of two variables"):
-        QPSolver("piqp")
-
-
-def test_a_dense_solver_says_what_it_would_take(monkeypatch):
-    monkeypatch.setattr(qpsolvers, "sparse_solvers", [])
-    n = 30_000
-    identity = sp.identity(n, format="csr")
-    with pytest.raises(InputError, match=r"takes dense matrices only, 14\.4 GB for this program of 30000 variables"):
-        named("osqp")(identity, np.ones(n), identity, np.zeros(n), np.full(n, INF))
 
 
 @pytest.mark.parametrize("solver", [None, *SOLVERS])
