@@ -1,5 +1,6 @@
 """Smooth programs with sparse derivatives, and `NLPLayer` of them with a dense and with a sparse KKT system."""
 
+import numpy as np
 import torch
 
 import foldopt
@@ -58,3 +59,10 @@ def shared_state(name="both", **options):
     objective, inequalities, equalities = PROGRAMS[name]
     options = {"sparsity": True, **options}
     return foldopt.NLPLayer(objective, inequalities, equalities, solver=lambda c: tuple(state), **options), state, c
+
+
+def to_torch(matrix):
+    """A SciPy matrix as a torch one, COO."""
+    coo = matrix.tocoo()
+    places = torch.from_numpy(np.stack([coo.row, coo.col]).astype(np.int64))
+    return torch.sparse_coo_tensor(places, torch.from_numpy(coo.data), coo.shape, check_invariants=True)
