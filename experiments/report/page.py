@@ -13,10 +13,10 @@ from markdown_it import MarkdownIt
 
 from experiments.report.artifacts import Artifacts, output_root
 from experiments.report.claims import VERDICTS, Claim, Finding, Results, claims
-from experiments.run.configuration import ROOT
 from experiments.sweep import studies
 from foldopt.errors import InputError
 
+ERRATA = Path(__file__).with_name("errata.md")  # a page of docs/ includes the same table
 CLASSES = dict(zip(VERDICTS, ("confirmed", "conditional", "refuted", "untested"), strict=True))
 STYLE = """
 :root { color-scheme: light; }
@@ -55,7 +55,7 @@ def write(results: Results) -> str:
         "## Beyond the paper",
         *_tables(results.root),
         "## Errata of the paper",
-        _errata(),
+        ERRATA.read_text().strip(),
         "## Made with",
         "\n".join(_provenance(results.root)),
     ]
@@ -100,15 +100,6 @@ def _provenance(root: Path) -> Iterator[str]:
             f"- `{path.stem}`: {content['runs']} runs, {content['seeds']} seeds, {content['hours']:g} h in all on "
             f"{devices}, torch {torch}; `provenance/{path.name}` has commits, versions and configurations."
         )
-
-
-def _errata() -> str:
-    """Return the errata that the README lists."""
-    readme = (ROOT / "README.md").read_text()
-    section = re.search(r"^## Errata.*?\n\n(.*?)(?=^## |\Z)", readme, re.DOTALL | re.MULTILINE)
-    if section is None:
-        raise InputError("README.md has no section ## Errata, from which the report takes the errata; add it.")
-    return section[1].strip()
 
 
 def render(text: str, root: Path) -> str:
