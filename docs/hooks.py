@@ -7,18 +7,15 @@ becomes a page of its text cells, its code and, where docs/assets/examples/ has 
 from __future__ import annotations
 
 import ast
-import re
 from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
-from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ("*.md", "bench/*.md", "figures/*.png", "figures/*.csv", "tables/*.md")
 GALLERY = "<!-- one line for each script of examples/ -->"
-SECTION = re.compile("<!-- README: (.*?) -->")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -36,18 +33,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Fill in the list of examples, and sections of the README, where a page has the comment for them."""
+    """Fill in the list of examples where a page has the comment for it."""
     lines = [f"- [{title(path)}]({path.stem}.md)" for path in scripts()]
-    return SECTION.sub(lambda match: section(match[1]), markdown.replace(GALLERY, "\n".join(lines)))
-
-
-def section(heading: str) -> str:
-    """Return a section of the README without its heading."""
-    text = (ROOT / "README.md").read_text()
-    found = re.search(rf"^## {re.escape(heading)}\n(.*?)(?=^## |\Z)", text, re.DOTALL | re.MULTILINE)
-    if found is None:
-        raise PluginError(f"README.md has no section '{heading}', which a page of docs/ shows.")
-    return found[1]
+    return markdown.replace(GALLERY, "\n".join(lines))
 
 
 def titled(path: Path) -> str:

@@ -1,19 +1,22 @@
-"""The wheel by itself: installed where there is nothing but torch and what torch requires, it runs the README."""
+"""The wheel by itself: installed where there is nothing but torch and what torch requires, it runs the first pages."""
 
 import re
 import shutil
 import subprocess
 import sys
 from importlib import metadata
-from pathlib import Path
 
 import pytest
 
+from tests.docs.pages import ROOT, examples
+
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).resolve().parents[1]
-EXAMPLES = [code for code in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)]
-EXAMPLES = [code for code in EXAMPLES if "import foldopt" in code and "import scipy" not in code]  # an extra
+PAGES = (
+    "README.md",
+    "docs/getting-started.md",
+    *(f"docs/tutorials/{name}.md" for name in ("qp", "nonconvex", "nested", "diagnose")),
+)
 
 
 def required_by(name, found):
@@ -69,11 +72,12 @@ def test_types_come_with_it(alone):
     assert (alone[0] / "foldopt" / "py.typed").exists()
 
 
-@pytest.mark.parametrize("number", range(len(EXAMPLES)))
-def test_the_readmes_examples_run(alone, number, tmp_path):
+@pytest.mark.parametrize("page", PAGES)
+def test_the_first_pages_run(alone, page, tmp_path):
     environment = {"PYTHONPATH": ":".join(map(str, alone)), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
     guard = "import importlib.util as u; assert not u.find_spec('scipy') and not u.find_spec('pytest')\n"
-    command = [sys.executable, "-S", "-c", guard + EXAMPLES[number]]
+    code = "\n".join(block for block, _ in examples((ROOT / page).read_text()))
+    command = [sys.executable, "-S", "-c", guard + code]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout

@@ -83,7 +83,7 @@ def test_results_and_examples_are_shown_as_they_are(site):
 
 
 def test_no_page_copies_a_table_of_the_results():
-    for page in DOCS.rglob("*.md"):
+    for page in pages():
         text = page.read_text()
         for table in (ROOT / "results").glob("[bt]*/*.md"):
             rows = [line for line in table.read_text().splitlines() if line.startswith("| ") and len(line) > 40]
@@ -100,6 +100,16 @@ def test_every_error_has_a_section_and_every_section_an_error():
     classes = {name.lower() for name, value in vars(errors).items() if isinstance(value, type)}
     classes = {name for name in classes if name.endswith("error")}
     assert classes == {anchor for anchor in anchors((DOCS / "errors.md").read_text()) if anchor.endswith("error")}
+
+
+@pytest.mark.parametrize("name", ["robustness.md", "guide/comparison.md"])
+def test_every_claim_names_its_test(name):
+    """Rows of tables: below the heading of a table each line names a test, but for what is tried by hand."""
+    lines = (DOCS / name).read_text().splitlines()
+    claims = [row for row in lines if row.startswith("| ") and "| Test |" not in row and not row.startswith("| | ")]
+    assert len(claims) >= 12
+    for row in claims:
+        assert "`test_" in row, row
 
 
 def test_every_test_that_a_page_names_exists():

@@ -127,7 +127,7 @@ def test_a_tracked_study_can_be_read_back_and_is_what_wandb_sync_would_send(stud
         assert Path(path).is_relative_to(reports), "figures made later change nothing"
         assert Path(path).read_bytes() == (tmp_path / "results" / name).read_bytes()
 
-    command = re.search(r"^wandb sync results/runs/.*", (ROOT / "README.md").read_text(), re.MULTILINE)[0]
+    command = re.search(r"^wandb sync results/runs/.*", (ROOT / "docs/harness/run.md").read_text(), re.MULTILINE)[0]
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     sync = ["bash", "-c", f"{command} --dry-run"]
     done = subprocess.run(sync, cwd=tmp_path, env=environment, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""Sweeps on a real Slurm: what the README says to type, a preempted job, a lost node, and the numbers of local runs."""
+"""Sweeps on a real Slurm: the commands of docs/harness/cluster.md, a preempted job, a lost node, the local numbers."""
 
 import io
 import shutil
