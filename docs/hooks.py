@@ -7,6 +7,7 @@ becomes a page of its text cells, its code and, where docs/assets/examples/ has 
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
@@ -15,6 +16,7 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ("*.md", "bench/*.md", "figures/*.png", "figures/*.csv", "tables/*.md")
+TEST = re.compile(r"<code>test_\w+</code>")
 GALLERY = "<!-- one line for each script of examples/ -->"
 
 
@@ -36,6 +38,11 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     """Fill in the list of examples where a page has the comment for it."""
     lines = [f"- [{title(path)}]({path.stem}.md)" for path in scripts()]
     return markdown.replace(GALLERY, "\n".join(lines))
+
+
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Let the long names of tests break at their underscores, so that they leave room for the other columns."""
+    return TEST.sub(lambda match: match[0].replace("_", "_<wbr>"), html)
 
 
 def titled(path: Path) -> str:
