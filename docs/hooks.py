@@ -7,15 +7,19 @@ becomes a page of its text cells, its code and, where docs/assets/examples/ has 
 from __future__ import annotations
 
 import ast
+import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
+import yaml
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ("*.md", "bench/*.md", "figures/*.png", "figures/*.csv", "tables/*.md")
+HOURS = "<!-- hours of each study -->"
 TEST = re.compile(r"<code>test_\w+</code>")
 GALLERY = "<!-- one line for each script of examples/ -->"
 
@@ -35,14 +39,24 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Fill in the list of examples where a page has the comment for it."""
+    """Fill in the list of examples and the hours of the studies where a page has the comment for them."""
     lines = [f"- [{title(path)}]({path.stem}.md)" for path in scripts()]
-    return markdown.replace(GALLERY, "\n".join(lines))
+    return markdown.replace(GALLERY, "\n".join(lines)).replace(HOURS, "\n".join(hours()))
 
 
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Let the long names of tests break at their underscores, so that they leave room for the other columns."""
     return TEST.sub(lambda match: match[0].replace("_", "_<wbr>"), html)
+
+
+def hours() -> Iterator[str]:
+    """Yield a table of what the runs of each study took, from the provenance of the committed results."""
+    yield "| Study | Command for its figures and tables | Runs | Core hours |"
+    yield "|---|---|---|---|"
+    for path in sorted((ROOT / "results" / "provenance").glob("*.json")):
+        study = yaml.safe_load((ROOT / "conf" / "study" / f"{path.stem}.yaml").read_text())
+        made = json.loads(path.read_text())
+        yield f"| {study['title']} | `make {path.stem.replace('_', '-')}` | {made['runs']} | {made['hours']:g} |"
 
 
 def titled(path: Path) -> str:
