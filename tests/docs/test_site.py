@@ -118,3 +118,12 @@ def test_every_test_that_a_page_names_exists():
     defined = {name for text in tests for name in re.findall(r"^def (test_\w+)", text, re.MULTILINE)}
     assert len(named) > 50
     assert named <= defined, named - defined
+
+
+def test_every_path_that_a_page_names_exists():
+    """In code within the text; what runs make, or users put there, is not in the repository."""
+    folders = "foldopt|experiments|tests|conf|docs|examples|scripts|data"
+    named = {path for page in pages() for path in re.findall(rf"`((?:{folders})/[\w./-]*)`", page.read_text())}
+    assert len(named) > 40
+    missing = {path for path in named if not (ROOT / path).exists()}
+    assert missing <= {"conf/tuned/", "data/cache", "docs/assets/examples/"}
