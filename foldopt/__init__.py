@@ -17,7 +17,7 @@ from foldopt._implicit import fixed_point_jvp, fixed_point_vjp
 from foldopt._layer import FixedPointLayer
 from foldopt._sparsity import Sparsity
 from foldopt._unrolled import Unrolled
-from foldopt.cvxpy.layer import CvxpyLayer
+from foldopt.cvxpy import CvxpyLayer
 from foldopt.diagnostics import check
 from foldopt.layers import NLPLayer, f_fdpg, f_pgd_a, f_pgd_b, f_sqp
 from foldopt.qp._layer import QPLayer

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from foldopt.errors import InputError
 from foldopt.qp._kkt import probe
-from foldopt.qp._structure import taken
+from foldopt.qp._structure import sparse_argument
 from foldopt.qp.matrix import Pattern, SparseMatrix
 from foldopt.step import Recorded, pushforward, vjp_of
 from foldopt.updates.programs import SmoothProgram
@@ -289,7 +289,7 @@ def _pattern(name: str, M: Any) -> Pattern:
             M = M.double()
     if len(M.shape) != 2:
         raise InputError(f"{name} has shape {tuple(M.shape)}, expected a matrix.")
-    return taken(name, M, torch.device("cpu")).pattern
+    return sparse_argument(name, M, torch.device("cpu")).pattern
 
 
 def _united(rows: Tensor, columns: Tensor, shape: tuple[int, int]) -> Pattern:

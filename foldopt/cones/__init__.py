@@ -5,14 +5,14 @@
 solves batches of programs with equalities, inequalities and second-order cones.
 """
 
-from foldopt.cones.base import Cone, Dual
-from foldopt.cones.elementwise import Free, Nonnegative, Zero
-from foldopt.cones.exponential import Exponential
-from foldopt.cones.interior_point import ConeSolution, solve_cone_program
-from foldopt.cones.power import Power
-from foldopt.cones.product import BlockDiagonal, ProductCone
-from foldopt.cones.second_order import SecondOrder
-from foldopt.cones.semidefinite import Semidefinite, smat, svec
+from foldopt.cones._base import Cone, Dual
+from foldopt.cones._elementwise import Free, Nonnegative, Zero
+from foldopt.cones._exponential import Exponential
+from foldopt.cones._interior_point import ConeSolution, solve_cone_program
+from foldopt.cones._power import Power
+from foldopt.cones._product import BlockDiagonal, ProductCone
+from foldopt.cones._second_order import SecondOrder
+from foldopt.cones._semidefinite import Semidefinite, smat, svec
 
 __all__ = [
     "BlockDiagonal",

@@ -9,19 +9,10 @@ from torch import Tensor
 
 from foldopt.batched import matvec
 from foldopt.qp._front import nearby
+from foldopt.qp._operations import Matrix, assembled, identity, numbers, rescaled, selected_rows, zeros
 from foldopt.qp._program import Program, residual, sizes, weight
 from foldopt.qp._sparse_kkt import SparseKKT
-from foldopt.qp.matrix import (
-    Matrix,
-    Pattern,
-    SparseMatrix,
-    assembled,
-    identity,
-    numbers,
-    rescaled,
-    selected_rows,
-    zeros,
-)
+from foldopt.qp.matrix import Pattern, SparseMatrix
 
 TOUCHING = 1e-9  # slack relative to the terms of its row
 CARRYING = 1e-6  # multiplier times entry, relative to the terms of some column
@@ -83,7 +74,7 @@ def complemented(program: Program, x: Tensor, y: Tensor, error: Tensor) -> Tenso
         p, held, touched = program.at(one), strong[one], weak[one]
         if _independent(selected_rows(p.C, (held[0] | touched[0]).nonzero()[:, 0])):
             continue
-        y[one] = _shifted(p, x[one], y[one], held, touched)
+        y[one] = _relative_interior(p, x[one], y[one], held, touched)
     return y
 
 
@@ -146,7 +137,7 @@ def _independent(rows: Matrix) -> bool:
     return int(info) == 0 and bool(root.diagonal().square().min() > 1e-8)
 
 
-def _shifted(p: Program, x: Tensor, y: Tensor, strong: Tensor, weak: Tensor) -> Tensor:
+def _relative_interior(p: Program, x: Tensor, y: Tensor, strong: Tensor, weak: Tensor) -> Tensor:
     """Move y of one sample along multipliers of 0 that are positive on as many weak rows as there can be.
 
     max sum t over a free on the strong rows and b >= t, 0 <= t <= 1 on the weak ones with C_S'a + C_W'(sign b) = 0. A

@@ -10,7 +10,7 @@ from torch import Tensor
 from foldopt.checks import nonfinite_allowed
 from foldopt.errors import InputError
 from foldopt.qp._engine import CURVATURE
-from foldopt.qp._structure import is_sparse_argument, taken
+from foldopt.qp._structure import is_sparse_argument, sparse_argument
 from foldopt.qp.matrix import Pattern, SparseMatrix
 from foldopt.step import Tensors
 
@@ -68,10 +68,10 @@ def arguments(*values: Any) -> Given:
     _fit({name: tuple(value.shape) for name, value in found.items()})
     patterns = None
     if sparse:
-        taken_ = {name: taken(name, found[name], p.device) for name in MATRICES}
+        matrices = {name: sparse_argument(name, found[name], p.device) for name in MATRICES}
         bounded = bool(found["lower"].shape[-1] or found["upper"].shape[-1])
-        patterns = (taken_["Q"].pattern, taken_["G"].pattern, taken_["A"].pattern, bounded)
-        found |= {name: one.values for name, one in taken_.items()}
+        patterns = (matrices["Q"].pattern, matrices["G"].pattern, matrices["A"].pattern, bounded)
+        found |= {name: one.values for name, one in matrices.items()}
     if not nonfinite_allowed():
         _require_numbers(found)
     numbers = [found[name] for name in NAMES if isinstance(given[name], Tensor | SparseMatrix)]

@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foldopt.qp.matrix import Matrix, Pattern, SparseMatrix, assembled, diagonal, identity, joined, zeros
+from foldopt.qp._operations import Matrix, assembled, diagonal, identity, joined, zeros
+from foldopt.qp.matrix import Pattern, SparseMatrix
 from foldopt.step import Tensors
 
 Patterns = tuple[Pattern | None, Pattern | None, Pattern | None]  # of Q, G and A; None: dense
 
 
-def shifted(
+def shifted_to_feasible(
     params: Tensors, patterns: Patterns, norm: str, make: Callable[..., Any]
 ) -> tuple[Tensors, tuple[Tensor, Tensor]]:
     """Return the params with h and b shifted where a sample is infeasible, and the shifts (B, m) >= 0 and (B, k).

@@ -10,12 +10,8 @@ from torch import Tensor
 from foldopt.qp._activity import complemented
 from foldopt.qp._front import Front, nearby
 from foldopt.qp._kkt import Known
-from foldopt.qp._polish import EXACT, patterns, polish, refine
-from foldopt.qp._program import INFINITE, Program, Units, equilibrate, residual
-from foldopt.qp._sparse_kkt import positive_definite
-from foldopt.qp.matrix import (
+from foldopt.qp._operations import (
     Matrix,
-    SparseMatrix,
     assembled,
     column,
     identity,
@@ -26,6 +22,10 @@ from foldopt.qp.matrix import (
     where_samples,
     zeros,
 )
+from foldopt.qp._polish import EXACT, patterns, polish, refine
+from foldopt.qp._program import INFINITE, Program, Units, equilibrate, residual
+from foldopt.qp._sparse_kkt import positive_definite
+from foldopt.qp.matrix import SparseMatrix
 
 SOLVED = 1e-9  # largest relative KKT residual of a solution
 CURVATURE = 1e-9  # negative curvature, relative to the equilibrated H, that counts as none

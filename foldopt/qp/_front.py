@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from foldopt.qp._interior_point import interior_point
+from foldopt.qp._operations import rescaled
 from foldopt.qp._program import Program, Units
-from foldopt.qp.matrix import SparseMatrix, rescaled
+from foldopt.qp.matrix import SparseMatrix
 from foldopt.solvers.qp_solvers import QPSolver
 
 

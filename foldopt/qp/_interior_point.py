@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from foldopt.batched import lu_factor, matvec
+from foldopt.qp._operations import dense, numbers
 from foldopt.qp._program import TINY, Program
-from foldopt.qp.matrix import dense, numbers
 
 REGULARIZATION = 1e-9  # of the linear systems; the residuals are those of the program itself
 FRACTION = 0.995  # of the way to the boundary

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from foldopt.batched import lu_factor, matvec
+from foldopt.qp._operations import Matrix, dense
 from foldopt.qp._sparse_kkt import SparseKKT
-from foldopt.qp.matrix import Matrix, SparseMatrix, dense
+from foldopt.qp.matrix import SparseMatrix
 
 SHIFT = 1e-8  # that makes the matrix regular; equilibrated, its entries are at most about 1
 NULL = 1e-11  # eigenvalues below this times the largest count as zero
@@ -243,14 +244,18 @@ def _small_solution(system: SparseKKT, r: Any) -> Any:
     return z
 
 
-def shifted(H: Matrix, C: Matrix, rows: Rows, known: Sequence[Known | None] | None = None) -> Shifted | Factored:
+def polishing_system(
+    H: Matrix, C: Matrix, rows: Rows, known: Sequence[Known | None] | None = None
+) -> Shifted | Factored:
     """Return K of some rows of C, for the steps that polish."""
     if isinstance(H, SparseMatrix) and isinstance(C, SparseMatrix):
         return Factored(H, C, rows, known)
     return Shifted(dense(H), rows.take_rows(dense(C)), rows.there)
 
 
-def spectral(H: Matrix, C: Matrix, rows: Rows, known: Sequence[Known | None] | None = None) -> Spectral | Factored:
+def derivative_system(
+    H: Matrix, C: Matrix, rows: Rows, known: Sequence[Known | None] | None = None
+) -> Spectral | Factored:
     """Return K of some rows of C, for the derivative and its verdict."""
     if isinstance(H, SparseMatrix) and isinstance(C, SparseMatrix):
         return Factored(H, C, rows, known)

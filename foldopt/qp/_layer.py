@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,8 @@ from foldopt._layer import FixedPointLayer
 from foldopt.errors import InfeasibleError, InputError, LimitError, NonconvexError, SolverError, UnboundedError
 from foldopt.linear_solve import LinearSolver
 from foldopt.qp._arguments import NAMES, Given, arguments
-from foldopt.qp._closest import shifted
+from foldopt.qp._closest import shifted_to_feasible
+from foldopt.qp._duals import Duals
 from foldopt.qp._engine import (
     CURVATURE,
     GOOD,
@@ -31,27 +32,17 @@ from foldopt.qp._engine import (
     solve,
 )
 from foldopt.qp._front import Front
+from foldopt.qp._operations import dense
 from foldopt.qp._program import Program
 from foldopt.qp._structure import Structure
 from foldopt.qp._systems import Schur
-from foldopt.qp.matrix import SparseMatrix, dense
+from foldopt.qp.matrix import SparseMatrix
 from foldopt.solvers.qp_solvers import QPSolver
 from foldopt.solvers.saddle import Saddle
 from foldopt.step import Tensors
 from foldopt.updates.newton import KKTNewton, NewtonState, Point
 
 PATTERNS = 4  # of sparse arguments, for which a layer keeps what it has made
-
-
-class Duals(NamedTuple):
-    """Multipliers of a QP, of the Lagrangian 1/2 x'Qx + p'x + G'(Gx - h) + A'(Ax - b) + bounds'x.
-
-    A: (B, k). G: (B, m) >= 0. bounds: (B, n), positive at an upper and negative at a lower bound; 0 without bounds.
-    """
-
-    A: Tensor
-    G: Tensor
-    bounds: Tensor
 
 
 class QPLayer(nn.Module):
@@ -174,7 +165,7 @@ class QPLayer(nn.Module):
         fold.call.curvature = given.curvature
         if self.closest_feasible is not None:
             patterns = (None, None, None) if given.patterns is None else given.patterns[:3]
-            params, self.shifts = shifted(params, patterns, self.closest_feasible, QPLayer)
+            params, self.shifts = shifted_to_feasible(params, patterns, self.closest_feasible, QPLayer)
         self._latest[0] = fold
         x, y = fold(*params)
         if not self.return_duals:
@@ -231,7 +222,7 @@ class _QPFold(FixedPointLayer):
                 _explain(self.on_failure, status, found, program, left)
         typical = torch.zeros_like(residual)
         typical[left] = 1
-        x = program.landed(x, d, typical[:, None])
+        x = program.snapped_to_bounds(x, d, typical[:, None])
         self._prepare(program, params, x, y, saddle, left, found)
         self.call.found = status, residual
         if self.warm_start:

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from foldopt.batched import matvec
 from foldopt.qp._front import nearby
-from foldopt.qp._kkt import Factored, Known, Rows, shifted
+from foldopt.qp._kkt import Factored, Known, Rows, polishing_system
+from foldopt.qp._operations import masked_rows
 from foldopt.qp._program import Program, residual
-from foldopt.qp.matrix import masked_rows
 
 EXACT = 1e-13  # relative KKT residual at which nothing is left to do
 STEPS = 5  # of Newton for a first guess of the active set
@@ -100,7 +100,7 @@ def _newton(
         active = upper | lower | equality
         if before is None or not torch.equal(active, before):
             rows = Rows.of(active)
-            kkt = shifted(p.H, p.C, rows)
+            kkt = polishing_system(p.H, p.C, rows)
         before = active
         y = torch.where(active, y, 0)
         bound = torch.where(lower, p.lower, p.upper)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from foldopt.batched import matvec
-from foldopt.qp.matrix import (
+from foldopt.qp._operations import (
     Matrix,
     largest_in_columns,
     largest_in_rows,
@@ -24,7 +24,7 @@ INFINITE = 1e19  # a bound this far away, in units of its row, bounds nothing
 TINY = 1e-300
 ROUNDING = 1e-9  # a right-hand side this small beside the largest is rounding in the data
 NOTHING = 1e-10  # an x this small, in units in which its size should be 1, counts as zero
-LANDING = 1e-12  # distance from a bound, relative to x, that is rounding
+ON_BOUND = 1e-12  # distance from a bound, relative to x, that is rounding
 
 
 class Program(NamedTuple):
@@ -54,7 +54,7 @@ class Program(NamedTuple):
         H, q, C, lower, upper = self
         return Program(H.detach(), q.detach(), C.detach(), lower.detach(), upper.detach())
 
-    def landed(self, x: Tensor, d: Tensor, typical: Tensor) -> Tensor:
+    def snapped_to_bounds(self, x: Tensor, d: Tensor, typical: Tensor) -> Tensor:
         """Return x (B, n) put exactly on the bounds of single variables that it is on up to rounding.
 
         d: (B, n), the units of the variables, in which the error of x is relative to the largest. typical: (B, 1), the
@@ -72,7 +72,7 @@ class Program(NamedTuple):
         largest = (x / d).abs().amax(1, keepdim=True)
         largest = torch.where(largest > NOTHING * typical, largest, typical)
         reach = here.abs() + bound.abs() + (d * largest).gather(1, at)
-        near = single & bound.isfinite() & ((here - bound).abs() <= LANDING * reach)
+        near = single & bound.isfinite() & ((here - bound).abs() <= ON_BOUND * reach)
         sample, row = near.nonzero(as_tuple=True)
         x = x.clone()
         x[sample, at[sample, row]] = bound[sample, row] + 0.0  # and no -0

@@ -94,7 +94,7 @@ class SparseKKT:
             return splu(sparse.csc_matrix(whole), permc_spec="COLAMD")
         except RuntimeError:  # singular to the last bit, at the largest shift: only if a number is not finite
             if not np.isfinite(self.upper.data).all():
-                return _Nothing(np)
+                return _NotFinite(np)
             raise
 
     def solve(self, r: Any, tolerance: float = EXACT) -> tuple[Any, Any]:
@@ -172,7 +172,7 @@ class SparseKKT:
 
         Parts along eigenvectors whose eigenvalue is well below `COARSE` may be left as well.
         """
-        return self._coarse()._sifted(r) if self.singular else self.np.zeros_like(r)
+        return self._coarse()._filtered(r) if self.singular else self.np.zeros_like(r)
 
     def null_vectors(self) -> Any:
         """Return the parts of some vectors in no special position, (n + s, `PROBES`), in the null space.
@@ -188,11 +188,11 @@ class SparseKKT:
             self._null = np.zeros((len(k), PROBES))
             if np.linalg.norm(left) > REGULAR * np.linalg.norm(probe):  # there are right-hand sides without a solution
                 probes = (np.sin((0.7 + 0.1 * i) * k * k) for i in range(PROBES))
-                found = np.stack([self._coarse()._sifted(v) for v in probes], 1)
+                found = np.stack([self._coarse()._filtered(v) for v in probes], 1)
                 self._null = found if np.abs(found).max(initial=0) > PART else self._null
         return self._null
 
-    def _sifted(self, r: Any) -> Any:
+    def _filtered(self, r: Any) -> Any:
         """Return r - K K_shifted^-1 r, over and over, which leaves the part of r in the null space.
 
         With a small shift that part would drown in the error of the factors, which is relative to what is divided by
@@ -239,7 +239,7 @@ class SparseKKT:
         return self._null is not None and self.singular
 
 
-class _Nothing:
+class _NotFinite:
     """What solves with a matrix of numbers that are not finite: it returns NaN."""
 
     def __init__(self, np: Any) -> None:

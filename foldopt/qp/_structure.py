@@ -25,14 +25,14 @@ def is_sparse_argument(M: Any) -> bool:
     return isinstance(M, SparseMatrix) or (hasattr(M, "tocsr") and hasattr(M, "shape"))
 
 
-class Taken(NamedTuple):
+class SparseArgument(NamedTuple):
     """A matrix of the caller's: its pattern, and its values (nnz,), shared by the batch, or (B, nnz)."""
 
     pattern: Pattern
     values: Tensor
 
 
-def taken(name: str, M: Any, device: torch.device) -> Taken:
+def sparse_argument(name: str, M: Any, device: torch.device) -> SparseArgument:
     """Return the pattern and values of a matrix: torch sparse (COO, CSR, CSC), scipy sparse, `SparseMatrix` or dense.
 
     A gradient with respect to the values comes back to M in its own layout. A batch (B, m, n) of sparse matrices has
@@ -51,10 +51,10 @@ def taken(name: str, M: Any, device: torch.device) -> Taken:
         raise InputError(f"{name} is of dtype {values.dtype}, expected real numbers.")
     if values.device != device:
         raise InputError(f"{name} is on {values.device}, other arguments are on {device}; move them to one device.")
-    return Taken(found.pattern, values)
+    return SparseArgument(found.pattern, values)
 
 
-def _of_sparse(name: str, M: Any, device: torch.device) -> Taken:
+def _of_sparse(name: str, M: Any, device: torch.device) -> SparseArgument:
     if isinstance(M, SparseMatrix):
         return _of_pattern(name, M)
     if not isinstance(M, Tensor):
@@ -66,7 +66,7 @@ def _of_sparse(name: str, M: Any, device: torch.device) -> Taken:
     raise InputError(f"{name} is of layout {M.layout}, expected dense, sparse COO, CSR or CSC: {name}.to_sparse().")
 
 
-def _of_pattern(name: str, M: SparseMatrix) -> Taken:
+def _of_pattern(name: str, M: SparseMatrix) -> SparseArgument:
     (rows, columns, (m, n)), values = (M.pattern.rows, M.pattern.columns, M.pattern.shape), M.values
     count = len(rows)
     if values.dim() not in (1, 2) or values.shape[-1] != count or len(columns) != count:
@@ -80,10 +80,10 @@ def _of_pattern(name: str, M: SparseMatrix) -> Taken:
         )
     if not M.pattern.distinct:
         raise InputError(f"{name} has two entries in one place; add them up.")
-    return Taken(M.pattern, values)
+    return SparseArgument(M.pattern, values)
 
 
-def _of_scipy(name: str, M: Any, device: torch.device) -> Taken:
+def _of_scipy(name: str, M: Any, device: torch.device) -> SparseArgument:
     import numpy as np
 
     csr = M.tocsr()
@@ -95,10 +95,10 @@ def _of_scipy(name: str, M: Any, device: torch.device) -> Taken:
     rows = np.repeat(np.arange(csr.shape[0]), np.diff(csr.indptr))
     at, columns = (torch.as_tensor(part, dtype=torch.long, device=device) for part in (rows, csr.indices))
     values = torch.as_tensor(csr.data.astype(np.float64), device=device)
-    return Taken(Pattern(at, columns, (int(csr.shape[0]), int(csr.shape[1]))), values)
+    return SparseArgument(Pattern(at, columns, (int(csr.shape[0]), int(csr.shape[1]))), values)
 
 
-def _of_dense(M: Tensor) -> Taken:
+def _of_dense(M: Tensor) -> SparseArgument:
     m, n = M.shape[-2:]
     whole = M.requires_grad or wrapped_by_func(M) or batched_by_autograd(M)
     with untransformed():
@@ -109,10 +109,10 @@ def _of_dense(M: Tensor) -> Taken:
             kept = (there if M.dim() == 2 else there.any(0)).nonzero()[:, 0]
         pattern = Pattern(kept // max(n, 1), kept % max(n, 1), (m, n))
     flat = M.flatten(-2)
-    return Taken(pattern, flat if whole else flat[..., kept])
+    return SparseArgument(pattern, flat if whole else flat[..., kept])
 
 
-def _of_coo(name: str, M: Tensor) -> Taken:
+def _of_coo(name: str, M: Tensor) -> SparseArgument:
     if M.dense_dim() or M.dim() not in (2, 3):
         raise InputError(
             f"{name} of shape {tuple(M.shape)} has {M.sparse_dim()} sparse and {M.dense_dim()} dense dimensions; "
@@ -121,11 +121,11 @@ def _of_coo(name: str, M: Tensor) -> Taken:
     M = M if M.is_coalesced() else M.coalesce()
     indices, values = M.indices(), M.values()
     if M.dim() == 2:
-        return Taken(Pattern(indices[0], indices[1], (M.shape[0], M.shape[1])), values)
+        return SparseArgument(Pattern(indices[0], indices[1], (M.shape[0], M.shape[1])), values)
     return _united(indices[0], indices[1], indices[2], values, M.shape)
 
 
-def _of_compressed(name: str, M: Tensor) -> Taken:
+def _of_compressed(name: str, M: Tensor) -> SparseArgument:
     if M.dense_dim() or M.dim() not in (2, 3):
         raise InputError(f"{name} has shape {tuple(M.shape)}, expected a sparse (m, n) or (B, m, n).")
     values: Tensor = _Values.apply(M)
@@ -149,15 +149,15 @@ def _of_compressed(name: str, M: Tensor) -> Taken:
     order = None if by_rows else torch.argsort(rows * n + columns)
     if order is not None:
         rows, columns, values = rows[order], columns[order], values[..., order]
-    return Taken(Pattern(rows, columns, (m, n)), values)
+    return SparseArgument(Pattern(rows, columns, (m, n)), values)
 
 
-def _united(sample: Tensor, rows: Tensor, columns: Tensor, values: Tensor, shape: torch.Size) -> Taken:
+def _united(sample: Tensor, rows: Tensor, columns: Tensor, values: Tensor, shape: torch.Size) -> SparseArgument:
     """Return matrices of a batch in the pattern that all their entries together have."""
     batch, m, n = shape
     places, at = torch.unique(rows * n + columns, return_inverse=True)
     pattern = Pattern(places // n, places % n, (m, n))
-    return Taken(pattern, values.new_zeros(batch, len(places)).index_put((sample, at), values))
+    return SparseArgument(pattern, values.new_zeros(batch, len(places)).index_put((sample, at), values))
 
 
 class _Values(torch.autograd.Function):

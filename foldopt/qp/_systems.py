@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from foldopt.batched import matvec
-from foldopt.qp._kkt import Known, Rows, spectral
+from foldopt.qp._kkt import Known, Rows, derivative_system
+from foldopt.qp._operations import Matrix, joined, masked_rows, outer, split
 from foldopt.qp._program import Program, Units
 from foldopt.qp._sparse_kkt import SparseKKT, packages
-from foldopt.qp.matrix import Matrix, Pattern, SparseMatrix, joined, masked_rows, outer, split
+from foldopt.qp.matrix import Pattern, SparseMatrix
 from foldopt.solvers.saddle import Saddle, block_factor, block_solve
 
 ROUNDING = 1e-13
@@ -60,7 +61,7 @@ class Equilibrated:
     ) -> None:
         self.units, self.strong = units, strong
         self.rows = Rows.of(strong)
-        self.kkt = spectral(scaled.H, scaled.C, self.rows, known)
+        self.kkt = derivative_system(scaled.H, scaled.C, self.rows, known)
 
     def gathered(self, r1: Tensor, r2: Tensor) -> Tensor:
         """Return a right-hand side in the matrix's units, (B, N)."""

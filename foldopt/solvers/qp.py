@@ -11,7 +11,7 @@ from foldopt.batched import lu_factor, matvec
 from foldopt.errors import InputError
 from foldopt.solvers.interior_point import largest, solve_qcqp, unit
 
-__all__ = ["PIVOTS", "TOLERANCE", "QPParts", "QPSolution", "solve_qp"]
+__all__ = ["TOLERANCE", "QPSolution", "solve_qp"]
 
 QPParts = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 TOLERANCE = 1e-9

@@ -15,18 +15,7 @@ from typing import Any
 from foldopt.errors import FoldoptError, InputError, MissingDependencyError, SolverError
 from foldopt.solvers.bounded import Answer, Bounded
 
-__all__ = [
-    "CVXOPT_OPTIONS",
-    "DIRECT",
-    "ENOUGH",
-    "GROUPS",
-    "MAX_BYTES",
-    "PACKAGES",
-    "TIGHT",
-    "WARM",
-    "QPSolver",
-    "installed",
-]
+__all__ = ["TIGHT", "QPSolver", "installed"]
 
 LINEAR, QUADRATIC = ("highs", "clarabel"), ("piqp", "clarabel")  # the solvers that None tries in turn
 PACKAGES = {"piqp": "piqp", "clarabel": "clarabel", "highs": "highspy"}  # of the solvers called directly

@@ -13,10 +13,10 @@ from foldopt.batched import matvec
 from foldopt.errors import LimitError
 from foldopt.qp._activity import Activity, activity, touched_somewhere
 from foldopt.qp._kkt import Known, probe
+from foldopt.qp._operations import compact, matmul, numbers, selected_rows, where_samples
 from foldopt.qp._program import Program, Units, equilibrate, residual
 from foldopt.qp._structure import Structure, program_of
 from foldopt.qp._systems import Equilibrated, Mended, Restrained, Schur, System, products, restrained, solved
-from foldopt.qp.matrix import compact, matmul, numbers, selected_rows, where_samples
 from foldopt.updates._kept import Kept
 from foldopt.verdicts import DEPENDENT, DIFFERENTIABLE, KINK, NOT_UNIQUE, Verdict
 

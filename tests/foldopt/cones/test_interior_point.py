@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from foldopt.cones import ProductCone
-from foldopt.cones.interior_point import (
+from foldopt.cones._interior_point import (
     INFEASIBLE,
     LIMIT,
     NOT_FINITE,

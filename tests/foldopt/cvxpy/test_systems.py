@@ -1,9 +1,9 @@
 import numpy as np
 import torch
 
+from foldopt._conic.form import Form, Program
+from foldopt._conic.systems import Jacobian, System
 from foldopt.cones import Exponential, SecondOrder
-from foldopt.conic.form import Form, Program
-from foldopt.conic.systems import Jacobian, System
 
 F64 = torch.float64
 

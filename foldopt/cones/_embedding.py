@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from foldopt.batched import lu_factor, matvec
-from foldopt.cones.scaling import TINY, Blocks, Scaling
+from foldopt.cones._scaling import TINY, Blocks, Scaling
 
 REGULARIZATION = 1e-10  # of the linear systems; refined against the systems without it
 REFINEMENTS = 1
@@ -58,11 +58,11 @@ class Embedding:
         self.x = torch.where(quadratic, x + dx, x)
         z = torch.where(quadratic, z + minus_s, z)
         s = torch.where(quadratic, -z, -minus_s)
-        self.z = torch.cat([z[:, :zeros], self._shifted(z[:, zeros:])], 1)
-        self.s = torch.cat([torch.zeros_like(s[:, :zeros]), self._shifted(s[:, zeros:])], 1)
+        self.z = torch.cat([z[:, :zeros], self._moved_inside(z[:, zeros:])], 1)
+        self.s = torch.cat([torch.zeros_like(s[:, :zeros]), self._moved_inside(s[:, zeros:])], 1)
         self.tau, self.kappa = torch.ones_like(q[:, 0]), torch.ones_like(q[:, 0])
 
-    def _shifted(self, v: Tensor) -> Tensor:
+    def _moved_inside(self, v: Tensor) -> Tensor:
         least = self.program.blocks.least(v)
         return v + torch.where(least < 1e-3, 1 - least, 0.0)[:, None] * self.e
 

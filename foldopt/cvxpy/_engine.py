@@ -13,16 +13,16 @@ from torch import Tensor
 
 from foldopt._affine import SparseMap
 from foldopt._certificates import FoldInfo
+from foldopt._conic.form import Data, Form, Program
+from foldopt._conic.newton import ConeNewton, ConeState
+from foldopt._conic.point import Point
+from foldopt._conic.polish import polish
 from foldopt._fold import Implicit
 from foldopt._layer import FixedPointLayer
-from foldopt.cones.interior_point import STATUS as STATUS_OF_CONES
-from foldopt.cones.interior_point import solve_cone_program
-from foldopt.conic.form import Data, Form, Program
-from foldopt.conic.newton import ConeNewton, ConeState
-from foldopt.conic.point import Point
-from foldopt.conic.polish import polish
-from foldopt.cvxpy.canonical import Canonical, Input
-from foldopt.cvxpy.solver import FAILED, INFEASIBLE, NONCONVEX, SOLVED, UNBOUNDED
+from foldopt.cones._interior_point import STATUS as STATUS_OF_CONES
+from foldopt.cones._interior_point import solve_cone_program
+from foldopt.cvxpy._canonical import Canonical, Input
+from foldopt.cvxpy._solver import FAILED, INFEASIBLE, NONCONVEX, SOLVED, UNBOUNDED
 from foldopt.errors import InfeasibleError, InputError, LimitError, NonconvexError, SolverError, UnboundedError
 from foldopt.qp._engine import STATUS, solve
 from foldopt.qp._program import Program as QuadraticProgram
@@ -101,7 +101,7 @@ class OwnInteriorPoint:
 
 
 @dataclass(frozen=True)
-class Again:
+class PreviousSolution:
     """The solutions of another call, x (B, n) and y (B, m), to begin at."""
 
     x: Tensor
@@ -209,7 +209,9 @@ class ConicEngine(FixedPointLayer):
     def _fronts(self, size: int) -> Sequence[Front]:
         """Return what is asked for solutions of a batch of this size, in turn."""
         start = self.call.start if self.warm_start else None
-        return [Again(*start), *self.solvers] if start is not None and len(start[0]) == size else self.solvers
+        return (
+            [PreviousSolution(*start), *self.solvers] if start is not None and len(start[0]) == size else self.solvers
+        )
 
     def _explain(self, status: Sequence[str], residual: Tensor) -> None:
         """Raise or warn about the samples that were not solved, by cause."""

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foldopt.cones.base import Cone, Dual, Split
-from foldopt.cones.elementwise import Free, Nonnegative, Zero
-from foldopt.cones.exponential import Exponential
-from foldopt.cones.power import Power
-from foldopt.cones.second_order import SecondOrder
-from foldopt.cones.semidefinite import Semidefinite, Triangle
+from foldopt.cones._base import Cone, Dual, Split
+from foldopt.cones._elementwise import Free, Nonnegative, Zero
+from foldopt.cones._exponential import Exponential
+from foldopt.cones._power import Power
+from foldopt.cones._second_order import SecondOrder
+from foldopt.cones._semidefinite import Semidefinite, Triangle
 from foldopt.errors import InputError
 
 KINDS = ("zero", "nonneg", "soc", "psd", "exp", "pow")

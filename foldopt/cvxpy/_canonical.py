@@ -4,7 +4,7 @@
 
 theta = (P, q, A, b), the entries on fixed sparsity patterns, is M @ [parameters; 1] for a disciplined parametrized
 program (Agrawal et al., Differentiable Convex Optimization Layers, 2019). CVXPY's names that are not public are used
-here and in `foldopt.cvxpy.solver` only; tests/foldopt/cvxpy/test_internals.py lists them.
+here and in `foldopt.cvxpy._solver` only; tests/foldopt/cvxpy/test_internals.py lists them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from foldopt.errors import InputError
 Array = np.ndarray[Any, Any]
 
 
-class Form(ConicSolver):
+class Target(ConicSolver):
     """Tells CVXPY which form to canonicalize for, whatever solvers are installed; it solves nothing."""
 
     MIP_CAPABLE, BOUNDED_VARIABLES = False, False
@@ -58,7 +58,7 @@ class Form(ConicSolver):
 
     def solve_via_data(self, *args: Any, **kwargs: Any) -> Any:
         """Refuse: this is no solver."""
-        raise NotImplementedError("Form is no solver.")
+        raise NotImplementedError("Target is no solver.")
 
     def invert(self, solution: Any, inverse_data: Any) -> Any:
         """Return a `Solution` as it is: its duals are already by constraint."""
@@ -156,13 +156,13 @@ def canonicalize(
     quadratic: bool = True,
     canon_backend: str | None = None,
 ) -> Canonical:
-    """Return the canonical form of a problem that `foldopt.cvxpy.checks` has let pass.
+    """Return the canonical form of a problem that `foldopt.cvxpy._checks` has let pass.
 
     outputs: variables, and dual variables of the problem's constraints. Raises InputError for what has no such form.
     """
     with scopes.quad_form_dpp_scope() if quadratic and not gp else contextlib.nullcontext():
         data, chain, inverse = problem.get_problem_data(
-            Form(quadratic), gp=gp, enforce_dpp=True, canon_backend=canon_backend
+            Target(quadratic), gp=gp, enforce_dpp=True, canon_backend=canon_backend
         )
     program = data["param_prob"]
     pattern, M = _stuffed(program)

@@ -83,11 +83,11 @@ class CvxpyLayer(nn.Module):
             raise MissingDependencyError(
                 "cvxpy is not installed; install it with: pip install 'foldopt[cvxpy]'"
             ) from error
-        from foldopt.conic.form import Form
-        from foldopt.cvxpy.canonical import canonicalize
-        from foldopt.cvxpy.checks import dual_variables, require_problem
-        from foldopt.cvxpy.engine import ConicEngine, Front, OwnInteriorPoint, OwnQP
-        from foldopt.cvxpy.solver import Clarabel, ConeSolver
+        from foldopt._conic.form import Form
+        from foldopt.cvxpy._canonical import canonicalize
+        from foldopt.cvxpy._checks import dual_variables, require_problem
+        from foldopt.cvxpy._engine import ConicEngine, Front, OwnInteriorPoint, OwnQP
+        from foldopt.cvxpy._solver import Clarabel, ConeSolver
 
         require_policy(degenerate)
         if on_failure not in POLICIES:
@@ -126,7 +126,7 @@ class CvxpyLayer(nn.Module):
 
     def forward(self, *params: Tensor) -> tuple[Tensor, ...]:
         """Return the values of the variables, then of the duals; (B, ...) if any tensor has a batch, else (...)."""
-        from foldopt.cvxpy.values import lowered
+        from foldopt.cvxpy._values import lowered
 
         entries, batched = lowered(self.inputs, self._entries, params)
         if params:

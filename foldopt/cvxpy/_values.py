@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from foldopt.checks import nonfinite_allowed
-from foldopt.cvxpy.canonical import Input
+from foldopt.cvxpy._canonical import Input
 from foldopt.errors import InputError
 from foldopt.step import Tensors
 

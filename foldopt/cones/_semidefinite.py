@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from foldopt.cones.base import Cone, Split, remembered
+from foldopt.cones._base import Cone, Split, remembered
 from foldopt.errors import InputError
 
 Triangle = Literal["lower", "upper"]

@@ -17,9 +17,9 @@ import scipy.sparse.linalg
 import torch
 from torch import Tensor
 
+from foldopt._conic.form import Data, Form, Matrices
 from foldopt.batched import lu_factor
 from foldopt.cones import BlockDiagonal
-from foldopt.conic.form import Data, Form, Matrices
 from foldopt.qp._kkt import probe
 
 DENSE = 300  # n + m up to which the systems of a batch are one dense batch

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from foldopt.checks import require_positive, require_whole
-from foldopt.cones.elementwise import Zero
-from foldopt.cones.embedding import Embedding, Program, largest
-from foldopt.cones.product import ProductCone
-from foldopt.cones.scaling import Blocks
+from foldopt.cones._elementwise import Zero
+from foldopt.cones._embedding import Embedding, Program, largest
+from foldopt.cones._product import ProductCone
+from foldopt.cones._scaling import Blocks
 from foldopt.errors import InputError
 
 STATUS = ("solved", "infeasible", "unbounded", "limit reached", "not finite")
@@ -66,7 +66,7 @@ def solve_cone_program(
     Mehrotra's predictor and corrector in Nesterov and Todd's scaling, on the homogeneous embedding: it ends in a
     solution or in a certificate that there is none (Domahidi, Chu and Boyd, ECOS, 2013; with a quadratic objective
     Goulart and Chen, Clarabel, 2024). Each sample has its own steps and leaves when it is done. Gradients are not
-    recorded: fold a step, as `foldopt.conic` does.
+    recorded: fold a step, as `foldopt._conic` does.
 
     Raises InputError for other cones and for shapes that do not fit.
     """

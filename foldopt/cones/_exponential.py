@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from foldopt.cones.base import Cone, Split, remembered, require_three
+from foldopt.cones._base import Cone, Split, remembered, require_three
 
 _Regions = tuple[Tensor, Tensor, Tensor]
 FAR = 700.0  # exp(-FAR) is nothing beside 1, yet not 0

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from foldopt.conic.form import Program
-from foldopt.conic.point import Measure
-from foldopt.conic.systems import Jacobian, System
+from foldopt._conic.form import Program
+from foldopt._conic.point import Measure
+from foldopt._conic.systems import Jacobian, System
 
 STEPS = 8
 EXACT = 1e-13  # relative residual that no step is expected to improve

@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from foldopt._conic.form import Data, Form, Program, Units, products
+from foldopt._conic.systems import Jacobian, System
 from foldopt.cones import BlockDiagonal
-from foldopt.conic.form import Data, Form, Program, Units, products
-from foldopt.conic.systems import Jacobian, System
 from foldopt.qp._kkt import probe
 
 UNSOLVED = 1e-3  # relative residual of what is no solution
@@ -20,18 +20,18 @@ FLOOR = 1e-6  # of the size of terms that cancel, relative to the data
 TAKES_PART = 1e-6  # entry of a null vector, relative to its largest, that counts as one
 
 
-def conditions(form: Form, data: Data, units: Units, x: Tensor, y: Tensor, aside: Tensor | None = None) -> Tensor:
+def conditions(form: Form, data: Data, units: Units, x: Tensor, y: Tensor, offset: Tensor | None = None) -> Tensor:
     """Return [Px + q + A'y; s - Pi(s - y)], s = b - Ax, (B, n + m), in the units of an equilibrated program.
 
-    data, x and y in the caller's units; differentiable to any order that the projection is. aside: (B, m), take the
+    data, x and y in the caller's units; differentiable to any order that the projection is. offset: (B, m), take the
     derivatives of Pi that far away, those on one side of a kink.
     """
     Px, Ax, pulled = products(form, data.P, data.A, x, y)
     s = units.e * (data.b - Ax)
     v = s - units.c / units.e * y
     projected = form.cone.project(v)
-    if aside is not None:
-        beside = form.cone.project(v + aside)
+    if offset is not None:
+        beside = form.cone.project(v + offset)
         projected = projected.detach() + (beside - beside.detach())
     return torch.cat([units.c * units.d * (Px + data.q + pulled), s - projected], 1)
 
@@ -79,7 +79,7 @@ class Point:
     """A state in equilibrated units: derivative of the projection, linear system, and where it is degenerate.
 
     v: s - y (B, m). kinks: (B, m) bool, rows of cones whose projection has a kink there. D: the derivative of the
-    projection, `aside` of a kink, where the cone's rows do not hold x. jump: D minus that on the other side. sound:
+    projection, `offset` of a kink, where the cone's rows do not hold x. jump: D minus that on the other side. sound:
     (B,) bool, samples that are finite and near a solution. size: (B,), that of x. degenerate: (B,) bool, those that may
     lack a derivative. null: (B, n + m), a null vector of the system in no special position, 0 where it is regular.
     """
@@ -97,9 +97,9 @@ class Point:
         self.program, self.units, self.scale = program, program.units, program.scale
         self.sound = measure.residual <= UNSOLVED
         self.size = torch.linalg.vector_norm(x, dim=1)
-        self.kinks, self.aside = _kinks(form, measure, y)
-        self.v = measure.v if self.aside is None else measure.v + self.aside
-        self.D, self.jump = _pieces(form, measure.v, self.aside)
+        self.kinks, self.offset = _kinks(form, measure, y)
+        self.v = measure.v if self.offset is None else measure.v + self.offset
+        self.D, self.jump = _pieces(form, measure.v, self.offset)
         self.system = System(Jacobian(form, program.data, program.matrices, self.D), near)
         self.degenerate = self.sound & (self.system.singular | self.kinks.any(1))
         self.null = torch.zeros_like(self.scale)
@@ -138,10 +138,10 @@ def _kinks(form: Form, measure: Measure, y: Tensor) -> tuple[Tensor, Tensor | No
     return kinks, torch.where(kinks, 2 * (near + far) * form.cone.centre(), 0)
 
 
-def _pieces(form: Form, v: Tensor, aside: Tensor | None) -> tuple[BlockDiagonal, BlockDiagonal | None]:
+def _pieces(form: Form, v: Tensor, offset: Tensor | None) -> tuple[BlockDiagonal, BlockDiagonal | None]:
     """Return the derivatives of the projection, on the inner side of a kink, and how they jump there."""
-    if aside is None:
+    if offset is None:
         return form.cone.derivative(v), None
-    inner, outer = form.cone.derivative(v + aside), form.cone.derivative(v - aside)
+    inner, outer = form.cone.derivative(v + offset), form.cone.derivative(v - offset)
     pairs = zip(inner.groups, outer.groups, strict=True)
     return inner, BlockDiagonal(tuple((rows, a - b) for (rows, a), (_, b) in pairs), inner.size)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from foldopt.cones.base import Cone, Split
+from foldopt.cones._base import Cone, Split
 
 
 @dataclass(frozen=True)

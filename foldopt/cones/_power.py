@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from foldopt.cones.base import Cone, Split, remembered, require_three
+from foldopt.cones._base import Cone, Split, remembered, require_three
 from foldopt.errors import InputError
 
 REACH = 700.0  # largest logarithm of r / (|z| - r), and of its inverse

@@ -15,8 +15,8 @@ from cvxpy.reductions.solvers.solver import Solver
 from cvxpy.utilities.psd_utils import TriangleKind
 from torch import Tensor
 
-from foldopt.conic.form import Data
-from foldopt.cvxpy.canonical import Canonical
+from foldopt._conic.form import Data
+from foldopt.cvxpy._canonical import Canonical
 from foldopt.errors import InputError
 
 SOLVED, INFEASIBLE, UNBOUNDED, NONCONVEX, FAILED = "solved", "infeasible", "unbounded", "nonconvex", "limit reached"

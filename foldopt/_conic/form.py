@@ -44,7 +44,7 @@ class Form:
         self.P_column = torch.as_tensor(np.repeat(columns, np.diff(P_ptr)))
         self.A_column = torch.as_tensor(np.repeat(columns, np.diff(A_ptr)))
         self.sizes = [len(P_rows), n, len(A_rows), m]
-        self.sparse: Any = None  # what `foldopt.conic.systems.Sparse` keeps of the patterns
+        self.sparse: Any = None  # what `foldopt._conic.systems.Sparse` keeps of the patterns
         self.block = torch.arange(m)  # rows of one cone share a number: its first row
         for _, rows in self.cone.groups:
             self.block[rows] = rows[:, :1]

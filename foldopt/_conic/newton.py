@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from foldopt._conic.form import Data, Form, Program
+from foldopt._conic.point import Point, conditions
+from foldopt._conic.systems import DENSE, solved
 from foldopt.cones import BlockDiagonal
-from foldopt.conic.form import Data, Form, Program
-from foldopt.conic.point import Point, conditions
-from foldopt.conic.systems import DENSE, solved
 from foldopt.qp._kkt import probe
 from foldopt.updates._kept import Kept
 from foldopt.verdicts import DEPENDENT, DIFFERENTIABLE, KINK, NOT_UNIQUE, Verdict
@@ -66,7 +66,7 @@ class ConeNewton(nn.Module):
         theta = self.theta(*params)
         point = self.at(state, params, theta)
         x, y = state
-        r = conditions(self.form, self.form.data(theta), point.units, x, y, point.aside)
+        r = conditions(self.form, self.form.data(theta), point.units, x, y, point.offset)
         dx, dy = solved(point.system, torch.where(point.sound[:, None], r, 0)).split([self.form.n, self.form.m], 1)
         d, e, c = point.units
         x, y = x - d * dx, y - e / c * dy
@@ -125,14 +125,14 @@ class ConeNewton(nn.Module):
         loose = point.system.null_part(u)
         free = torch.linalg.vector_norm(loose, dim=1) > UNIQUE * size
         w = point.system.solve(torch.where(free[:, None], u - loose, u), True)
-        hit = self._hit(point, w, size)
+        hit = self._rows_at_moved_kink(point, w, size)
         todo = (asked & hit.any(1) & point.system.singular).nonzero()[:, 0]
         for i in todo.tolist() if n + form.m <= DENSE else []:
-            w[i] += self._calming(point, w, i)
-        hit = self._hit(point, w, size) if len(todo) else hit
-        lies, wandering = self._depends_on_choice(point, state, w, needed)
+            w[i] += self._null_correction(point, w, i)
+        hit = self._rows_at_moved_kink(point, w, size) if len(todo) else hit
+        dependent, not_unique = self._depends_on_choice(point, state, w, needed)
         code = torch.full(g.shape[:1], DIFFERENTIABLE, device=g.device)
-        for kind, mask in ((DEPENDENT, lies), (KINK, hit.any(1)), (NOT_UNIQUE, free | wandering)):
+        for kind, mask in ((DEPENDENT, dependent), (KINK, hit.any(1)), (NOT_UNIQUE, free | not_unique)):
             code = torch.where(asked & mask, kind, code)
         loose_x, loose_y = (point.null != 0).split([n, form.m], 1)
         rows = torch.where((code == KINK)[:, None], hit, loose_y & (code == DEPENDENT)[:, None])
@@ -140,14 +140,14 @@ class ConeNewton(nn.Module):
             g = torch.where((asked & free)[:, None], g - loose / point.scale, g)
         return g, Verdict(code, rows, loose_x & (code == NOT_UNIQUE)[:, None], self.row_names)
 
-    def _hit(self, point: Point, w: Tensor, size: Tensor) -> Tensor:
+    def _rows_at_moved_kink(self, point: Point, w: Tensor, size: Tensor) -> Tensor:
         """Return the rows, (B, m) bool, at a kink that the adjoint w moves: it solves the system of one side only."""
         if point.jump is None:
             return torch.zeros_like(point.kinks)
         reach = torch.maximum(w.abs().amax(1), 1e-6 * size)[:, None]
         return point.kinks & ((point.jump @ w[:, self.form.n :]).abs() > MOVED * reach)
 
-    def _calming(self, point: Point, w: Tensor, i: int) -> Tensor:
+    def _null_correction(self, point: Point, w: Tensor, i: int) -> Tensor:
         """Return the null vector of J', (n + m,), that added to w moves the rows at a kink least, in one sample.
 
         A variable that is not unique, such as an unused bound on an absolute value, may touch rows where the solver
@@ -184,16 +184,16 @@ class ConeNewton(nn.Module):
             for part, pad in zip(point.null.split([n, m], 1), ((0, m), (n, 0)), strict=True)
         )
         x, y = (point.scale * point.null).split([n, m], 1)
-        lies = self._moved(self._gradient(point, loose_y, *state), needed)
-        wandering = self._moved(self._gradient(point, loose_x, *state), needed)
+        dependent = self._moved(self._gradient(point, loose_y, *state), needed)
+        not_unique = self._moved(self._gradient(point, loose_x, *state), needed)
         bent = self._gradient(point, w, x, y)._replace(q=torch.zeros_like(x), b=torch.zeros_like(y))
-        return lies | self._turned(point, w), wandering | self._moved(bent, needed)
+        return dependent | self._curvature_depends_on_choice(point, w), not_unique | self._moved(bent, needed)
 
-    def _turned(self, point: Point, w: Tensor) -> Tensor:
+    def _curvature_depends_on_choice(self, point: Point, w: Tensor) -> Tensor:
         """Return in which samples another choice of multipliers, or of x, turns a curved cone's derivative under w.
 
         Where multipliers are not unique the curvature of the boundary may count as much or as little as one likes.
-        Rows at a kink are left to `_hit`.
+        Rows at a kink are left to `_rows_at_moved_kink`.
         """
         form, v = self.form, point.v
         if all(rows.shape[1] == 1 for rows, _ in point.D.groups):
