@@ -1,6 +1,6 @@
 """Closed convex cones: projections with first and second derivatives in closed form, and a batched interior point.
 
-`ProductCone` is what a conic program min x'Px/2 + q'x, Ax + s = b, s in K needs; its factors are `Zero`, `Free`,
+`ProductCone` is the cone K of a conic program min x'Px/2 + q'x, Ax + s = b, s in K. Its factors are `Zero`, `Free`,
 `Nonnegative`, `SecondOrder`, `Semidefinite`, `Exponential` and `Power`, and the `Dual` of each. `solve_cone_program`
 solves batches of programs with equalities, inequalities and second-order cones.
 """

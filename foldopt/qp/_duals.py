@@ -8,9 +8,23 @@ from torch import Tensor
 
 
 class Duals(NamedTuple):
-    """Multipliers of a QP, of the Lagrangian 1/2 x'Qx + p'x + G'(Gx - h) + A'(Ax - b) + bounds'x.
+    """The multipliers of a batch of quadratic programs, as ``QPLayer(return_duals=True)`` returns them.
 
-    A: (B, k). G: (B, m) >= 0. bounds: (B, n), positive at an upper and negative at a lower bound; 0 without bounds.
+    They belong to the Lagrangian 1/2 x'Qx + p'x + v'(Gx - h) + w'(Ax - b) + u'x with v, w and u for the fields G, A and
+    bounds, so that Qx + p + G'v + A'w + u = 0 at a solution. They are differentiable as x is.
+
+    Args:
+        A: (B, k), of the equalities.
+        G: (B, m), of the inequalities, at least 0.
+        bounds: (B, n), of the bounds: positive at an upper bound, negative at a lower one, 0 if there are no bounds.
+
+    Examples:
+        >>> layer = foldopt.QPLayer(return_duals=True)
+        >>> x, duals = layer(torch.eye(2), torch.tensor([-3.0, 1.0]), lower=0, upper=2)
+        >>> x
+        tensor([[2., 0.]])
+        >>> duals.bounds
+        tensor([[ 1., -1.]])
     """
 
     A: Tensor
