@@ -13,7 +13,7 @@ from foldopt._layer import FixedPointLayer
 from foldopt.errors import InputError, MissingDependencyError
 from foldopt.verdicts import require_policy
 
-LARGEST_QP = 300  # variables and rows up to which quadratic programs are solved as one dense batch
+LARGEST_QP = 300  # largest n + m for which quadratic programs may go to the engine of `QPLayer`
 
 
 class CvxpyLayer(nn.Module):

@@ -38,9 +38,9 @@ from foldopt.updates.newton import KKTNewton, NewtonState, Point
 
 
 class QPFold(FixedPointLayer):
-    """The folded layer of (x, y), which knows why a sample has no solution."""
+    """The folded layer of the state (x, y) of a quadratic program; it reports why a sample has no solution."""
 
-    checks_finite = False  # `arguments` has looked at the parameters
+    checks_finite = False  # `arguments` has checked the parameters
     derivative: Implicit
 
     def __init__(
@@ -91,14 +91,14 @@ class QPFold(FixedPointLayer):
         return x, y
 
     def _saddle(self, program: Program, bounded: bool) -> Saddle | None:
-        """Return the fast path of small, regular, dense programs with the layer's own solver, where there is one."""
+        """Return the fast path for small, regular, dense programs, or None if these programs do not qualify."""
         H, C = program.H, program.C
         if bounded or self.solver is not None or isinstance(H, SparseMatrix) or isinstance(C, SparseMatrix):
             return None
         return Saddle.of(H, C) if program.upper.isfinite().all() else None
 
     def _begin(self, x: Tensor) -> Tensor | None:
-        """Return where a warm start begins: the solutions of the last call if it had the shape of x (B, n)."""
+        """Return the solutions of the last call, where a warm start begins, if they have the shape of x (B, n)."""
         start = self.start
         return start if start is not None and start.shape == x.shape and start.device == x.device else None
 
@@ -112,7 +112,7 @@ class QPFold(FixedPointLayer):
         left: Tensor,
         found: Solution | None,
     ) -> None:
-        """Hand the step what is known of the solutions; where some sample has none it looks at them by itself."""
+        """Pass what is known of the solutions to the step. If a sample has none, the step computes it by itself."""
         point = None
         if found is not None:
             if (found.status != GOOD).any():
@@ -131,20 +131,20 @@ class QPFold(FixedPointLayer):
             self.newton.prepare((x, y), params, point, program.H if isinstance(program.H, Tensor) else None)
 
     def certify(self, state: Tensors, stepped: Tensors) -> FoldInfo:
-        """Return the certificates that the engine gave; `_solve` has applied the policy."""
+        """Return the certificates of the engine; `_solve` has applied the policy."""
         status, residual = self.call.found
         return FoldInfo(residual, status == GOOD, tuple(STATUS[s] for s in status.tolist()))
 
 
 class _Call(threading.local):
-    """What one call of a layer passes on: samples' status and residual, and the curvature that counts as none."""
+    """Data of one call, per thread: status and residual of the samples, and the curvature attributed to rounding."""
 
     found: tuple[Tensor, Tensor]
     curvature = CURVATURE
 
 
 def _explain(policy: str, status: Tensor, found: Solution, program: Program, left: Tensor) -> None:
-    """Raise or warn about the samples that were not solved, by cause."""
+    """Raise or warn about the samples that were not solved, with the cause of each."""
     if policy in ("nan", "zero"):
         return
     failed = (status != GOOD).nonzero()[:, 0].tolist()
@@ -160,7 +160,9 @@ def _explain(policy: str, status: Tensor, found: Solution, program: Program, lef
                 f"{describe(found, at)} at sample {indices[0]}"
             )
     message = (
-        "QPLayer found no solution: " + "; ".join(said) + ". Mend these programs, or choose on_failure='nan'|'zero'."
+        "QPLayer found no solution: "
+        + "; ".join(said)
+        + ". Correct these programs, or choose on_failure='nan' or 'zero'."
     )
     if policy == "raise":
         raise (first or LimitError)(message, failed)
@@ -176,18 +178,18 @@ _CAUSES: dict[int, tuple[type[SolverError], Callable[[Solution, int], str]]] = {
     INFEASIBLE: (
         InfeasibleError,
         lambda found, at: (
-            f"every x violates a row by at least {float(found.violation[at]):.1e} (in units of its largest entry, "
-            "equilibrated)"
+            f"every x violates some constraint by at least {float(found.violation[at]):.1e} (in the equilibrated units "
+            "of its row)"
         ),
     ),
     UNBOUNDED: (
         UnboundedError,
-        lambda found, at: f"the objective falls for ever along a ray in {_largest_entries(found.ray[at], 'x')}",
+        lambda found, at: f"the objective falls forever along a ray in {_largest_entries(found.ray[at], 'x')}",
     ),
     NONCONVEX: (NonconvexError, lambda found, at: "Q has negative curvature"),
-    NOT_FINITE: (LimitError, lambda found, at: "NaN or inf in its data"),
+    NOT_FINITE: (LimitError, lambda found, at: "the data hold NaN or inf"),
     LIMIT: (
         LimitError,
-        lambda found, at: f"the relative KKT residual stayed at {float(found.residual[at]):.1e}",
+        lambda found, at: f"the relative KKT residual is still {float(found.residual[at]):.1e}",
     ),
 }

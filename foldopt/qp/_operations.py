@@ -16,14 +16,14 @@ Matrix = Tensor | SparseMatrix
 
 
 def dense(M: Matrix) -> Tensor:
-    """Return M, which is a dense tensor where this is called."""
+    """Return M, narrowed to a dense tensor; the callers have checked that it is one."""
     if isinstance(M, SparseMatrix):
         raise TypeError("a dense tensor was expected, not a SparseMatrix")
     return M
 
 
 def numbers(M: Matrix) -> Tensor:
-    """Return all entries of each sample, (B, k)."""
+    """Return the stored entries of each sample, (B, k)."""
     return M.values if isinstance(M, SparseMatrix) else M.flatten(1)
 
 
@@ -33,17 +33,17 @@ def matmul(M: Matrix, x: Tensor) -> Tensor:
 
 
 def split(M: Matrix) -> tuple[Pattern | None, Tensor]:
-    """Return the pattern, None if M is dense, and the tensor that holds M's numbers: what `joined` takes."""
+    """Return the sparsity pattern (None if M is dense) and the tensor of entries; the inverse of `joined`."""
     return (M.pattern, M.values) if isinstance(M, SparseMatrix) else (None, M)
 
 
 def joined(pattern: Pattern | None, tensor: Tensor) -> Matrix:
-    """Return the matrix of a pattern, None if it is dense, and its numbers."""
+    """Return the matrix with a sparsity pattern (None if it is dense) and a tensor of entries."""
     return tensor if pattern is None else SparseMatrix(pattern, tensor)
 
 
 def outer(pattern: Pattern | None, left: Tensor, right: Tensor) -> Tensor:
-    """Return the numbers of left right' in a pattern, for left (B, m, k) and right (B, n, k)."""
+    """Return the entries of left right' in a sparsity pattern, for left (B, m, k) and right (B, n, k)."""
     if pattern is None:
         return left @ right.mT
     return (left.index_select(1, pattern.rows) * right.index_select(1, pattern.columns)).sum(2)
@@ -58,7 +58,7 @@ def rescaled(M: Matrix, left: Tensor, right: Tensor) -> Matrix:
 
 
 def where_samples(mask: Tensor, M: Matrix, other: Tensor | float = 0.0) -> Matrix:
-    """Return M with zeros in the samples that are not in the mask (B,), or with the diagonal `other` there."""
+    """Return M where the mask (B,) is True, and `other` times the identity in the other samples."""
     if isinstance(M, SparseMatrix):
         fill = 0.0 if other == 0.0 else torch.where(M.pattern.rows == M.pattern.columns, other, 0.0).to(M.values)
         return SparseMatrix(M.pattern, torch.where(mask[:, None], M.values, fill))
@@ -67,14 +67,14 @@ def where_samples(mask: Tensor, M: Matrix, other: Tensor | float = 0.0) -> Matri
 
 
 def masked_rows(M: Matrix, mask: Tensor) -> Matrix:
-    """Return M with zeros in the rows that are not in the mask (B or 1, m)."""
+    """Return M with zeros in the rows where the mask (B or 1, m) is False."""
     if isinstance(M, SparseMatrix):
         return SparseMatrix(M.pattern, torch.where(mask.index_select(1, M.pattern.rows), M.values, 0))
     return torch.where(mask[:, :, None], M, 0)
 
 
 def largest_in_rows(M: Matrix, weights: Tensor | None = None) -> Tensor:
-    """Return the largest entry times weight, weights (B, n) >= 0, in every row of M >= 0, (B, m); at least 0."""
+    """Return the largest entry of each row of M >= 0, (B, m), after multiplying the columns by weights (B, n) >= 0."""
     if isinstance(M, SparseMatrix):
         p = M.pattern
         terms = M.values if weights is None else M.values * weights.index_select(1, p.columns)
@@ -85,7 +85,7 @@ def largest_in_rows(M: Matrix, weights: Tensor | None = None) -> Tensor:
 
 
 def largest_in_columns(M: Matrix, weights: Tensor | None = None) -> Tensor:
-    """Return the largest entry times weight, weights (B, m) >= 0, in every column of M >= 0, (B, n); at least 0."""
+    """Return the largest entry of each column of M >= 0, (B, n), after multiplying the rows by weights (B, m) >= 0."""
     if isinstance(M, SparseMatrix):
         return largest_in_rows(M.mT, weights)
     if not M.shape[1]:
@@ -99,10 +99,10 @@ def _largest(terms: Tensor, at: Tensor, size: int) -> Tensor:
 
 
 def single_entries(M: Matrix) -> tuple[Tensor, Tensor, Tensor]:
-    """Return which rows have exactly one entry that is not zero, (B, m) bool, and the column and value of that entry.
+    """Return which rows have exactly one nonzero entry, (B, m) bool, and the column and value of that entry.
 
-    Where all samples are the same tensor, a dense M is looked at once and B is 1. In other rows the column is any, the
-    value 1.
+    In the other rows the column is arbitrary and the value 1. If a dense M is one matrix expanded over the batch, B is
+    1 in the result.
     """
     if isinstance(M, SparseMatrix):
         p, there = M.pattern, (M.values != 0)
@@ -118,7 +118,7 @@ def single_entries(M: Matrix) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def several_entries(M: Matrix) -> Tensor:
-    """Return which rows have more than one entry that is not zero, (B, m) bool."""
+    """Return which rows have more than one nonzero entry, (B, m) bool."""
     if isinstance(M, SparseMatrix):
         zero = torch.zeros(len(M), M.shape[1], dtype=torch.long, device=M.device)
         return zero.index_add(1, M.pattern.rows, (M.values != 0).long()) > 1
@@ -126,7 +126,7 @@ def several_entries(M: Matrix) -> Tensor:
 
 
 def assembled(blocks: Sequence[Sequence[Matrix | None]]) -> Matrix:
-    """Return a matrix of blocks, all dense or all sparse; None is a block of zeros."""
+    """Return the block matrix of rows of blocks, all dense or all sparse; None stands for a block of zeros."""
     heights = [next(M.shape[1] for M in row if M is not None) for row in blocks]
     widths = [next(M.shape[2] for M in column if M is not None) for column in zip(*blocks, strict=True)]
     some = [M for row in blocks for M in row if M is not None]
@@ -154,28 +154,28 @@ def assembled(blocks: Sequence[Sequence[Matrix | None]]) -> Matrix:
 
 
 def zeros(like: Matrix, m: int, n: int) -> Matrix:
-    """Return matrices of zeros (B, m, n) of the kind of `like`."""
+    """Return matrices of zeros (B, m, n), dense or sparse as `like`."""
     if isinstance(like, SparseMatrix):
         return SparseMatrix(Pattern.none((m, n), like.device), like.values[:, :0])
     return like.new_zeros(len(like), m, n)
 
 
 def identity(like: Matrix, n: int, times: float = 1.0) -> Matrix:
-    """Return multiples of the identity, (B, n, n), of the kind of `like`."""
+    """Return multiples of the identity, (B, n, n), dense or sparse as `like`."""
     if isinstance(like, SparseMatrix):
         return SparseMatrix(Pattern.identity(n, like.device), like.values.new_full((len(like), n), times))
     return (times * torch.eye(n, dtype=like.dtype, device=like.device)).expand(len(like), n, n)
 
 
 def diagonal(like: Matrix, entries: Tensor) -> Matrix:
-    """Return diagonal matrices with these entries (B, n), of the kind of `like`."""
+    """Return diagonal matrices with these entries (B, n), dense or sparse as `like`."""
     if isinstance(like, SparseMatrix):
         return SparseMatrix(Pattern.identity(entries.shape[1], like.device), entries)
     return torch.diag_embed(entries)
 
 
 def column(like: Matrix, values: Tensor) -> Matrix:
-    """Return matrices with a single column of values, (B, m), of the kind of `like`."""
+    """Return matrices with a single column of values (B, m), dense or sparse as `like`."""
     if isinstance(like, SparseMatrix):
         at = torch.arange(values.shape[1], device=values.device)
         return SparseMatrix(Pattern(at, torch.zeros_like(at), (values.shape[1], 1)), values)
@@ -183,7 +183,7 @@ def column(like: Matrix, values: Tensor) -> Matrix:
 
 
 def selected_rows(M: Matrix, rows: Tensor) -> Matrix:
-    """Return some rows (k,) int64 of matrices, (B, k, n), the same of every sample."""
+    """Return the rows (k,) int64 of every sample, (B, k, n)."""
     if isinstance(M, SparseMatrix):
         p = M.pattern
         place = torch.full((p.shape[0],), -1, dtype=torch.long, device=M.device)
@@ -195,7 +195,7 @@ def selected_rows(M: Matrix, rows: Tensor) -> Matrix:
 
 
 def compact(M: Matrix) -> Tensor:
-    """Return one sample's matrices (1, k, n) as a dense (k, n'), without columns of zeros: products MM' are kept."""
+    """Return a batch of one (1, k, n) as a dense matrix (k, n') with the same MM'; columns of zeros are left out."""
     if isinstance(M, SparseMatrix):
         used, at = torch.unique(M.pattern.columns, return_inverse=True)
         out = M.values.new_zeros(M.pattern.shape[0], len(used))

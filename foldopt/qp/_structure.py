@@ -1,6 +1,6 @@
-"""From the arguments of a quadratic program to the matrices of a `Program`.
+"""Makes the matrices H and C of a `Program` from the arguments Q, G and A of a quadratic program.
 
-Sparse arguments have patterns, found once, and values, which gradients reach.
+A sparse argument is split into its sparsity pattern, which is found once, and its values, which gradients reach.
 """
 
 from __future__ import annotations
@@ -19,27 +19,27 @@ LAYOUTS = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc)
 
 
 def is_sparse_argument(M: Any) -> bool:
-    """Whether M is a sparse matrix of any kind that `taken` understands, or of a kind that it refuses."""
+    """Return whether M is a sparse matrix, of a kind that `sparse_argument` accepts or refuses."""
     if isinstance(M, Tensor):
         return M.layout != torch.strided
     return isinstance(M, SparseMatrix) or (hasattr(M, "tocsr") and hasattr(M, "shape"))
 
 
 class SparseArgument(NamedTuple):
-    """A matrix of the caller's: its pattern, and its values (nnz,), shared by the batch, or (B, nnz)."""
+    """A matrix that the user passed: its sparsity pattern, and its values, (B, nnz) or shared by the batch (nnz,)."""
 
     pattern: Pattern
     values: Tensor
 
 
 def sparse_argument(name: str, M: Any, device: torch.device) -> SparseArgument:
-    """Return the pattern and values of a matrix: torch sparse (COO, CSR, CSC), scipy sparse, `SparseMatrix` or dense.
+    """Return the pattern and values of a torch sparse (COO, CSR, CSC), SciPy, `SparseMatrix` or dense matrix.
 
-    A gradient with respect to the values comes back to M in its own layout. A batch (B, m, n) of sparse matrices has
-    the entries of all its samples. Of a dense M that needs no gradient the zeros are left out. The pattern is of plain
-    tensors under transforms of torch.func too, so that a layer may keep it.
+    The gradient with respect to the values reaches M in its own layout. The pattern of a batch (B, m, n) is the union
+    over its samples. A dense M keeps its zeros only if it needs a gradient. Also under transforms of `torch.func` the
+    pattern consists of plain tensors, so that a layer may keep it.
 
-    Raises InputError for another layout, or numbers that are not real.
+    Raises InputError for another layout, another device, or numbers that are not real.
     """
     if isinstance(M, Tensor) and M.layout == torch.strided:
         found = _of_dense(M)
@@ -63,7 +63,9 @@ def _of_sparse(name: str, M: Any, device: torch.device) -> SparseArgument:
         return _of_coo(name, M)
     if M.layout in LAYOUTS:
         return _of_compressed(name, M)
-    raise InputError(f"{name} is of layout {M.layout}, expected dense, sparse COO, CSR or CSC: {name}.to_sparse().")
+    raise InputError(
+        f"{name} is of layout {M.layout}, expected dense, sparse COO, CSR or CSC; pass {name}.to_sparse()."
+    )
 
 
 def _of_pattern(name: str, M: SparseMatrix) -> SparseArgument:
@@ -76,10 +78,10 @@ def _of_pattern(name: str, M: SparseMatrix) -> SparseArgument:
         )
     if ((rows < 0) | (rows >= m) | (columns < 0) | (columns >= n)).any():
         raise InputError(
-            f"{name} has an entry outside of its shape {(m, n)}; mend the rows and columns of its pattern."
+            f"{name} has an entry outside its shape {(m, n)}; correct the rows and columns of its pattern."
         )
     if not M.pattern.distinct:
-        raise InputError(f"{name} has two entries in one place; add them up.")
+        raise InputError(f"{name} has two entries in one position; add them up.")
     return SparseArgument(M.pattern, values)
 
 
@@ -153,7 +155,7 @@ def _of_compressed(name: str, M: Tensor) -> SparseArgument:
 
 
 def _united(sample: Tensor, rows: Tensor, columns: Tensor, values: Tensor, shape: torch.Size) -> SparseArgument:
-    """Return matrices of a batch in the pattern that all their entries together have."""
+    """Return the matrices of a batch in the union of their sparsity patterns."""
     batch, m, n = shape
     places, at = torch.unique(rows * n + columns, return_inverse=True)
     pattern = Pattern(places // n, places % n, (m, n))
@@ -161,7 +163,7 @@ def _united(sample: Tensor, rows: Tensor, columns: Tensor, values: Tensor, shape
 
 
 class _Values(torch.autograd.Function):
-    """The values of a compressed sparse tensor; torch's own `values()` has no second derivative there."""
+    """The values of a CSR or CSC tensor, with all derivatives; torch's `values()` has no second derivative."""
 
     @staticmethod
     def forward(M: Tensor) -> Tensor:
@@ -177,7 +179,7 @@ class _Values(torch.autograd.Function):
 
 
 class _Filled(torch.autograd.Function):
-    """A compressed sparse tensor like another one with these values."""
+    """A CSR or CSC tensor with the pattern of another one and these values."""
 
     @staticmethod
     def forward(values: Tensor, like: Tensor) -> Tensor:
@@ -199,10 +201,10 @@ class _Filled(torch.autograd.Function):
 
 
 class Structure:
-    """The patterns of Q, G and A, and how their values make the matrices H and C of a `Program`.
+    """Makes programs from sparse Q, G and A of fixed sparsity patterns.
 
-    bounded: whether the variables have bounds. H is the symmetric part of Q; the rows of C are those of A, of G, then
-    the bounds.
+    H is the symmetric part of Q; the rows of C are those of A, then those of G, then the bounds of the variables.
+    bounded: whether the variables have bounds.
     """
 
     def __init__(self, Q: Pattern, G: Pattern, A: Pattern, bounded: bool) -> None:
@@ -221,12 +223,12 @@ class Structure:
         )
 
     def suits(self, Q: Pattern, G: Pattern, A: Pattern, bounded: bool) -> bool:
-        """Whether it is that of these patterns."""
+        """Return whether these are its patterns."""
         pairs = zip(self.own, (Q, G, A), strict=True)
         return bounded == self.bounded and all(a is b or a.same_as(b) for a, b in pairs)
 
     def program(self, *params: Tensor) -> Program:
-        """Return a QP, of Q, p, G, h, A, b, lower, upper, as l <= Cx <= u; Q, G and A: values (nnz,) or (B, nnz)."""
+        """Return the program of Q, p, G, h, A, b, lower, upper, where Q, G and A are values (nnz,) or (B, nnz)."""
         Q, p, G, h, A, b, lower, upper = params
         B = max((len(t) for t in params if t.dim() == 2), default=1)
         n, m, k = p.shape[-1], h.shape[-1], b.shape[-1]
@@ -259,9 +261,9 @@ def program_of(
     *,
     symmetric: Tensor | None = None,
 ) -> Program:
-    """Return a QP as a program l <= Cx <= u: rows of A, of G, then the bounds of the variables if there are any.
+    """Return the program of dense arguments. The rows of C are those of A, of G, then the bounds if there are any.
 
-    symmetric: the symmetric part of Q, if it is known; of Q's shape or expanded over the batch.
+    symmetric: the symmetric part of Q if it was computed before, of Q's shape or expanded over the batch.
     """
     dims = ((Q, 3), (p, 2), (G, 3), (h, 2), (A, 3), (b, 2), (lower, 2), (upper, 2))
     B = max((len(t) for t, dim in dims if t.dim() == dim), default=1)
@@ -285,7 +287,7 @@ def program_of(
 
 
 class _SymmetricPart(torch.autograd.Function):
-    """The symmetric part of Q, known beforehand, for uses of it that only return symmetric gradients."""
+    """The symmetric part of Q, which was computed before; valid where the gradient that comes back is symmetric."""
 
     @staticmethod
     def forward(Q: Tensor, part: Tensor) -> Tensor:
@@ -301,5 +303,5 @@ class _SymmetricPart(torch.autograd.Function):
 
 
 def symmetrized(Q: Tensor) -> Tensor:
-    """Return the symmetric part of Q, which is all that x'Qx knows of it."""
+    """Return the symmetric part of Q, which alone determines x'Qx."""
     return Q if torch.equal(Q, Q.mT) else (Q + Q.mT) / 2
