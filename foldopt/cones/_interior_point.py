@@ -33,7 +33,7 @@ class ConeSolution(NamedTuple):
     and s are a ray, Px = 0, Ax + s = 0 and q'x = -1, while y is NaN; such a sample may also be infeasible. All three
     are NaN in samples whose data are not finite.
 
-    Args:
+    Attributes:
         x: (B, n) float64, the solutions.
         y: (B, m), the multipliers, in the dual cone: Px + q + A'y = 0.
         s: (B, m), the slacks b - Ax, in the cone.

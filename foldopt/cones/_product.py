@@ -72,9 +72,12 @@ class ProductCone:
 
     Args:
         dims: the factors, as a dict from kinds to sizes; any kind may be missing and the order of the keys is free.
-            "zero" and "nonneg": a number of rows. "soc": a list of the sizes of second-order cones, t first. "psd": a
-            list of sides n of semidefinite matrices, with n (n + 1) / 2 rows each, see `svec`. "exp": a number of
-            exponential cones, with 3 rows each. "pow": a list of the exponents alpha of power cones, with 3 rows each.
+
+            - "zero", "nonneg": the number of rows.
+            - "soc": a list of the sizes of second-order cones, t first.
+            - "psd": a list of the sides n of semidefinite matrices, with n (n + 1) / 2 rows each, see `svec`.
+            - "exp": the number of exponential cones, with 3 rows each.
+            - "pow": a list of the exponents alpha of power cones, with 3 rows each.
         triangle: the triangle of the semidefinite matrices that the rows hold, "lower" (default) or "upper"; see
             `Semidefinite`.
 

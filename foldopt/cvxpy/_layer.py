@@ -26,7 +26,8 @@ class CvxpyLayer(nn.Module):
 
     The problem is brought once into the conic form
 
-        minimize 1/2 x'Px + q'x   subject to   Ax + s = b,   s in K
+        minimize    1/2 x'Px + q'x
+        subject to  Ax + s = b,  s in K
 
     where K is a product of zero, nonnegative, second-order, semidefinite, exponential and power cones and the entries
     of P, q, A and b are affine functions of the parameters. A solver finds a solution in float64, Newton steps polish
@@ -65,8 +66,8 @@ class CvxpyLayer(nn.Module):
             incoming gradient along which the solution is unique; dependent constraints share the gradient. "nan" and
             "zero" make the gradient of these samples NaN or zero.
         on_failure: what to do with samples that are infeasible, unbounded or not solved to tolerance. Their outputs
-            are NaN. "raise" (default) raises the error of the cause and "warn" warns; "nan" and "zero" say nothing and
-            make the gradient of these samples NaN or zero.
+            are NaN. "raise" (default) raises the error of the cause, and "warn" warns. "nan" and "zero" make the
+            gradient of these samples NaN or zero, without a warning.
         warm_start: whether to start at the solutions of the previous call if that had the same batch size. Newton steps
             are tried from there, and the solver is only called for samples where they fail. Default False.
         options: options of the solver, as a dict from its own names to values. Default None. They replace the tight

@@ -13,7 +13,7 @@ class Duals(NamedTuple):
     They belong to the Lagrangian 1/2 x'Qx + p'x + v'(Gx - h) + w'(Ax - b) + u'x with v, w and u for the fields G, A and
     bounds, so that Qx + p + G'v + A'w + u = 0 at a solution. They are differentiable as x is.
 
-    Args:
+    Attributes:
         A: (B, k), of the equalities.
         G: (B, m), of the inequalities, at least 0.
         bounds: (B, n), of the bounds: positive at an upper bound, negative at a lower one, 0 if there are no bounds.

@@ -31,7 +31,8 @@ class QPLayer(nn.Module):
 
     For every sample of a batch the layer solves
 
-        minimize 1/2 x'Qx + p'x   subject to   Gx <= h,   Ax = b,   lower <= x <= upper
+        minimize    1/2 x'Qx + p'x
+        subject to  Gx <= h,  Ax = b,  lower <= x <= upper
 
     and the result x is differentiable with respect to Q, p, G, h, A, b, lower and upper. Q = 0 gives a linear program.
     Call it as ``layer(Q, p, G, h, A, b, lower=lower, upper=upper)``, in the argument order of qpth's QPFunction.
@@ -68,8 +69,8 @@ class QPLayer(nn.Module):
             If there are several solutions, "one_sided" and "least_norm" use the part of the incoming gradient along
             which the solution is unique.
         on_failure: what to do with samples that are infeasible, unbounded or not convex, or that were not solved to
-            tolerance. Their x is NaN. "raise" (default) raises the error of the cause and "warn" warns; "nan" and
-            "zero" say nothing and make the gradient of these samples NaN or zero.
+            tolerance. Their x is NaN. "raise" (default) raises the error of the cause, and "warn" warns. "nan"
+            and "zero" make the gradient of these samples NaN or zero, without a warning.
         return_duals: whether to return ``(x, duals)`` instead of x, where duals is a `foldopt.qp.Duals` of multipliers,
             which are differentiable too. Default False.
         closest_feasible: None (default), "l1" or "l2". With a norm, samples without a feasible point are solved with

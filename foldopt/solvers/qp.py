@@ -24,7 +24,7 @@ PIVOTS = 10  # changes of the active set that are tried where the interior point
 class QPSolution(NamedTuple):
     """The solutions of a batch of quadratic programs min 1/2 x'Hx + q'x, Ax = b, Gx <= h.
 
-    Args:
+    Attributes:
         x: (B, n), the minimizers.
         nu: (B, p), the multipliers of the equalities.
         lam: (B, m), the multipliers of the inequalities, at least 0.
