@@ -126,7 +126,7 @@ def test_examples_of_docstrings_run(name):
             pytest.importorskip(NEEDED[part])
     module = importlib.import_module(name)
     lines = []
-    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.IGNORE_EXCEPTION_DETAIL)
+    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
     for case in doctest.DocTestFinder(exclude_empty=True).find(module, extraglobs={"torch": torch, "foldopt": foldopt}):
         runner.run(case, out=lines.append)
     assert not runner.failures, "".join(lines)
