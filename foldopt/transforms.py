@@ -191,7 +191,7 @@ def opaque(function: Function, *tensors: Tensor) -> Tensors:
 
 @dataclass(frozen=True)
 class Pullback(Opaque):
-    """``Pullback(f, n, wanted)(*cotangent, *inputs)``: the cotangents of f's n outputs, pulled back to `wanted` inputs."""
+    """``Pullback(f, n, wanted)(*cotangent, *inputs)`` pulls cotangents of f's n outputs back to `wanted` inputs."""
 
     function: Function
     n_outputs: int
