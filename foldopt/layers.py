@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, Unpack
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from foldopt._fold import FoldOptions, fold
+from foldopt._fold import fold
+from foldopt._gradient_layers import ADMMLayer, FDPGLayer, Polyhedron, f_fdpg, f_pgd_a, f_pgd_b
 from foldopt._layer import FixedPointLayer, LayerAround
 from foldopt._sparsity import Sparsity
 from foldopt.checks import require_whole
@@ -17,12 +18,7 @@ from foldopt.linear_solve import LinearSolver
 from foldopt.solvers import scipy_nlp
 from foldopt.solvers.multipliers import recover_multipliers
 from foldopt.solvers.nlp import solve_nlp
-from foldopt.solvers.qp import solve_qp
-from foldopt.solvers.qpth import solve_qpth
 from foldopt.step import State, as_tuple
-from foldopt.updates.admm import PrimalADMM, PrimalState, batched_qp, symmetric
-from foldopt.updates.dual_proximal_gradient import DualProximalGradient
-from foldopt.updates.gradient import ProjectedGradient
 from foldopt.updates.programs import SmoothProgram, SQPData, SQPProgram, SQPState
 from foldopt.updates.sparse_sqp import SparseSQP
 from foldopt.updates.sqp import SQP
@@ -32,107 +28,6 @@ __all__ = ["ADMMLayer", "FDPGLayer", "NLPLayer", "Polyhedron", "f_fdpg", "f_pgd_
 
 def __dir__() -> list[str]:
     return __all__
-
-
-Polyhedron = Callable[..., tuple[Tensor, Tensor, Tensor | None, Tensor | None]]
-
-
-def f_pgd_a(
-    objective: Callable[..., Tensor],
-    polyhedron: Polyhedron,
-    solve: Callable[..., Tensor],
-    stepsize: float,
-    **options: Unpack[FoldOptions],
-) -> FixedPointLayer:
-    """f-PGDa: projected gradient on a polyhedron, the projection and its derivative by qpth (paper section 6).
-
-    Args:
-        objective: f(x, *params) -> (B,), smooth. polyhedron: ``polyhedron(*params) -> (G, h, A, b)``, the set
-            Gx <= h, Ax = b, each batched or shared by the batch; A and b may be None.
-        solve: ``solve(*params) -> x``, any black box, (B, n).
-        stepsize: alpha > 0 of eq. 4; the gradient does not depend on it.
-        options: as for `foldopt.fold`; dtype is float64 unless given, as qpth's interior point needs it.
-
-    Raises MissingDependencyError when it is called without qpth. qpth has no second derivative; `f_pgd_b` does.
-    """
-
-    def projection(y: Tensor, *params: Tensor) -> Tensor:
-        return solve_qpth(*_projection_qp(y, polyhedron(*params)), eps=1e-14, max_iter=60)
-
-    return fold(solve, ProjectedGradient(objective, projection, stepsize), **_float64(options))
-
-
-def f_pgd_b(
-    objective: Callable[..., Tensor],
-    polyhedron: Polyhedron,
-    solve: Callable[..., Tensor],
-    stepsize: float,
-    **options: Unpack[FoldOptions],
-) -> FixedPointLayer:
-    """f-PGDb: projected gradient whose projection is itself a folded ADMM, `ADMMLayer` (paper section 6).
-
-    Nested folding: the update step contains a folded layer. Arguments as for `f_pgd_a`.
-    """
-    inner = ADMMLayer()
-
-    def projection(y: Tensor, *params: Tensor) -> Tensor:
-        return inner(*_projection_qp(y, polyhedron(*params)))
-
-    return fold(solve, ProjectedGradient(objective, projection, stepsize), **_float64(options))
-
-
-def _float64(options: FoldOptions) -> FoldOptions:
-    """Return the options with float64 where no dtype is given."""
-    return options if "dtype" in options else {**options, "dtype": torch.float64}
-
-
-def _projection_qp(y: Tensor, polyhedron: tuple[Tensor, Tensor, Tensor | None, Tensor | None]) -> tuple[Tensor, ...]:
-    """Return the projection of y on a polyhedron as the arguments (Q, p, G, h, A, b) of a QP."""
-    if len(polyhedron) != 4:
-        raise InputError(f"polyhedron returned {len(polyhedron)} values, expected (G, h, A, b); A and b may be None.")
-    G, h, A, b = polyhedron
-    if A is None or b is None:
-        A, b = y.new_zeros(0, y.shape[1]), y.new_zeros(0)
-    return torch.eye(y.shape[1], dtype=y.dtype, device=y.device), -y, G, h, A, b
-
-
-def f_fdpg(
-    prox: Callable[..., Tensor],
-    solve: Callable[..., Tensor],
-    *,
-    stepsize: float | None = None,
-    **options: Unpack[FoldOptions],
-) -> FDPGLayer:
-    """f-FDPG: min_x 1/2 |x - d|^2 + g(D x), folded through one dual proximal gradient step (paper eq. 28).
-
-    Args:
-        prox: as for `foldopt.DualProximalGradient`. stepsize: s; None takes 1 / |D|^2.
-        solve: ``solve(D, d, *params) -> w``, the dual solution (B, m), of which x = d + D'w; where a solver knows only
-            x, ``DualProximalGradient.dual(x, D, d)`` makes w of it.
-        options: as for `foldopt.fold`.
-
-    Returns ``layer(D, d, *params) -> x``, (B, n); ``layer.last`` holds the certificates.
-    """
-    return FDPGLayer(prox, solve, stepsize, **options)
-
-
-class FDPGLayer(LayerAround):
-    """The layer that `f_fdpg` makes."""
-
-    def __init__(
-        self,
-        prox: Callable[..., Tensor],
-        solve: Callable[..., Tensor],
-        stepsize: float | None = None,
-        **options: Unpack[FoldOptions],
-    ) -> None:
-        super().__init__()
-        self.update = DualProximalGradient(prox, stepsize)
-        self.fold = fold(solve, self.update, **options)
-
-    def forward(self, D: Tensor, d: Tensor, *params: Tensor) -> Tensor:
-        """Return x, (B, n)."""
-        return self.update.primal(self.fold(D, d, *params), D, d)
 
 
 def f_sqp(
@@ -190,33 +85,6 @@ def f_sqp(
         dtype=dtype,
         modules=modules,
     )
-
-
-class ADMMLayer(LayerAround):
-    """A strictly convex quadratic program folded through one step of ADMM (paper eqs. 29-30): the inside of f-PGDb.
-
-    ``ADMMLayer()(Q, p, G, h, A, b) -> x``, arguments as for `QPLayer`, which is exact on more programs; A and b of full
-    row rank. At a weakly active constraint the derivative is the one-sided one with the constraint active.
-
-    Args:
-        rho: penalty of ADMM, above 0; the gradient does not depend on it. options: as for `foldopt.fold`.
-    """
-
-    def __init__(self, rho: float = 1.0, **options: Unpack[FoldOptions]) -> None:
-        super().__init__()
-        self.update = PrimalADMM(rho)
-        self.fold = fold(self._solve, self.update, **_float64(options))
-
-    def forward(self, Q: Tensor, p: Tensor, G: Tensor, h: Tensor, A: Tensor, b: Tensor) -> Tensor:
-        """Return the solutions, (B, n), in the dtype of Q."""
-        batched_qp(Q, p, G, h, A, b)  # shapes first: what follows would fail in its own words
-        x: Tensor = self.fold(Q, p, G, h, A, b)[0]
-        return x.to(Q.dtype)
-
-    def _solve(self, *params: Tensor) -> PrimalState:
-        Q, p, G, h, A, b = batched_qp(*params)
-        found = solve_qp(symmetric(Q), p, A, b, G, h)
-        return found.x, *self.update.state(found.x, found.lam, G)
 
 
 class NLPLayer(LayerAround):

@@ -21,6 +21,7 @@ TO_DO = Path(__file__).with_name("docstrings_to_do.txt")
 PENDING = set(TO_DO.read_text().split())
 PARSING = {"returns_multiple_items": False, "returns_named_value": False, "warnings": False}
 NEEDED = {
+    "_gradient_layers": "qpth",
     "cvxpy": "cvxpy",
     "cvxpylayers": "cvxpylayers",
     "gurobi": "gurobipy",
