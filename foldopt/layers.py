@@ -1,4 +1,4 @@
-"""Ready layers: the folded optimizers of the paper's section 6."""
+"""Ready layers, each with its own update step: the folded optimizers of the paper's section 6, and `NLPLayer`."""
 
 from __future__ import annotations
 
@@ -43,29 +43,57 @@ def f_sqp(
     tol: float | None = None,
     modules: Iterable[nn.Module] = (),
 ) -> FixedPointLayer:
-    """f-SQP: any smooth program, solved by any black box, folded through one SQP step (paper section 6, eqs. 31-32).
+    """f-SQP: any smooth program, solved by any black box and folded through one SQP step.
+
+    The program is min f(x, c) subject to h(x, c) = 0, g(x, c) <= 0, convex or not. The state is the KKT point (x, nu,
+    lam) of the Lagrangian f + nu'h + lam'g. At a KKT point a full SQP step has Phi = 0, so that the derivative costs
+    one solve with the KKT matrix.
 
     Args:
-        program: what SQP models, e.g. ``SmoothProgram(objective, equalities, inequalities)``.
-        solve: ``solve(*params) -> (x, nu, lam)``, the primal solution (B, n) and the multipliers (B, p) and (B, m) of
-            the Lagrangian f + nu.h + lam.g, lam >= 0.
-        stepsize: alpha of eq. 32. dtype: float64 by default whatever the network's dtype; None keeps the caller's.
-        degenerate: what happens to samples whose solution has no derivative that the incoming gradient asks for, as for
-            `foldopt.QPLayer`: "raise" (`KinkError` at constraints without slack and without a multiplier,
-            `NotUniqueError`, `DependentRowsError`), "warn" (and go on as "one_sided"), "one_sided" (the derivative of
-            one of the smooth pieces that meet; of active constraints that depend on each other some independent ones
-            carry), "least_norm" (they share), "nan" or "zero" (the gradient of that sample).
-        sparsity: True, or a `foldopt.Sparsity`, for thousands of variables: the KKT system is sparse, its entries come
-            from a few products with the derivatives of the program, a `SmoothProgram` (`foldopt.updates.SparseSQP`,
-            whose stepsize is 1). True finds out which entries there are, by a product for every variable and
-            constraint at the first call. Needs scipy and qdldl (extra "qp").
-        on_failure, linear_solver, tol, modules: as for `foldopt.fold`.
+        program: the program that SQP models, such as ``SmoothProgram(objective, equalities, inequalities)``.
+        solve: ``solve(*params) -> (x, nu, lam)``, the solution (B, n) and its multipliers (B, p) and (B, m), lam >= 0.
+        stepsize: alpha of eq. 32, above 0; default 1, the full step. The gradient does not depend on it.
+        dtype: dtype of the computation; default float64. None keeps the dtype of the first floating parameter.
+        degenerate: policy for samples whose solution has no derivative for the incoming gradient: "raise" (the default:
+            `KinkError` at active constraints with a multiplier of zero, `NotUniqueError`, `DependentRowsError`), "warn"
+            and go on as "one_sided", "one_sided" (the derivative of one of the smooth pieces that meet; of dependent
+            active constraints only independent ones carry multipliers), "least_norm" (dependent ones share them), "nan"
+            or "zero" (the gradient of that sample).
+        on_failure: policy for samples that fail, as in `foldopt.fold`: "raise" (the default), "warn", "nan" or "zero".
+        sparsity: for thousands of variables: True, or a `foldopt.Sparsity`, makes the KKT system sparse, as in
+            `foldopt.updates.SparseSQP`. The program must be a `SmoothProgram` and the stepsize 1. True detects the
+            places of the entries at the first call, by one product per variable and constraint. Needs scipy and qdldl
+            (extra "qp"). Default False: dense.
+        linear_solver: solver of the backward equation, as in `foldopt.fold`; default "auto".
+        tol: largest accepted residual of the step, as in `foldopt.fold`; default 1e-6 in float64, otherwise 1e-3.
+        modules: further modules whose weights the program uses, as in `foldopt.fold`.
 
     Returns:
-        ``layer(*params) -> (x, nu, lam)``, differentiable. At a vertex (as many active constraints as variables) the
-        derivative is exactly zero. Active constraints that depend on each other matter only to the gradient of
-        parameters that the constraints use, and where their curvatures differ. ``layer.last.verdict`` says after a
-        backward pass what became of each sample.
+        A layer, ``layer(*params) -> (x, nu, lam)``. After a backward pass ``layer.last.verdict`` has the verdict on
+        each sample. At a vertex (as many active constraints as variables) the derivative with respect to the objective
+        is zero. Active constraints that depend on each other matter only if the gradient of parameters in the
+        constraints is asked for, or if their curvatures differ.
+
+    Raises:
+        InputError: an argument is invalid, or sparsity is used with a stepsize other than 1. When the layer is called
+            it raises the errors of `foldopt.fold`.
+
+    Source: paper, eqs. 31 and 32 and section 6; Nocedal and Wright, Numerical Optimization (2006), chapter 18.
+
+    Examples:
+        Minimize |x|^2 / 2 subject to x_1 + x_2 = c; the solution is x_1 = x_2 = c / 2, its multiplier -c / 2:
+
+        >>> def objective(x, c):
+        ...     return 0.5 * x.square().sum(1)
+        >>> def equality(x, c):
+        ...     return x.sum(1, keepdim=True) - c
+        >>> program = foldopt.SmoothProgram(objective, equality)
+        >>> layer = foldopt.f_sqp(program, lambda c: (torch.cat([c, c], 1) / 2, -c / 2, c[:, :0]))
+        >>> c = torch.tensor([[4.0]], requires_grad=True)
+        >>> x, nu, lam = layer(c)
+        >>> x[:, 0].sum().backward()
+        >>> c.grad
+        tensor([[0.5000]])
     """
     nan = "nan" in (degenerate, on_failure)
     step: SQP | SparseSQP
