@@ -217,8 +217,7 @@ def unroll(
     dtype: torch.dtype | None = None,
     modules: Iterable[nn.Module] = (),
 ) -> FixedPointLayer:
-    """Turn a starting point and an update step into a layer that differentiates through the whole iteration.
-    steps.
+    """Turn a starting point and an update step into a layer that unrolls: all steps are differentiated.
 
     The steps are recorded on the autograd graph, so time and memory of the backward pass grow with their number. It is
     the baseline that folding replaces.
@@ -266,8 +265,7 @@ def unfold(
     dtype: torch.dtype | None = None,
     modules: Iterable[nn.Module] = (),
 ) -> FixedPointLayer:
-    """Turn a solver and an update step into a layer that differentiates through steps at the solution.
-    steps.
+    """Turn a solver and an update step into a layer that unfolds: it differentiates steps at the solution.
 
     By Theorem 1 its backward pass of K steps is K steps of the linear fixed-point iteration on v = Phi^T v + g. `fold`
     solves the same equation with one recorded step; unfolding is the baseline between it and unrolling.

@@ -264,8 +264,7 @@ class Linear(FixedPoint):
         raise NotImplementedError
 
     def solve(self, recorded: Recorded, keep: Tensor, product: Product, r: Tensor) -> tuple[Tensor, LinearSolveInfo]:
-        """Solve the equation for the samples in `keep`, and apply the policies to samples without a trustworthy
-        derivative.
+        """Solve the equation for the samples in `keep`, and apply the policies to samples that lack a derivative.
 
         Args:
             recorded: the recorded step of the differentiated point.

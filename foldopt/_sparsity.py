@@ -100,8 +100,8 @@ class Sparsity:
     def detected(cls, program: SmoothProgram, x: Tensor, *params: Tensor) -> Sparsity:
         """Find the places by one product for every variable and every constraint, at a point near x.
 
-        An entry that is zero in all samples at that point but not elsewhere is missed. Layers compare their matrices
-        with a product, so a missed entry raises an error instead of giving a wrong gradient.
+        An entry that is zero in all samples at that point but not elsewhere is missed. Code that uses the places
+        compares the matrices with a product and does not go on if they differ.
 
         Args:
             program: the program.
