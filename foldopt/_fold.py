@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from foldopt._certificates import FoldInfo, patched
-from foldopt._implicit import FixedPoint, Judge
+from foldopt._implicit import FixedPoint
 from foldopt._layer import FixedPointLayer, LayerCall
 from foldopt._unrolled import Unrolled
 from foldopt.linear_solve import LinearSolver, Phi
 from foldopt.linear_solve import linear_solver as resolve
 from foldopt.step import Recorded, State, StepFunction, StepVJP, Tensors, flatten, record
 from foldopt.transforms import Undeclared, differentiable
-from foldopt.verdicts import require_policy
+from foldopt.verdicts import Judge, require_policy
 
 
 class Implicit:

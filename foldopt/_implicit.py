@@ -25,9 +25,8 @@ from foldopt.linear_solve._base import Iterative, Product
 from foldopt.linear_solve._dense import compared
 from foldopt.step import Recorded, StepFunction, StepJVP, StepVJP, Tensors, flatten, record, unflatten
 from foldopt.transforms import Opaque, Pullback, Pushforward, differentiable, looped, pulled_back, pushed_forward
-from foldopt.verdicts import Verdict
+from foldopt.verdicts import Judge, Verdict
 
-Judge = Callable[[Tensor, Sequence[bool], bool], tuple[Tensor, Verdict]]
 Solve = Callable[[Product, Tensor], tuple[Tensor, LinearSolveInfo]]
 
 

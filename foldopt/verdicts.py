@@ -21,7 +21,7 @@ from torch import Tensor
 
 from foldopt.errors import DegenerateError, DependentRowsError, InputError, KinkError, NotUniqueError
 
-__all__ = ["NAMES", "POLICIES", "Verdict", "require_policy"]
+__all__ = ["NAMES", "POLICIES", "Judge", "Verdict", "require_policy"]
 
 
 def __dir__() -> list[str]:
@@ -130,6 +130,9 @@ class Verdict:
         mask, name = (self.variables, lambda j: f"x[{j}]") if kind == NOT_UNIQUE else (self.rows, self.row_names)
         found = mask[sample].nonzero()[:, 0].tolist()
         return ", ".join(name(i) for i in found[:6]) + (f" and {len(found) - 6} more" if len(found) > 6 else "")
+
+
+Judge = Callable[[Tensor, Sequence[bool], bool], tuple[Tensor, Verdict]]
 
 
 def require_policy(degenerate: str) -> None:
