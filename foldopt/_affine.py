@@ -9,6 +9,8 @@ from torch import Tensor
 
 from foldopt._compat import outer_tangents, plain, through_autograds_vmap
 
+__all__ = ["SparseMap"]
+
 
 class SparseMap:
     """The map p -> p M' for a constant scipy CSR matrix M: (..., columns) to (..., rows), on the CPU."""

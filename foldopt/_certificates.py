@@ -15,6 +15,8 @@ from foldopt.linear_solve import LinearSolveInfo
 from foldopt.step import Tensors
 from foldopt.verdicts import Verdict
 
+__all__ = ["POLICIES", "FoldInfo", "apply_policy", "masked", "patched"]
+
 POLICIES = ("raise", "warn", "nan", "zero")
 
 

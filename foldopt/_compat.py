@@ -12,6 +12,21 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves
 
+__all__ = [
+    "Mapped",
+    "Tensors",
+    "batched_by_autograd",
+    "leaves",
+    "outer_tangents",
+    "parameters_replaced",
+    "plain",
+    "through_autograds_vmap",
+    "transforming",
+    "untransformed",
+    "version",
+    "wrapped_by_func",
+]
+
 Tensors = tuple[Tensor, ...]
 Mapped = Callable[[int, list[int | None], Tensors], tuple[Tensors, tuple[int, ...]]]
 

@@ -21,6 +21,8 @@ from foldopt.step import Recorded, State, StepFunction, StepVJP, Tensors, flatte
 from foldopt.transforms import Undeclared, differentiable
 from foldopt.verdicts import Judge, require_policy
 
+__all__ = ["CallPoint", "Implicit", "fold", "unfold", "unroll"]
+
 
 class Implicit:
     """Differentiate the solution implicitly, through one update step at the fixed point, as `foldopt.fold` does.

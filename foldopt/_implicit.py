@@ -27,6 +27,8 @@ from foldopt.step import Recorded, StepFunction, StepJVP, StepVJP, Tensors, flat
 from foldopt.transforms import Opaque, Pullback, Pushforward, differentiable, looped, pulled_back, pushed_forward
 from foldopt.verdicts import Judge, Verdict
 
+__all__ = ["Adjoint", "FixedPoint", "Linear", "Solve", "Tangent", "fixed_point_jvp", "fixed_point_vjp"]
+
 Solve = Callable[[Product, Tensor], tuple[Tensor, LinearSolveInfo]]
 
 

@@ -15,6 +15,8 @@ from foldopt.checks import NONFINITE_ALLOWED, require_finite
 from foldopt.errors import FixedPointError, InputError
 from foldopt.step import Modules, State, Tensors, flatten
 
+__all__ = ["TOLERANCE", "Derivative", "FixedPointLayer", "LayerAround", "LayerCall"]
+
 TOLERANCE = defaultdict(lambda: 1e-3, {torch.float64: 1e-6})  # of the relative residual of the step
 
 

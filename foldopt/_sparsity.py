@@ -25,6 +25,8 @@ from foldopt.qp.matrix import Pattern, SparseMatrix
 from foldopt.step import Recorded, pushforward, vjp_of
 from foldopt.updates.programs import SmoothProgram
 
+__all__ = ["Derivative", "Derivatives", "Model", "Product", "Reading", "Sparsity"]
+
 Product = Callable[[Tensor], Tensor]
 
 

@@ -18,6 +18,8 @@ from foldopt.linear_solve import LinearSolveInfo
 from foldopt.linear_solve._base import relative
 from foldopt.step import Tensors, flatten, unflatten
 
+__all__ = ["Unrolled"]
+
 
 @dataclass(frozen=True)
 class Unrolled:

@@ -20,6 +20,8 @@ from foldopt.errors import InputError
 from foldopt.linear_solve import SOLVERS, LinearSolveInfo
 from foldopt.step import StepVJP, as_tuple, flatten
 
+__all__ = ["GradientCheck", "Report", "check"]
+
 
 class GradientCheck(NamedTuple):
     """The folded derivative along a random direction of one parameter, beside central differences of the solver.

@@ -20,6 +20,16 @@ from foldopt.linear_solve import LFPI, SOLVERS, Direct
 from foldopt.linear_solve._phi import Phi
 from foldopt.step import Recorded, StepVJP, Tensors, as_tuple, flatten, record, unflatten, vjp_of
 
+__all__ = [
+    "ASSEMBLED",
+    "BackwardTrace",
+    "StepsizeRow",
+    "agreement",
+    "backward_trace",
+    "spectral_radius",
+    "stepsize_study",
+]
+
 ASSEMBLED = 400  # columns up to which Phi is assembled where it is multiplied with hundreds of times
 
 

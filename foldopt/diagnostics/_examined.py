@@ -15,6 +15,8 @@ from foldopt._layer import FixedPointLayer, LayerCall
 from foldopt.errors import InputError
 from foldopt.step import Recorded, StepFunction, Tensors, record
 
+__all__ = ["Examined", "distance", "examined", "folded_in", "joined", "lenient", "random_like"]
+
 
 def folded_in(layer: nn.Module, params: Sequence[Any]) -> FixedPointLayer:
     """Return the folded layer that a call of `layer` with these parameters uses; InputError if there is none."""

@@ -13,6 +13,18 @@ from torch import Tensor
 from foldopt.errors import InputError
 from foldopt.linear_solve._phi import Phi
 
+__all__ = [
+    "VJP",
+    "Iterative",
+    "LinearSolveInfo",
+    "LinearSolver",
+    "Product",
+    "norm",
+    "relative",
+    "require_relative",
+    "safe_ratio",
+]
+
 VJP = Callable[[Tensor], Tensor]
 
 

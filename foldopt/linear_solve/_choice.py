@@ -18,6 +18,8 @@ from foldopt.linear_solve._iteration import LFPI, Anderson
 from foldopt.linear_solve._krylov import GMRES, BiCGSTAB
 from foldopt.linear_solve._phi import Phi
 
+__all__ = ["SINGULAR", "SOLVERS", "Auto", "linear_solver"]
+
 SINGULAR = (
     "Check that the fixed point is locally unique; choose linear_solver='least_squares', which takes the nearest to a "
     "solution where there is none and the matrix is small; or choose on_failure='nan'|'zero'"

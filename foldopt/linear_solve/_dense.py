@@ -12,6 +12,8 @@ from foldopt.errors import InputError
 from foldopt.linear_solve._base import VJP, LinearSolveInfo, norm, relative, require_relative
 from foldopt.linear_solve._phi import Phi
 
+__all__ = ["WRONG_CLOSED_FORM", "Dense", "Direct", "LeastSquares", "compared", "gigabytes", "require_room"]
+
 WRONG_CLOSED_FORM = (
     "The matrix that the update's method jacobian returns is not the derivative dU/dx of its step there, whose row i "
     "is the gradient of the i-th number of the new state: correct it, or delete the method"

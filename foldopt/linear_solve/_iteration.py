@@ -11,6 +11,8 @@ from foldopt.errors import InputError
 from foldopt.linear_solve._base import VJP, Iterative, LinearSolveInfo, norm, relative
 from foldopt.linear_solve._phi import Phi
 
+__all__ = ["LFPI", "Anderson"]
+
 
 @dataclass(frozen=True)
 class LFPI(Iterative):

@@ -13,6 +13,8 @@ from foldopt.errors import InputError
 from foldopt.linear_solve._base import VJP, Iterative, LinearSolveInfo, norm, relative, safe_ratio
 from foldopt.linear_solve._phi import Phi
 
+__all__ = ["GMRES", "BiCGSTAB", "Krylov"]
+
 
 @dataclass(frozen=True)
 class Krylov(Iterative):

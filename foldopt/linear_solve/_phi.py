@@ -12,6 +12,8 @@ from torch import Tensor
 from foldopt.batched import lu_factor, matvec
 from foldopt.linear_solve._sparse import SHIFT, SparsePhi
 
+__all__ = ["Inverse", "Phi"]
+
 Inverse = Callable[[Tensor, bool], Tensor | None]
 
 

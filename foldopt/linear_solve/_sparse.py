@@ -9,6 +9,8 @@ from torch import Tensor
 
 from foldopt.errors import InputError, MissingDependencyError
 
+__all__ = ["SHIFT", "SparsePhi"]
+
 SHIFT = 1e-8  # of the diagonal, relative to the largest entry, that makes a singular matrix regular
 
 

@@ -13,6 +13,8 @@ from foldopt.errors import InputError
 from foldopt.linear_solve._base import VJP, Iterative, LinearSolveInfo
 from foldopt.linear_solve._phi import Phi
 
+__all__ = ["WarmStart"]
+
 
 class WarmStart:
     """Remember each sample's v and start the next solve for that sample there, for losses that change slowly.

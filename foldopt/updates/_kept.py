@@ -8,6 +8,8 @@ from torch import Tensor
 
 from foldopt._compat import version
 
+__all__ = ["Kept"]
+
 
 class Kept(NamedTuple):
     """A result, and the tensors with their versions from which it was computed."""
