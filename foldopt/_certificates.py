@@ -25,8 +25,8 @@ class FoldInfo:
     """Certificates of a layer's last call, per sample; a layer keeps them as ``layer.last``.
 
     Attributes:
-        residual: (B,), ||U(x*, c) - x*|| / (1 + ||x*||) at the state that the solver returned. Layers with their own
-            optimality conditions (`QPLayer`) store the largest relative violation of the KKT conditions.
+        residual: (B,), ``||U(x*, c) - x*|| / (1 + ||x*||)`` at the state that the solver returned. Layers with their
+            own optimality conditions (`QPLayer`) store the largest relative violation of the KKT conditions.
         solved: (B,) bool, whether the residual is within the layer's tolerance.
         causes: one word per sample, "solved" or the cause of the failure; None where the solver does not tell.
         backward: report of the linear solver on the last backward pass (`foldopt.linear_solve.LinearSolveInfo`); None

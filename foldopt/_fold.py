@@ -152,9 +152,10 @@ def fold(
 ) -> FixedPointLayer:
     """Turn a black-box solver and one update step into a differentiable layer: fixed-point folding.
 
-    The solver returns x*(c), and the step U has it as a fixed point: x* = U(x*, c). With Phi = dU/dx and Psi = dU/dc at
-    x*, the gradient of a loss with respect to c is v^T Psi, where v solves the backward equation v = Phi^T v + g and g
-    is the gradient of the loss with respect to x*. Only one step is recorded, however many iterations the solver took.
+    The solver returns a solution x of the parameters c, and the step U has it as a fixed point, x = U(x, c). Let
+    Phi = dU/dx and Psi = dU/dc there, and let g be the gradient of the loss with respect to x. Then the gradient with
+    respect to c is v^T Psi, where v solves the backward equation v = Phi^T v + g. Only one step is recorded, however
+    many iterations the solver took.
 
     Args:
         solve: ``solve(*params) -> state``, run without gradients: a closed form, Gurobi, any code.
@@ -166,7 +167,7 @@ def fold(
             Phi^T v + g, or v = Phi v + g if `transposed`, or None; `stepped` is the state after the step.
         linear_solver: solver of the backward equation: "auto", "direct", "least_squares", "gmres", "bicgstab",
             "anderson", "lfpi", or an instance from `foldopt.linear_solve`, such as ``GMRES(tol=1e-6)``; default "auto".
-        tol: largest accepted relative residual ||U(x*, c) - x*|| / (1 + ||x*||) of a sample; default 1e-6 in float64,
+        tol: largest accepted relative residual ``||U(x, c) - x|| / (1 + ||x||)`` of a sample; default 1e-6 in float64,
             otherwise 1e-3.
         on_failure: policy for samples whose solution the step does not fix, or whose backward equation was not solved:
             "raise" an error (the default), "warn" and go on, or make their gradient "nan" or "zero".
@@ -228,7 +229,7 @@ def unroll(
         solve: ``solve(*params) -> state``, the starting point of the iteration, run without gradients.
         update: ``update(state, *params) -> state``, differentiable PyTorch code. The samples must not interact.
         iterations: number of steps, at least 1.
-        tol: largest accepted relative change ||x_K - x_(K-1)|| / (1 + ||x_(K-1)||) of a sample in the last step;
+        tol: largest accepted relative change ``||x_K - x_(K-1)|| / (1 + ||x_(K-1)||)`` of a sample in the last step;
             default 1e-6 in float64, otherwise 1e-3.
         on_failure: policy for samples that changed more in the last step, so have not converged: "raise" an error (the
             default), "warn" and go on, or make their gradient "nan" or "zero". With the last two, a sample whose step

@@ -35,7 +35,7 @@ Solve = Callable[[Product, Tensor], tuple[Tensor, LinearSolveInfo]]
 def fixed_point_vjp(
     recorded: Recorded, cotangent: Sequence[Tensor], solve: Solve | LinearSolver, wanted: Sequence[Tensor] | None = None
 ) -> tuple[list[Tensor | None], LinearSolveInfo]:
-    """Return g^T J, the vector-Jacobian product of a fixed point with respect to its parameters, J = dx*/dc.
+    """Return g^T J, the vector-Jacobian product of a fixed point with respect to its parameters, J = dx/dc.
 
     It solves v = Phi^T v + g with the given solver and returns Psi^T v.
 
@@ -67,7 +67,7 @@ def fixed_point_vjp(
 def fixed_point_jvp(
     recorded: Recorded, tangents: Sequence[Tensor | None], solve: Solve | LinearSolver
 ) -> tuple[Tensors, LinearSolveInfo]:
-    """Return J dc, the Jacobian-vector product of a fixed point with respect to its parameters, J = dx*/dc.
+    """Return J dc, the Jacobian-vector product of a fixed point with respect to its parameters, J = dx/dc.
 
     It solves t = Phi t + Psi dc with the given solver.
 

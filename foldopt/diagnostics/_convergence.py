@@ -81,7 +81,7 @@ class BackwardTrace:
     Norms are 1-norms, as in the paper, over the whole batch.
 
     Attributes:
-        forward: (K,), ||x_k - x*|| / ||x*|| for k = 1 to K.
+        forward: (K,), ``||x_k - x*|| / ||x*||`` for k = 1 to K.
         backward: (K,), relative error of the gradient of k unrolled steps (Definition 2).
 
     Examples:
