@@ -18,12 +18,28 @@ from foldopt.linear_solve import LinearSolveInfo
 from foldopt.linear_solve._base import relative
 from foldopt.step import Tensors, flatten, unflatten
 
+__all__ = ["Unrolled"]
+
 
 @dataclass(frozen=True)
 class Unrolled:
-    """Record `iterations` update steps on the graph and let autograd differentiate through them.
+    """Record several update steps and let autograd differentiate through them: the derivative of `unroll` and `unfold`.
 
-    from_solution: whether the steps start at the solution, as `unfold` does, or at a starting point, as `unroll` does.
+    Args:
+        iterations: number of steps, at least 1.
+        from_solution: True if the steps start at the solution (unfolding), False if they start at a starting point
+            (unrolling); default False.
+
+    Raises:
+        InputError: iterations is not a whole number of at least 1.
+
+    Source: paper, sections 2 to 4.
+
+    Examples:
+        >>> derivative = foldopt.Unrolled(iterations=8)
+        >>> layer = foldopt.FixedPointLayer(torch.ones_like, lambda x, c: 0.5 * (x + c / x), derivative)
+        >>> layer(torch.tensor([[4.0]]))
+        tensor([[2.]])
     """
 
     iterations: int
@@ -60,7 +76,7 @@ class Unrolled:
         return _hooked(state, watch.arrived) if watched else state, info
 
     def _left(self, start: Tensors, state: Tensors, info: FoldInfo, tol: float, policy: str) -> Tensor:
-        """Return which samples the steps carried away from the solution, (B,): where they diverge, rounding grows."""
+        """Return which samples the steps carried away from the solution, (B,): divergence amplifies rounding."""
         x, end = flatten(start).detach(), flatten(state).detach()
         moved = torch.linalg.vector_norm(end - x, dim=1) / (1 + torch.linalg.vector_norm(x, dim=1))
         left = ~(moved <= tol) & info.solved
@@ -78,7 +94,7 @@ class Unrolled:
 
 @dataclass(eq=False)
 class _Watch:
-    """Certifies the backward pass of unfolding by the last term that it adds, (Phi^T)^(K - 1) g (Theorem 1)."""
+    """The certificate of unfolding's backward pass: the last term that it adds, (Phi^T)^(K - 1) g (Theorem 1)."""
 
     iterations: int
     policy: str
@@ -86,11 +102,11 @@ class _Watch:
     g: Tensor | None = None
 
     def arrived(self, g: Tensor) -> None:
-        """Take note of the incoming gradient."""
+        """Keep the incoming gradient g."""
         self.g = g.detach()
 
     def last_term(self, term: Tensor) -> None:
-        """Judge the last term and apply the policy."""
+        """Certify the backward pass by its last term and apply the policy."""
         info, g = cast(FoldInfo, self.info), cast(Tensor, self.g)  # the end of the steps comes first
         residual = relative(term.detach(), g).nan_to_num(nan=torch.inf)
         ok = residual < 1
@@ -109,7 +125,7 @@ class _Watch:
 
 
 def _hooked(state: Tensors, hook: Callable[[Tensor], None]) -> Tensors:
-    """Return the state, with a hook on the gradient of its flattened parts, (B, N)."""
+    """Return the same state with a hook on the gradient of its flattened parts, (B, N)."""
     flat = flatten(state)
     if flat.requires_grad:
         flat.register_hook(hook)
@@ -117,10 +133,12 @@ def _hooked(state: Tensors, hook: Callable[[Tensor], None]) -> Tensors:
 
 
 def _where(ok: Tensor, good: Tensors, other: Tensors) -> Tensors:
+    """Take the samples of one state where `ok`, (B,), those of the other elsewhere."""
     return tuple(torch.where(ok.view(-1, *[1] * (a.dim() - 1)), a, b) for a, b in zip(good, other, strict=True))
 
 
 def _mask_gradient(state: Tensors, ok: Tensor, policy: str) -> None:
+    """Make the gradient of failed samples NaN or zero, as the policy says."""
     for part in state:
         if part.requires_grad:
             part.register_hook(lambda g: masked((g,), ok, policy)[0])

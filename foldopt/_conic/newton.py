@@ -14,10 +14,9 @@ from foldopt._conic.systems import DENSE, solved
 from foldopt.cones import BlockDiagonal
 from foldopt.qp._kkt import probe
 from foldopt.updates._kept import Kept
-from foldopt.verdicts import DEPENDENT, DIFFERENTIABLE, KINK, NOT_UNIQUE, Verdict
+from foldopt.verdicts import DEPENDENT, DIFFERENTIABLE, KINK, NOT_UNIQUE, Judge, Verdict
 
 ConeState = tuple[Tensor, Tensor]
-Judge = Callable[[Tensor, Sequence[bool], bool], tuple[Tensor, Verdict]]
 UNIQUE = 1e-8  # the solution is unique along a cotangent if its share in the null space is at most this
 MOVED = 1e-6  # a jump of the projection's derivative matters if it changes the adjoint solution by this share
 NULL = 1e-9  # singular values below this times the largest count as zero
