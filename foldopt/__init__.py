@@ -16,11 +16,11 @@ Source: Kotary, Dinh and Fioretto, Backpropagation of Unrolled Solvers with Fold
 
 Examples:
     >>> layer = foldopt.QPLayer()  # min 1/2 x'Qx + p'x subject to Gx <= h
-    >>> p = torch.tensor([[-2.0, -0.5]], requires_grad=True)
-    >>> x = layer(torch.eye(2), p, G=torch.eye(2), h=torch.ones(2))
+    >>> h = torch.ones(2, requires_grad=True)
+    >>> x = layer(torch.eye(2), torch.tensor([[-2.0, -0.5]]), G=torch.eye(2), h=h)
     >>> x.sum().backward()
-    >>> p.grad
-    tensor([[ 0., -1.]])
+    >>> h.grad
+    tensor([1., 0.])
 """
 
 from foldopt import diagnostics, errors, linear_solve, projections, prox, updates, verdicts

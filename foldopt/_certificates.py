@@ -75,7 +75,7 @@ class FoldInfo:
         if self.derivative is None:
             return None
         names, ok = self.derivative.names, self.solved.tolist()
-        if len(names) != len(ok):  # of several cotangents at once, as under vmap
+        if len(names) != len(ok):  # several cotangents at once, as under vmap
             return names
         return tuple(name if good else "not solved" for name, good in zip(names, ok, strict=True))
 

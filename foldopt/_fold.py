@@ -132,7 +132,8 @@ class CallPoint(FixedPoint):
         state = recorded.state[0] if self.call.single else recorded.state
         params = recorded.params[: self.call.n_params]
 
-        def closed_form(*args: Any) -> Any:  # kept by this call, so it must not hold it: that would be a cycle
+        # This object keeps the function below, so the function must not refer to it: that would be a cycle.
+        def closed_form(*args: Any) -> Any:
             with torch.no_grad():
                 return method(*args, *more, state, *params)
 

@@ -17,7 +17,7 @@ from foldopt.step import Modules, State, Tensors, flatten
 
 __all__ = ["TOLERANCE", "Derivative", "FixedPointLayer", "LayerAround", "LayerCall"]
 
-TOLERANCE = defaultdict(lambda: 1e-3, {torch.float64: 1e-6})  # of the relative residual of the step
+TOLERANCE = defaultdict(lambda: 1e-3, {torch.float64: 1e-6})  # largest accepted relative residual of the step
 
 
 class Derivative(Protocol):
@@ -74,7 +74,9 @@ class FixedPointLayer(nn.Module):
         if on_failure not in POLICIES:
             raise InputError(f"on_failure={on_failure!r} is unknown; choose one of {POLICIES}.")
         if tol is not None and not tol > 0:
-            raise InputError(f"tol={tol}: the fixed-point tolerance is a relative residual, take one above 0.")
+            raise InputError(
+                f"tol={tol}: expected a number above 0, the largest accepted relative residual of the step."
+            )
         if dtype is not None and not dtype.is_floating_point:
             raise InputError(f"dtype={dtype} is not a floating-point type; use torch.float64 or torch.float32.")
         self.solve, self.update, self.derivative = solve, update, derivative
@@ -99,7 +101,7 @@ class FixedPointLayer(nn.Module):
                 finite.
         """
         if torch.compiler.is_compiling():
-            # As a decorator, disable would load the compiler, which is 5 s of import time.
+            # Used as a decorator, disable would load the compiler at import, which takes 5 s.
             return torch.compiler.disable(self.forward)(*params)
         call = LayerCall(self, params)
         found, self.last = self.derivative(call)
@@ -206,12 +208,15 @@ class LayerCall:
             )
         if len({len(part) for part in state}) > 1:
             raise InputError(
-                f"solve returned parts of different batch sizes, shapes {[tuple(p.shape) for p in state]}."
+                f"solve returned parts of different batch sizes, shapes {[tuple(p.shape) for p in state]}; the first "
+                "dimension of every part is the batch."
             )
         like = next(iter(floating.values()), params[0])
         for i, part in enumerate(state):
             if part.device != like.device:
-                raise InputError(f"solve returned part {i} on {part.device}, but the parameters are on {like.device}.")
+                raise InputError(
+                    f"solve returned part {i} on {part.device}, but the parameters are on {like.device}; move it there."
+                )
         return tuple(part.detach().to(self.layer.dtype or like.dtype) for part in state)
 
     def step(self, state: Tensors, tensors: Tensors) -> Tensors:
@@ -248,5 +253,8 @@ class LayerCall:
         new = (returned,) if isinstance(returned, Tensor) else tuple(returned)
         got, expected = [tuple(part.shape) for part in new], [tuple(part.shape) for part in state]
         if got != expected:
-            raise InputError(f"update returned a state of shapes {got}, but its input state has shapes {expected}.")
+            raise InputError(
+                f"update returned a state of shapes {got}, but its input state has shapes {expected}; a step keeps the "
+                "shapes of its state."
+            )
         return new

@@ -155,8 +155,9 @@ class Sparsity:
         p = program.values(x, *params)[1].shape[1]
         if shapes != (x.shape[1], y.shape[1], p):
             raise InputError(
-                f"sparsity= is of {shapes[0]} variables, {shapes[2]} equalities and {shapes[1] - shapes[2]} "
-                f"inequalities, but the program has {x.shape[1]}, {p} and {y.shape[1] - p}."
+                f"sparsity= has {shapes[0]} variables, {shapes[2]} equalities and {shapes[1] - shapes[2]} "
+                f"inequalities, but the program has {x.shape[1]}, {p} and {y.shape[1] - p}; build it for this "
+                "program, or pass sparsity=True."
             )
         at = Derivatives.of(program, x, y, params)
         H, C = (reading.matrix(of, x) for reading, of in zip(self._readings, (at.hessian, at.jacobian), strict=True))
@@ -260,7 +261,7 @@ class _Groups(NamedTuple):
         m, n = pattern.shape
         rows, columns = pattern.rows, pattern.columns
         degrees, order = torch.bincount(columns, minlength=n).sort(descending=True)
-        # At least as many groups as entries in the fullest column that is left.
+        # The fullest of the columns that remain has as many entries as there must be groups.
         d = int((torch.arange(n) + degrees).argmin()) if n else 0
         own = torch.full((n,), -1, dtype=torch.long)
         own[order[:d]] = torch.arange(d)
@@ -285,7 +286,7 @@ def _colored(rows: Tensor, columns: Tensor, m: int, n: int) -> Tensor:
     entries: list[list[int]] = [[] for _ in range(m)]
     for i, j in zip(rows.tolist(), columns.tolist(), strict=True):
         entries[i].append(j)
-    taken_by = [0] * n  # colors of a column's rows, as bits
+    taken_by = [0] * n  # colors of the rows of each column, one bit per color
     color = [0] * m
     for i in sorted(range(m), key=lambda i: -len(entries[i])):
         forbidden = 0

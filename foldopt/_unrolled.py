@@ -107,7 +107,8 @@ class _Watch:
 
     def last_term(self, term: Tensor) -> None:
         """Certify the backward pass by its last term and apply the policy."""
-        info, g = cast(FoldInfo, self.info), cast(Tensor, self.g)  # the end of the steps comes first
+        # The backward pass begins at the last step, so `arrived` has run before.
+        info, g = cast(FoldInfo, self.info), cast(Tensor, self.g)
         residual = relative(term.detach(), g).nan_to_num(nan=torch.inf)
         ok = residual < 1
         count = torch.full(residual.shape, self.iterations - 1, device=residual.device)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 __all__ = ["LARGEST", "lu_factor", "matvec", "solve"]
 
-LARGEST = 128  # rows of which LU is safe in a batch
+LARGEST = 128  # rows up to which batched LU is safe
 
 
 def lu_factor(M: Tensor) -> tuple[Tensor, Tensor, Tensor]:

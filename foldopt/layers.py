@@ -102,7 +102,7 @@ def f_sqp(
     elif stepsize == 1:
         step = SparseSQP(program, None if sparsity is True else sparsity, nan)
     else:
-        raise InputError(f"stepsize={stepsize}: with sparsity= the step is a full one, stepsize=1.")
+        raise InputError(f"stepsize={stepsize}: with sparsity= the step is a full one; use stepsize=1.")
     return fold(
         solve,
         step,

@@ -143,16 +143,18 @@ def capped_simplex(x: Tensor, total: Tensor | float, upper: float = 1.0, *, near
     n = x.shape[1]
     if isinstance(upper, Tensor):
         if upper.dim() > 0 or upper.requires_grad or not plain(upper):
-            raise InputError("upper is a tensor; expected a number: it is one for all samples and has no derivative.")
+            raise InputError(
+                "upper is a tensor; expected a number, which all samples share and which has no derivative."
+            )
         upper = float(upper)
     if not upper > 0:
         raise InputError(f"upper={upper}: expected a number above 0.")
-    if isinstance(total, int | float):  # as_tensor would copy it to a GPU, and wait
+    if isinstance(total, int | float):  # as_tensor would copy it to a GPU and wait
         total = torch.full((), total, dtype=x.dtype, device=x.device)
     total = _tensor(total, x).expand(len(x))
-    if near is not None and not transforming():  # a guess is judged by looking at numbers, which torch.func hides
+    if near is not None and not transforming():  # torch.func hides the values that judge a guess
         y = _guessed(x, total, upper, near)
-        if y is not None:  # so there is a point that sums to the total
+        if y is not None:  # a point with this sum exists, so the check below is not needed
             return y
     _require(
         (total >= 0) & (total <= n * upper) & (total < torch.inf),
@@ -160,7 +162,7 @@ def capped_simplex(x: Tensor, total: Tensor | float, upper: float = 1.0, *, near
     )
     with torch.no_grad():
         kink, below = _threshold(x, total, upper)
-    z = x - kink[:, None]  # theta = kink - below is as small as the total here, however large x is
+    z = x - kink[:, None]  # after this shift theta is as small as the total, however large x is
     with torch.no_grad():
         for _ in range(2):
             free, full = _sets(z + below[:, None], upper)
@@ -204,7 +206,7 @@ def _guessed(x: Tensor, total: Tensor, upper: float, near: Tensor) -> Tensor | N
         kink = torch.where(torch.where(some[:, None], free, full), x, torch.inf).amin(1, keepdim=True)
     missing = _missing(total, full, upper)
     vertex = ~some & (missing == 0)
-    missing = torch.where(vertex, upper, missing)  # at a vertex the least of the full entries is just at its bound
+    missing = torch.where(vertex, upper, missing)  # at a vertex the smallest full entry is exactly at its bound
     z = x - kink
     moved = z - _excess(z, free, missing)[:, None]
     y = torch.where(free, moved, _at_bounds(x, full, upper))
@@ -229,9 +231,9 @@ def _threshold(x: Tensor, total: Tensor, upper: float) -> tuple[Tensor, Tensor]:
     order = (base - depth).sort(dim=1, descending=True, stable=True)[1]
     base, depth, slope = base.gather(1, order), depth.gather(1, order), slopes.gather(1, order).cumsum(1)
     gains = slope[:, :-1] * ((base[:, :-1] - base[:, 1:]) + (depth[:, 1:] - depth[:, :-1]))
-    values = torch.cat([torch.zeros_like(base[:, :1]), gains.cumsum(1)], 1)  # the sum at each kink
+    values = torch.cat([torch.zeros_like(base[:, :1]), gains.cumsum(1)], 1)  # the sum of the entries at each kink
     last = (values <= total[:, None]).sum(1, keepdim=True).clamp(min=1) - 1
-    kink, rate = base.gather(1, last)[:, 0], slope.gather(1, last)[:, 0]  # rate: from this kink down to the next
+    kink, rate = base.gather(1, last)[:, 0], slope.gather(1, last)[:, 0]  # rate: slope from this kink down to the next
     missing = total - values.gather(1, last)[:, 0]
     return kink, depth.gather(1, last)[:, 0] + torch.where(rate > 0, missing / rate.clamp(min=1), 0)
 
@@ -261,7 +263,7 @@ def affine(x: Tensor, A: Tensor, b: Tensor) -> Tensor:
         )
     require_finite(x=x, A=A, b=b)
     size = A.detach().abs().amax(2)
-    A, b = A / size[:, :, None], b / size  # the rank is that of the rows at equal length
+    A, b = A / size[:, :, None], b / size  # rows of equal length, by which the rank is judged
     gram = A @ A.mT
     root, info = torch.linalg.cholesky_ex(gram)
     pivots = root.diagonal(dim1=1, dim2=2)

@@ -147,7 +147,10 @@ def looped(
     Raises InputError if there are no samples, because the shapes of the outputs are then unknown.
     """
     if not functions:
-        raise InputError("vmap over a dimension of size 0: a layer has to be called once to know its state's shape.")
+        raise InputError(
+            "vmap over a dimension of size 0: the shape of the state is known only after a call; map over at least one "
+            "sample."
+        )
     samples = [
         differentiable(
             function, *(t if dim is None else t.select(dim, i) for t, dim in zip(inputs, in_dims, strict=True))

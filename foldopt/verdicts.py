@@ -40,12 +40,12 @@ _CAUSES: dict[int, tuple[type[DegenerateError], str, str]] = {
     ),
     KINK: (
         KinkError,
-        "the solution has a kink: rows without slack and without a multiplier",
-        "The derivative depends on the side from which the parameters come: move them",
+        "the solution has a kink: active rows with a multiplier of zero",
+        "The derivative depends on the side from which the parameters come: change them",
     ),
     DEPENDENT: (
         DependentRowsError,
-        "active rows depend on each other, so that the derivative with respect to what moves them is not unique",
+        "active rows depend on each other, so the derivative with respect to their entries and limits is not unique",
         "Drop the redundant rows, do not ask for that gradient",
     ),
 }

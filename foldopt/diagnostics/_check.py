@@ -135,8 +135,9 @@ def check(layer: nn.Module, *params: Any, seed: int = 0, eps: float | None = Non
     for i, p in enumerate(params):
         if isinstance(p, Tensor) and p.layout != torch.strided and p.requires_grad:
             raise InputError(
-                f"parameter {i} is a sparse tensor of shape {tuple(p.shape)} that requires a gradient, and differences "
-                "are taken of dense ones only; pass it without, or check a module that builds it of its values."
+                f"parameter {i} is a sparse tensor of shape {tuple(p.shape)} that requires a gradient, but finite "
+                "differences need a dense one. Pass it without requires_grad, or check a module that builds it from a "
+                "dense tensor of its values."
             )
     core = folded_in(layer, params)
     generator = torch.Generator().manual_seed(seed)
@@ -145,7 +146,7 @@ def check(layer: nn.Module, *params: Any, seed: int = 0, eps: float | None = Non
         cotangent = random_like(flatten(at.solution), generator)
         solvers = {}
         for name, make in SOLVERS.items():
-            with suppress(InputError):  # of those that would need too much memory
+            with suppress(InputError):  # methods that would need too much memory are left out
                 solvers[name] = make()(StepVJP(at.recorded), cotangent)[1]
         gradients, kinks, info = _differences(layer, core, params, generator, eps)
     tolerance = core.tol or TOLERANCE[at.solution[0].dtype]
@@ -158,7 +159,7 @@ def check(layer: nn.Module, *params: Any, seed: int = 0, eps: float | None = Non
 def _problems(report: Report, worst: float, info: FoldInfo) -> list[str]:
     """Return the problems of a report in words; a sample without a solution hides all others."""
     causes = sorted(set(info.causes or ()) - {"solved"})
-    if causes:  # all else follows from this
+    if causes:  # other problems follow from this one
         where = [f"{cause} at {[i for i, c in enumerate(info.causes or ()) if c == cause][:10]}" for cause in causes]
         return [f"samples without a solution: {'; '.join(where)}. Mend these programs before looking at gradients."]
     problems = [f"{cause}." for cause in (info.derivative.causes() if info.derivative is not None else [])]

@@ -15,7 +15,6 @@ from foldopt._implicit import fixed_point_vjp
 from foldopt._layer import FixedPointLayer
 from foldopt.checks import require_whole
 from foldopt.diagnostics._examined import distance, examined, folded_in, joined, lenient, random_like
-from foldopt.errors import InputError
 from foldopt.linear_solve import LFPI, SOLVERS, Direct
 from foldopt.linear_solve._phi import Phi
 from foldopt.step import Recorded, StepVJP, Tensors, as_tuple, flatten, record, unflatten, vjp_of
@@ -30,7 +29,7 @@ __all__ = [
     "stepsize_study",
 ]
 
-ASSEMBLED = 400  # columns up to which Phi is assembled where it is multiplied with hundreds of times
+ASSEMBLED = 400  # columns up to which Phi is assembled for hundreds of products
 
 
 def spectral_radius(recorded: Recorded, iterations: int = 400) -> Tensor:
@@ -151,7 +150,7 @@ def backward_trace(
         steps.append(record(step, x, tensors))
         x = tuple(part.detach() for part in steps[-1].outputs)
         forward.append(distance(flatten(x), flatten(solution), norm=1))
-        # At the solution all steps are alike, so that one more of them is one more term of the same sum.
+        # At the solution all steps are the same, so each further step adds one term to the same sum.
         again = [steps[-1]] if start is None else steps[::-1]
         if start is not None:
             total, v = torch.zeros_like(exact), g
@@ -264,13 +263,12 @@ def agreement(
         >>> {name: round(distance, 6) for name, distance in found.items()}
         {'unfold': 0.125, 'lfpi': 0.125}
     """
+    require_whole("iterations", iterations, 2)
     options: dict[str, Any] = {"tol": layer.tol, "on_failure": "warn", "dtype": layer.dtype}
     others: dict[str, nn.Module] = {
         "unfold": unfold(layer.solve, layer.update, iterations=iterations, **options),
         "lfpi": fold(layer.solve, layer.update, linear_solver=LFPI(tol=1e-300, max_iter=iterations - 1), **options),
     }
-    if iterations < 2:
-        raise InputError(f"iterations={iterations}: take at least 2 steps.")
     if start is not None:
         others["unroll"] = unroll(start, layer.update, iterations=iterations, **options)
     exact = _gradient(layer, params)

@@ -25,7 +25,10 @@ def folded_in(layer: nn.Module, params: Sequence[Any]) -> FixedPointLayer:
         folded: Any = getattr(layer, "folded", None)
         core = getattr(layer, "fold", None) if folded is None else folded(*params)
     if not isinstance(core, FixedPointLayer) or not isinstance(core.derivative, Implicit):
-        raise InputError(f"layer={type(layer).__name__} is not a folded layer and has none as its `fold`.")
+        raise InputError(
+            f"layer={type(layer).__name__} is not a folded layer and has none as its attribute `fold`; pass a layer of "
+            "foldopt.fold, or one of the ready layers."
+        )
     return core
 
 

@@ -119,7 +119,7 @@ class Anderson(Iterative):
             v, r = torch.where(active[:, None], new, v), torch.where(active[:, None], new_r, r)
             iterations = iterations + active
             size = relative(r, g)
-            # A residual that vanishes says nothing there.
+            # For such a large v, rounding alone can make the residual vanish.
             lost = torch.finfo(g.dtype).eps * norm(v) > tol * norm(g)
             better = active & (size < smallest) & ~lost
             best, smallest = torch.where(better[:, None], v, best), torch.where(better, size, smallest)

@@ -197,7 +197,7 @@ class BiCGSTAB(Krylov):
     ) -> tuple[Tensor, LinearSolveInfo]:
         """Solve for v; arguments and results are described in `foldopt.linear_solve`."""
         tol = self.tolerance(g.dtype)
-        target = 0.1 * tol  # the recurrence's residual drifts from the true one, which is what counts
+        target = 0.1 * tol  # the residual of the recurrence drifts from the true one
         v, r = self.start(vjp, g, guess)
         best, smallest = v, relative(r, g)
         iterations = torch.ones(len(g), dtype=torch.long, device=g.device)

@@ -11,7 +11,7 @@ from foldopt.errors import InputError, MissingDependencyError
 
 __all__ = ["SHIFT", "SparsePhi"]
 
-SHIFT = 1e-8  # of the diagonal, relative to the largest entry, that makes a singular matrix regular
+SHIFT = 1e-8  # added to the diagonal of a singular matrix, relative to its largest entry
 
 
 class SparsePhi:
@@ -25,8 +25,8 @@ class SparsePhi:
     """
 
     def __init__(self, equations: list[Any], like: Tensor) -> None:
-        self._equations = equations  # I - Phi, scipy's csc
-        self._like = like  # of whose dtype and on whose device Phi is
+        self._equations = equations  # I - Phi, scipy csc
+        self._like = like  # has the dtype and device of Phi
         self._factors: dict[float, list[Any]] = {}
 
     @classmethod

@@ -43,7 +43,7 @@ class WarmStart:
     def __init__(self, solver: Iterative) -> None:
         if not isinstance(solver, Iterative):
             raise InputError(
-                f"solver={solver!r} does not start from anything; give WarmStart an LFPI, Anderson, GMRES or BiCGSTAB."
+                f"solver={solver!r} cannot start from a given v; pass an instance of LFPI, Anderson, GMRES or BiCGSTAB."
             )
         self.solver: Any = solver
         self._indices: Tensor | None = None

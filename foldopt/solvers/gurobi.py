@@ -34,7 +34,7 @@ PARAMETERS = {
     "BarQCPConvTol": 1e-10,
 }
 SIZE_LIMIT = 10010
-NO_LICENSE = (10009, 10022, 10023, 10028)  # none found or left, no network to its server, refused by it
+NO_LICENSE = (10009, 10022, 10023, 10028)  # none found or free, licence server not reached, refused by it
 LICENSE_VARIABLES = {
     "GRB_WLSACCESSID": "WLSAccessID",
     "GRB_WLSSECRET": "WLSSecret",

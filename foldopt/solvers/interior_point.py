@@ -134,7 +134,7 @@ def solve_qcqp(
             mu = gap / (k + m)
             a = torch.minimum(_longest(lam, dlam), _longest(slack, ds))
             mu_affine = ((lam + a[:, None] * dlam) * (slack + a[:, None] * ds)).sum(1) / (k + m)
-            floor = 0.01 * tol * dual_scale * size / (k + m)  # complementarity must not run ahead of feasibility
+            floor = 0.01 * tol * dual_scale * size / (k + m)  # keeps complementarity from converging before feasibility
             centre = ((mu_affine / mu) ** 3 * mu).maximum(floor)[:, None]
             dx, dnu, dlam, ds = newton.direction(rd, rp, ri, lam * slack + a[:, None] * dlam * ds - centre)
         fraction = 0.995 if k + m else 1.0

@@ -33,7 +33,7 @@ def qp_function() -> Any:
     except ImportError as error:
         raise MissingDependencyError(
             "qpth is not installed; install it with: pip install 'foldopt[qpth]'. foldopt.QPLayer and foldopt.f_pgd_b "
-            "need nothing."
+            "need no extra package."
         ) from error
     return QPFunction
 

@@ -11,11 +11,11 @@ from foldopt.batched import matvec
 
 __all__ = ["CARRYING", "CONDITION", "EXACT", "MARGIN", "PIVOTS", "Saddle", "block_factor", "block_solve", "on_block"]
 
-PIVOTS = 15  # where the rows are independent the active set usually settles in 5
-CONDITION = 1e7  # times the rounding of the dtype: the smallest pivot of Q, relative to its diagonal, that is trusted
-EXACT = 1e-12  # residual of a row or column that counts as rounding, relative to its terms
-MARGIN = 1e-7  # slack, relative to its row, of a row that is clearly inactive
-CARRYING = 1e-6  # multiplier, relative to the cost, of a row that is clearly active
+PIVOTS = 15  # steps of block pivoting; for independent rows 5 are usually enough
+CONDITION = 1e7  # smallest trusted pivot of Q relative to its diagonal, in units of the dtype's rounding
+EXACT = 1e-12  # residual of a row or column, relative to its terms, that is taken as rounding
+MARGIN = 1e-7  # slack, relative to the size of its row, above which the row is clearly inactive
+CARRYING = 1e-6  # multiplier, relative to the cost, above which the row is clearly active
 
 
 class Saddle(NamedTuple):
@@ -79,7 +79,7 @@ class Saddle(NamedTuple):
         Source: Kostreva, Block pivot methods (1978); Judice and Pires, A block principal pivoting algorithm (1994).
         """
         half = self.halved(p)
-        r = limits + matvec(self.Y.mT, half)  # the slack is r + M y
+        r = limits + matvec(self.Y.mT, half)  # the slack of the rows is r + M y
         equality = torch.arange(r.shape[1], device=r.device) < k
         held = (r < 0) | equality
         y = torch.zeros_like(r)

@@ -132,7 +132,7 @@ class ADMM(nn.Module):
         P = G @ response
         below = self._minimize(z - u, Q, p, G, A, b)[1] + u < h
         eye = torch.eye(h.shape[1], dtype=p.dtype, device=p.device)
-        moved = torch.cat([P, eye - P], 2)  # of Gx + u with (z, u)
+        moved = torch.cat([P, eye - P], 2)  # derivative of Gx + u with respect to (z, u)
         return torch.cat([torch.where(below[:, :, None], moved, 0), torch.where(below[:, :, None], 0, moved)], 1)
 
     def _response(self, Q: Tensor, G: Tensor, A: Tensor) -> Tensor:

@@ -41,9 +41,9 @@ class ProximalGradient(nn.Module):
 
     def __init__(self, objective: Objective, prox: Callable[..., Tensor], stepsize: float) -> None:
         super().__init__()
-        for name, value in (("objective", objective), ("prox", prox)):
+        for name, value, call in (("objective", objective, "x, *params"), ("prox", prox, "x, alpha, *params")):
             if not callable(value):
-                raise InputError(f"{name}={value!r} is not callable.")
+                raise InputError(f"{name}={value!r} is not callable; expected {name}({call}).")
         require_positive("stepsize", stepsize)
         self.objective, self.prox, self.stepsize = objective, prox, stepsize
 
@@ -87,7 +87,7 @@ class ProjectedGradient(ProximalGradient):
 
     def __init__(self, objective: Objective, projection: Callable[..., Tensor], stepsize: float) -> None:
         if not callable(projection):
-            raise InputError(f"projection={projection!r} is not callable.")
+            raise InputError(f"projection={projection!r} is not callable; expected projection(x, *params).")
         super().__init__(objective, _Projection(projection), stepsize)
 
 

@@ -86,7 +86,7 @@ class KKTNewton(nn.Module):
         r2 = torch.where(strong & sound, bound - Cx, 0)
         dx, dy = solved(at.system, program.H, program.C, r1, r2, (x.detach(), y.detach()))
         x = x + dx
-        if self.nan:  # reaches every number, of which a derivative only sees those of sound samples and strong rows
+        if self.nan:  # adds 0 times every parameter, so that NaN reaches all of them, also in rows that are not active
             x = x + 0 * sum(numbers(part).nan_to_num(0, 0, 0).sum(1, keepdim=True) for part in program)
         return x, torch.where(strong, y + dy, 0)
 
