@@ -169,7 +169,9 @@ class Clarabel(ConeSolver):
             try:
                 setattr(self.settings, key, value)
             except (AttributeError, TypeError) as error:
-                raise InputError(f"options={{{key!r}: {value!r}}}: Clarabel has no such setting.") from error
+                raise InputError(
+                    f"options={{{key!r}: {value!r}}}: Clarabel has no such setting; see clarabel.DefaultSettings."
+                ) from error
         p = self.pattern
         columns = np.repeat(np.arange(p.n), np.diff(p.P_ptr))
         self.upper = p.P_rows <= columns

@@ -131,10 +131,14 @@ class QPLayer(nn.Module):
     ) -> None:
         super().__init__()
         if dtype not in (None, torch.float64):
-            raise InputError(f"dtype={dtype}: QPLayer computes in torch.float64 and answers in the caller's dtype.")
+            raise InputError(
+                f"dtype={dtype}: QPLayer computes in torch.float64 and answers in your dtype; leave it out."
+            )
         if rho is not None:
             warnings.warn(
-                "QPLayer has no penalty any more: rho changes nothing; leave it out.", DeprecationWarning, stacklevel=2
+                "QPLayer has no penalty parameter any more: rho has no effect; leave it out.",
+                DeprecationWarning,
+                stacklevel=2,
             )
         if closest_feasible not in (None, "l1", "l2"):
             raise InputError(f"closest_feasible={closest_feasible!r} is unknown; choose None, 'l1' or 'l2'.")
@@ -142,7 +146,9 @@ class QPLayer(nn.Module):
         self.solver = QPSolver(solver, options) if solver is not None or options is not None else None
         self.warm_start = warm_start
         if warm_start and self.solver is None:
-            raise InputError("warm_start=True needs solver=: the layer's own choice of solvers begins from scratch.")
+            raise InputError(
+                "warm_start=True needs solver=, such as 'osqp': the default solvers take no starting point."
+            )
         derivative = Implicit(linear_solver, degenerate)
         self.fold = QPFold(self.update, derivative, on_failure, self.solver, warm_start)
         self._sparse: list[QPFold] = []

@@ -74,7 +74,7 @@ def _of_pattern(name: str, M: SparseMatrix) -> SparseArgument:
     if values.dim() not in (1, 2) or values.shape[-1] != count or len(columns) != count:
         raise InputError(
             f"{name} has values of shape {tuple(values.shape)}, expected {(count,)} or (B, {count}): its pattern has "
-            f"{count} rows and {len(columns)} columns of entries."
+            f"{count} row and {len(columns)} column indices."
         )
     if ((rows < 0) | (rows >= m) | (columns < 0) | (columns >= n)).any():
         raise InputError(

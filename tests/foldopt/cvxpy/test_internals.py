@@ -1,4 +1,4 @@
-"""The names of CVXPY that are not public and that `foldopt.cvxpy` stands on: run this on a new release first."""
+"""The private names of CVXPY that `foldopt.cvxpy` uses: run this first on a new release of CVXPY."""
 
 import cvxpy as cp
 import numpy as np

@@ -10,7 +10,7 @@ from experiments.benchmark.cvxpy_kinds import KINDS, kind
 from foldopt.errors import DependentRowsError, KinkError, NotUniqueError
 
 SECOND_ORDER = ("portfolio", "quadratic program", "logistic", "geometric", "nearest semidefinite", "log utility")
-OTHER_CONES = (  # that foldopt's own interior point does not take
+OTHER_CONES = (  # cones that foldopt's interior point does not support
     *("logistic", "soft top k", "maximum entropy", "geometric", "log utility"),
     *("nearest semidefinite", "semidefinite at zero", "matrix completion", "weighted geometric mean"),
 )

@@ -22,7 +22,7 @@ F64 = torch.float64
 
 
 def ball(**options):
-    """The point of a ball of radius r around 0 that is farthest in the direction c, where that has a bound."""
+    """The point of the ball of radius r that is farthest in the direction c."""
     c, r, x = cp.Parameter(3, name="c"), cp.Parameter(name="r"), cp.Variable(3, name="x")
     return foldopt.CvxpyLayer(cp.Problem(cp.Maximize(c @ x), [cp.norm(x) <= r]), [c, r], [x], **options)
 
@@ -117,7 +117,7 @@ def test_a_kink_that_the_cotangent_does_not_see_is_none():
     x, z = cp.Parameter(2), cp.Variable(2)
     layer = foldopt.CvxpyLayer(cp.Problem(cp.Minimize(cp.sum_squares(z - x)), [cp.norm(z) <= 5]), [x], [z])
     point = torch.tensor([3.0, 4], dtype=F64, requires_grad=True)
-    along = torch.tensor([4.0, -3], dtype=F64)  # along the circle both pieces have the derivative 1
+    along = torch.tensor([4.0, -3], dtype=F64)  # along the circle both sides have the same derivative, 1
     (gradient,) = torch.autograd.grad(layer(point)[0] @ along, point)
     torch.testing.assert_close(gradient, along)
     assert layer.last.verdict == ("differentiable",)

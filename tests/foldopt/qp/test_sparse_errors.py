@@ -1,4 +1,4 @@
-"""Wrong sparse arguments: what the error says, and which argument and remedy it names."""
+"""Wrong sparse arguments: the error names the argument and the remedy."""
 
 import builtins
 import re
@@ -85,7 +85,7 @@ def test_another_device_is_named(layout):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_matrices_without_entries_or_rows_are_right(layout):
-    """Q = 0 is a linear program; G without rows is none; A without entries bounds nothing where b is 0."""
+    """Q = 0 gives a linear program; G without rows adds nothing; A without entries holds if b is 0."""
     empty = {"G": torch.zeros(0, 2, dtype=F64), "h": torch.zeros(0), "A": torch.zeros(1, 2), "b": torch.zeros(1)}
     args = all_sparse(ARGS | {"Q": torch.zeros(2, 2, dtype=F64)} | empty, layout)
     layer = foldopt.QPLayer()
