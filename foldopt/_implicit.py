@@ -203,7 +203,7 @@ class Linear(FixedPoint):
     """The linear equation of a derivative as a fixed point; its parameters are a right-hand side, x*, keep and c.
 
     Attributes:
-        of: the fixed point that is differentiated.
+        point: the fixed point that is differentiated.
         n: number of parts of its state.
         asked: which of the parameters the derivative is asked for.
         verdict: the verdict on the derivative, after a call.
@@ -212,10 +212,10 @@ class Linear(FixedPoint):
     equation: ClassVar[str]
     forward_mode: ClassVar[bool]
 
-    def __init__(self, of: FixedPoint, n: int, asked: Sequence[bool] = ()) -> None:
-        self.of, self.n, self.asked = of, n, asked
-        self.solver, self.policy, self.degenerate = of.solver, of.policy, of.degenerate
-        self.has_jacobian = of.has_jacobian
+    def __init__(self, point: FixedPoint, n: int, asked: Sequence[bool] = ()) -> None:
+        self.point, self.n, self.asked = point, n, asked
+        self.solver, self.policy, self.degenerate = point.solver, point.policy, point.degenerate
+        self.has_jacobian = point.has_jacobian
         self.verdict: Verdict | None = None
 
     @property
@@ -226,7 +226,7 @@ class Linear(FixedPoint):
     def _linear_step(self, y: Tensors, params: Tensors) -> Tensors:
         """Return the right-hand side plus Phi^T y or Phi y."""
         r, x, _, c = self.split(params)
-        moved = self.opaque_product(_Flat(self.of.step, self.n), tuple(range(self.n)))(*y, *x, *c)
+        moved = self.opaque_product(_Flat(self.point.step, self.n), tuple(range(self.n)))(*y, *x, *c)
         return tuple(ri + m for ri, m in zip(r, moved, strict=True))
 
     def split(self, params: Tensors) -> tuple[Tensors, Tensors, Tensor, Tensors]:
@@ -240,16 +240,16 @@ class Linear(FixedPoint):
 
     def phi(self, recorded: Recorded) -> Phi:
         """Return the matrix of this equation; a closed form reuses what the differentiated point has factored."""
-        if not self.of.has_jacobian:
+        if not self.point.has_jacobian:
             return super().phi(recorded)
         _, x, _, c = self.split(recorded.params)
-        return self.turned(self.of.phi(self.recorded_at(x, c)))
+        return self.oriented(self.point.phi(self.recorded_at(x, c)))
 
     def recorded_at(self, x: Tensors, c: Tensors) -> Recorded:
         """Return the recorded step of the fixed point that is differentiated."""
-        return self.of.recorded or record(self.of.step, x, c, self.of.check_undeclared)
+        return self.point.recorded or record(self.point.step, x, c, self.point.check_undeclared)
 
-    def turned(self, phi: Phi) -> Phi:
+    def oriented(self, phi: Phi) -> Phi:
         """Return the matrix of this equation, given the Phi of the differentiated point."""
         raise NotImplementedError
 
@@ -276,16 +276,16 @@ class Linear(FixedPoint):
         Returns:
             The solution (B, N) and the report of the linear solver; both it and the verdict are also stored.
         """
-        of, every = self.of, bool(keep.all())
+        point, every = self.point, bool(keep.all())
         r = r if every else torch.where(keep[:, None], r, 0)
-        if of.can_judge:
+        if point.can_judge:
             r, self.verdict = self._judged(recorded, r)
             self.verdict.enforce(self.degenerate)
         phi = None
         if not isinstance(self.solver, Iterative):
-            phi = of.phi(recorded).transposed() if self.forward_mode else of.phi(recorded)
+            phi = point.phi(recorded).transposed() if self.forward_mode else point.phi(recorded)
         y, info = self.solver(product, r, phi)
-        self.certificate = info = compared(info, phi, y, product.answer) if of.has_jacobian else info
+        self.certificate = info = compared(info, phi, y, product.answer) if point.has_jacobian else info
         self.keep = keep
         if not (every and info.ok.all()):
             y = self._judge_solution(y, info)
@@ -295,7 +295,7 @@ class Linear(FixedPoint):
 
     def _judged(self, recorded: Recorded, r: Tensor) -> tuple[Tensor, Verdict]:
         """Return the part of the right-hand side that has a derivative, and the verdict."""
-        judge = self.of.judge(recorded)
+        judge = self.point.judge(recorded)
         if judge is not None:
             return judge(r, self.asked, self.forward_mode)
         none = torch.zeros(len(r), 0, dtype=torch.bool, device=r.device)
@@ -334,7 +334,7 @@ class Adjoint(Linear):
     equation = "adjoint equation v = Phi^T v + g"
     forward_mode = False
 
-    def turned(self, phi: Phi) -> Phi:
+    def oriented(self, phi: Phi) -> Phi:
         """Return Phi^T."""
         return phi.transposed()
 
@@ -353,7 +353,7 @@ class Tangent(Linear):
     equation = "tangent equation t = Phi t + Psi dc"
     forward_mode = True
 
-    def turned(self, phi: Phi) -> Phi:
+    def oriented(self, phi: Phi) -> Phi:
         """Return Phi."""
         return phi
 

@@ -25,7 +25,7 @@ from foldopt.qp.matrix import Pattern, SparseMatrix
 from foldopt.step import Recorded, pushforward, vjp_of
 from foldopt.updates.programs import SmoothProgram
 
-__all__ = ["Derivative", "Derivatives", "Model", "Product", "Reading", "Sparsity"]
+__all__ = ["Decompression", "Derivative", "Derivatives", "Model", "Product", "Sparsity"]
 
 Product = Callable[[Tensor], Tensor]
 
@@ -88,15 +88,15 @@ class Sparsity:
             torch.cat([rows[0].columns, rows[1].columns]),
             (top + rows[1].shape[0], n),
         )
-        self._take(H, C, top)
+        self._store(H, C, top)
 
-    def _take(self, H: Pattern, C: Pattern, n_equalities: int) -> None:
+    def _store(self, H: Pattern, C: Pattern, n_equalities: int) -> None:
         """Store the places of the Hessian, made symmetric and with its diagonal, and those of the constraints."""
         eye = torch.arange(H.shape[1])
         self.H = _united(torch.cat([H.rows, H.columns, eye]), torch.cat([H.columns, H.rows, eye]), H.shape)
         self.C = _united(C.rows, C.columns, C.shape)
         self.n_equalities = n_equalities
-        self._readings = Reading(self.H), Reading(self.C)
+        self._decompressions = Decompression(self.H), Decompression(self.C)
 
     @classmethod
     def detected(cls, program: SmoothProgram, x: Tensor, *params: Tensor) -> Sparsity:
@@ -118,7 +118,7 @@ class Sparsity:
         p, r = h.shape[1], h.shape[1] + g.shape[1]
         at = Derivatives.of(program, near, 1 + 0.5 * probe(r, x).expand(len(x), r), params)
         found = cls.__new__(cls)
-        found._take(_found(at.hessian.pull, x.shape[1], near), _found(at.jacobian.pull, r, near), p)
+        found._store(_detected(at.hessian.pull, x.shape[1], near), _detected(at.jacobian.pull, r, near), p)
         return found
 
     def united(self, other: Sparsity) -> Sparsity:
@@ -128,13 +128,13 @@ class Sparsity:
             for a, b in ((self.H, other.H), (self.C, other.C))
         )
         found = copy.copy(self)
-        found._take(H, C, self.n_equalities)
+        found._store(H, C, self.n_equalities)
         return found
 
     @property
     def products(self) -> tuple[int, int]:
         """The numbers of products from which the Hessian and the Jacobian of the constraints are computed."""
-        return self._readings[0].products, self._readings[1].products
+        return self._decompressions[0].products, self._decompressions[1].products
 
     def model(self, program: SmoothProgram, x: Tensor, y: Tensor, params: Sequence[Tensor]) -> tuple[Model, bool]:
         """Return the quadratic model of a program at a point, and whether the places cover all its entries.
@@ -160,9 +160,11 @@ class Sparsity:
                 "program, or pass sparsity=True."
             )
         at = Derivatives.of(program, x, y, params)
-        H, C = (reading.matrix(of, x) for reading, of in zip(self._readings, (at.hessian, at.jacobian), strict=True))
+        H, C = (
+            reading.matrix(of, x) for reading, of in zip(self._decompressions, (at.hessian, at.jacobian), strict=True)
+        )
         complete = _agrees(H, at.hessian.pull, x) and _agrees(C, at.jacobian.pull, y)
-        return Model(_plain(at.gradient), H, _plain(at.c), C), complete
+        return Model(_on_cpu(at.gradient), H, _on_cpu(at.c), C), complete
 
 
 class Derivative(NamedTuple):
@@ -216,7 +218,7 @@ def _gradient(value: Tensor, x: Tensor) -> Tensor:
     return torch.autograd.grad(value, x, create_graph=True, materialize_grads=True)[0]
 
 
-class Reading:
+class Decompression:
     """How the entries of a Jacobian with known places are computed from products."""
 
     def __init__(self, pattern: Pattern) -> None:
@@ -234,7 +236,7 @@ class Reading:
         """Return the Jacobian; `like` is a tensor with the batch size, dtype and device of its arguments."""
         first, second = (of.push, of.pull) if self._transposed else (of.pull, of.push)
         found = [
-            _plain(product(seed.to(like).expand(len(like), -1)))
+            _on_cpu(product(seed.to(like).expand(len(like), -1)))
             for seeds, product in ((self._groups.seeds, first), (self._groups.alone, second))
             for seed in seeds
         ]
@@ -266,7 +268,7 @@ class _Groups(NamedTuple):
         own = torch.full((n,), -1, dtype=torch.long)
         own[order[:d]] = torch.arange(d)
         shared = own[columns] < 0
-        color = _colored(rows[shared], columns[shared], m, n)
+        color = _coloring(rows[shared], columns[shared], m, n)
         count = int(color.max()) + 1 if m and bool(shared.any()) else 0
         seeds = torch.zeros(count, m, dtype=torch.float64)
         taking_part = rows[shared].unique()
@@ -281,7 +283,7 @@ class _Groups(NamedTuple):
         return len(self.seeds) + len(self.alone)
 
 
-def _colored(rows: Tensor, columns: Tensor, m: int, n: int) -> Tensor:
+def _coloring(rows: Tensor, columns: Tensor, m: int, n: int) -> Tensor:
     """Return a color for every row, (m,), such that rows of one color share no column; fullest rows first."""
     entries: list[list[int]] = [[] for _ in range(m)]
     for i, j in zip(rows.tolist(), columns.tolist(), strict=True):
@@ -299,7 +301,7 @@ def _colored(rows: Tensor, columns: Tensor, m: int, n: int) -> Tensor:
     return torch.tensor(color, dtype=torch.long)
 
 
-def _found(pull: Product, m: int, like: Tensor) -> Pattern:
+def _detected(pull: Product, m: int, like: Tensor) -> Pattern:
     """Return the places where a Jacobian (m, n) has an entry in some sample."""
     columns = []
     for i in range(m):
@@ -314,16 +316,16 @@ def _found(pull: Product, m: int, like: Tensor) -> Pattern:
 def _agrees(M: SparseMatrix, pull: Product, like: Tensor) -> bool:
     """Return whether a sparse matrix gives the same product as the derivative, in samples that are finite."""
     w = probe(like.shape[1], like).expand_as(like)
-    own, right = M.mT.matvec(_plain(w)), _plain(pull(w))
+    own, right = M.mT.matvec(_on_cpu(w)), _on_cpu(pull(w))
     if not own.numel():
         return True
-    size = M.mT.abs().matvec(_plain(w).abs())
+    size = M.mT.abs().matvec(_on_cpu(w).abs())
     tol = torch.finfo(like.dtype).eps
     wrong = (own - right).abs() > 1e6 * tol * size + 100 * tol * size.amax(1, keepdim=True)
     return not bool((wrong & right.isfinite() & size.isfinite()).any())
 
 
-def _plain(t: Tensor) -> Tensor:
+def _on_cpu(t: Tensor) -> Tensor:
     """Return a detached tensor in float64 on the CPU."""
     return t.detach().double().cpu()
 

@@ -55,27 +55,27 @@ class Unrolled:
         hold = layer.on_failure in ("nan", "zero")
         lost = torch.zeros(len(state[0]), dtype=torch.bool, device=state[0].device)
         watched = self.from_solution and self.iterations > 1 and not transforming(*call.tensors)
-        watch = _Watch(self.iterations, layer.on_failure)
+        certificate = _BackwardCertificate(self.iterations, layer.on_failure)
         for k in range(self.iterations):
             previous, state = state, call.step(state, call.tensors)
             if k == 0 and self.from_solution:
-                watch.info = layer.certify(previous, state)
-                state = _hooked(state, watch.last_term) if watched else state
+                certificate.info = layer.certify(previous, state)
+                state = _hooked(state, certificate.end) if watched else state
             if hold:
                 lost |= ~flatten(state).detach().isfinite().all(1)
                 state = _where(~lost, state, previous)
-        if watch.info is not None:
-            info, tol = watch.info, layer.tol or TOLERANCE[state[0].dtype]
-            lost |= self._left(start, state, info, tol, layer.on_failure)
+        if certificate.info is not None:
+            info, tol = certificate.info, layer.tol or TOLERANCE[state[0].dtype]
+            lost |= self._diverged(start, state, info, tol, layer.on_failure)
         else:
             stepped = _where(~lost, state, tuple(torch.full_like(part, torch.nan) for part in state))
             info = layer.certify(tuple(part.detach() for part in previous), stepped)
         if hold and not (solved := info.solved & ~lost).all():
             info.solved = solved
             _mask_gradient(state, solved, layer.on_failure)
-        return _hooked(state, watch.arrived) if watched else state, info
+        return _hooked(state, certificate.begin) if watched else state, info
 
-    def _left(self, start: Tensors, state: Tensors, info: FoldInfo, tol: float, policy: str) -> Tensor:
+    def _diverged(self, start: Tensors, state: Tensors, info: FoldInfo, tol: float, policy: str) -> Tensor:
         """Return which samples the steps carried away from the solution, (B,): divergence amplifies rounding."""
         x, end = flatten(start).detach(), flatten(state).detach()
         moved = torch.linalg.vector_norm(end - x, dim=1) / (1 + torch.linalg.vector_norm(x, dim=1))
@@ -93,7 +93,7 @@ class Unrolled:
 
 
 @dataclass(eq=False)
-class _Watch:
+class _BackwardCertificate:
     """The certificate of unfolding's backward pass: the last term that it adds, (Phi^T)^(K - 1) g (Theorem 1)."""
 
     iterations: int
@@ -101,13 +101,13 @@ class _Watch:
     info: FoldInfo | None = None
     g: Tensor | None = None
 
-    def arrived(self, g: Tensor) -> None:
+    def begin(self, g: Tensor) -> None:
         """Keep the incoming gradient g."""
         self.g = g.detach()
 
-    def last_term(self, term: Tensor) -> None:
+    def end(self, term: Tensor) -> None:
         """Certify the backward pass by its last term and apply the policy."""
-        # The backward pass begins at the last step, so `arrived` has run before.
+        # The backward pass begins at the last step, so `begin` has run before.
         info, g = cast(FoldInfo, self.info), cast(Tensor, self.g)
         residual = relative(term.detach(), g).nan_to_num(nan=torch.inf)
         ok = residual < 1

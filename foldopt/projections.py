@@ -165,19 +165,19 @@ def capped_simplex(x: Tensor, total: Tensor | float, upper: float = 1.0, *, near
     z = x - kink[:, None]  # after this shift theta is as small as the total, however large x is
     with torch.no_grad():
         for _ in range(2):
-            free, full = _sets(z + below[:, None], upper)
+            free, full = _free_and_full(z + below[:, None], upper)
             excess = _excess(z + below[:, None], free, _missing(total, full, upper))
             below = torch.where(free.any(1), below - excess, below)
     z = z + below[:, None]
     with torch.no_grad():
-        free, full = _sets(z, upper)
+        free, full = _free_and_full(z, upper)
         finite = x.isfinite().all(1)[:, None]
         bound = torch.where(finite, _at_bounds(x, full, upper), torch.nan)
     excess = _excess(z, free, _missing(total, full, upper))
     return torch.where(free & finite, (z - excess[:, None]).clamp(min=0), bound)
 
 
-def _sets(y: Tensor, upper: float) -> tuple[Tensor, Tensor]:
+def _free_and_full(y: Tensor, upper: float) -> tuple[Tensor, Tensor]:
     """Return which entries are strictly between the bounds, and which at or above the upper one, (B, n) bool."""
     full = y >= upper
     return (y > 0) & ~full, full
@@ -201,7 +201,7 @@ def _excess(z: Tensor, free: Tensor, missing: Tensor) -> Tensor:
 def _guessed(x: Tensor, total: Tensor, upper: float, near: Tensor) -> Tensor | None:
     """Return y if its free and full entries are those of `near` in every row, else None."""
     with torch.no_grad():
-        free, full = _sets(near, upper)
+        free, full = _free_and_full(near, upper)
         some = free.any(1)
         kink = torch.where(torch.where(some[:, None], free, full), x, torch.inf).amin(1, keepdim=True)
     missing = _missing(total, full, upper)

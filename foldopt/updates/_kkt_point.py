@@ -182,36 +182,37 @@ class Point:
         if forward:
             u = torch.cat([probe(n, g).expand(len(g), n), torch.zeros_like(u[:, n:])], 1)
         size = torch.linalg.vector_norm(u, dim=1, keepdim=True).clamp(min=torch.finfo(g.dtype).tiny)
-        null = base.kkt.null_part(torch.cat([u[:, :n], base.rows.take(u[:, n:])], 1))
-        loose = torch.cat([null[:, :n], base.rows.put(null[:, n:], r)], 1)
-        free = torch.linalg.vector_norm(null, dim=1) > UNIQUE * size[:, 0]
-        u = torch.where(free[:, None], u - loose, u)
+        singular_part = base.kkt.null_part(torch.cat([u[:, :n], base.rows.take(u[:, n:])], 1))
+        free_part = torch.cat([singular_part[:, :n], base.rows.put(singular_part[:, n:], r)], 1)
+        free = torch.linalg.vector_norm(singular_part, dim=1) > UNIQUE * size[:, 0]
+        u = torch.where(free[:, None], u - free_part, u)
         rhs = torch.cat([u[:, :n], base.rows.take(u[:, n:])], 1)
         w = self.restrained.found(rhs) if self.restrained else base.kkt.solve(rhs)
-        held, w = base.rows.put(w[:, n:], r), w[:, :n]
-        touched, basis = self.weak | seen, base.kkt.null_vectors()[:, :n]
+        multipliers, w = base.rows.put(w[:, n:], r), w[:, :n]
+        candidates, basis = self.weak | seen, base.kkt.null_vectors()[:, :n]
         lengths = matvec(self.program.C.abs(), torch.ones_like(w))
-        reach = torch.maximum(w.abs().amax(1, keepdim=True), 1e-6 * size) * lengths
-        hit = touched & (matvec(self.program.C, w).abs() > MOVED * reach)
+        scale = torch.maximum(w.abs().amax(1, keepdim=True), 1e-6 * size) * lengths
+        kinked = candidates & (matvec(self.program.C, w).abs() > MOVED * scale)
         if not forward:
-            hit |= self.weak & (g[:, n:] != 0)
+            kinked |= self.weak & (g[:, n:] != 0)
         at = torch.arange(r, device=g.device)
         group = torch.where(at < k, 0, torch.where(at < k + m, 1, 2))
         of_A, of_G, of_lower, of_upper = any(needed[4:6]), any(needed[2:4]), needed[6], needed[7]
         either = self.program.equality & (of_lower or of_upper)
         of_bounds = either | torch.where(self.below, of_lower, of_upper)
         wanted = torch.where(group == 0, of_A, torch.where(group == 1, of_G, of_bounds))
-        torn = self.program.equality & ~self.carrying & (group == 2) & ((held.abs() > MOVED * size) | forward)
-        lies = (self.dependent | torn) & wanted
+        needs_multiplier = (multipliers.abs() > MOVED * size) | forward
+        undetermined = self.program.equality & ~self.carrying & (group == 2) & needs_multiplier
+        dependent = (self.dependent | undetermined) & wanted
         spread = torch.linalg.vector_norm(basis, dim=2) > PART
-        wandering = spread & any(needed[i] for i in (0, 2, 4))
-        unsettled = free | wandering.any(1)
-        for kind, mask in ((DEPENDENT, lies.any(1)), (KINK, hit.any(1)), (NOT_UNIQUE, unsettled)):
+        not_unique = spread & any(needed[i] for i in (0, 2, 4))
+        ambiguous = free | not_unique.any(1)
+        for kind, mask in ((DEPENDENT, dependent.any(1)), (KINK, kinked.any(1)), (NOT_UNIQUE, ambiguous)):
             code = torch.where(asked & mask, kind, code)
-        rows = torch.where((code == KINK)[:, None], hit, lies & (code == DEPENDENT)[:, None])
-        variables = (code == NOT_UNIQUE)[:, None] & (wandering | (null[:, :n].abs() > PART * size))
+        rows = torch.where((code == KINK)[:, None], kinked, dependent & (code == DEPENDENT)[:, None])
+        variables = (code == NOT_UNIQUE)[:, None] & (not_unique | (singular_part[:, :n].abs() > PART * size))
         if not forward:
-            g = torch.where((asked & free)[:, None], g - loose / weights, g)
+            g = torch.where((asked & free)[:, None], g - free_part / weights, g)
         return g, Verdict(code, rows, variables)
 
 
