@@ -1,4 +1,4 @@
-"""Multiplication with a constant sparse matrix, differentiable to any order and under every transform of PyTorch."""
+"""Multiplication with a constant sparse matrix, differentiable to any order and under every transform of torch.func."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from torch import Tensor
 
 from foldopt._compat import outer_tangents, plain, through_autograds_vmap
 
+__all__ = ["SparseMap"]
+
 
 class SparseMap:
-    """p -> p M' for a constant scipy CSR matrix M (rows, columns): (..., columns) to (..., rows), on the CPU."""
+    """The map p -> p M' for a constant scipy CSR matrix M: (..., columns) to (..., rows), on the CPU."""
 
     def __init__(self, matrix: Any) -> None:
         self.matrix = matrix
@@ -19,7 +21,7 @@ class SparseMap:
 
     @property
     def transposed(self) -> SparseMap:
-        """The map of M', made once."""
+        """The map of M'; it is made once."""
         if self._transposed is None:
             self._transposed = SparseMap(self.matrix.T.tocsr())
             self._transposed._transposed = self

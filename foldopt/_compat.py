@@ -1,4 +1,4 @@
-"""Every private name of PyTorch that foldopt uses, one function each: a new torch breaks this file alone."""
+"""All private names of PyTorch that foldopt uses, one function for each: a new torch can break only this file."""
 
 from __future__ import annotations
 
@@ -12,18 +12,55 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves
 
+__all__ = [
+    "Mapped",
+    "Tensors",
+    "batched_by_autograd",
+    "leaves",
+    "outer_tangents",
+    "parameters_replaced",
+    "plain",
+    "through_autograds_vmap",
+    "transforming",
+    "untransformed",
+    "version",
+    "wrapped_by_func",
+]
+
 Tensors = tuple[Tensor, ...]
 Mapped = Callable[[int, list[int | None], Tensors], tuple[Tensors, tuple[int, ...]]]
 
 
 def transforming(*tensors: Tensor) -> bool:
-    """Return whether a torch.func transform is under way or autograd's own vmap has batched one of the tensors."""
+    """Return whether a transform of torch.func is running, or autograd's own vmap has batched one of the tensors.
+
+    Args:
+        *tensors: tensors to look at; default none, which looks for a running transform only.
+
+    Returns:
+        True or False.
+
+    Examples:
+        >>> foldopt.transforms.transforming(torch.zeros(1))
+        False
+    """
     functorch = torch._C._functorch
     return functorch.peek_interpreter_stack() is not None or any(map(functorch.is_legacy_batchedtensor, tensors))
 
 
 def plain(*tensors: Tensor) -> bool:
-    """Return whether neither a transform nor forward-mode differentiation is under way."""
+    """Return whether neither a transform of torch.func nor forward-mode differentiation is running.
+
+    Args:
+        *tensors: tensors to look at; default none.
+
+    Returns:
+        True or False.
+
+    Examples:
+        >>> foldopt.transforms.plain(torch.zeros(1))
+        True
+    """
     functorch = torch._C._functorch
     return (
         forward_ad._current_level < 0
@@ -43,7 +80,7 @@ def batched_by_autograd(t: Tensor) -> bool:
 
 
 def through_autograds_vmap(tensors: Tensors, apply: Callable[..., Tensors], mapped: Mapped) -> Tensors:
-    """Return ``apply(*tensors)``, or what `mapped` makes of tensors that autograd's own vmap has batched.
+    """Return ``apply(*tensors)``, or the outputs of `mapped` if autograd's own vmap has batched some of the tensors.
 
     That vmap is older than torch.func's and ignores the ``vmap`` of an autograd.Function. These public functions use
     it: ``torch.autograd.grad(is_grads_batched=True)``, ``torch.autograd.functional.jacobian(vectorize=True)`` and
@@ -63,10 +100,10 @@ def through_autograds_vmap(tensors: Tensors, apply: Callable[..., Tensors], mapp
 
 @contextlib.contextmanager
 def outer_tangents(saved: Tensors) -> Iterator[Tensors]:
-    """Inside of a Function's jvp: give back the saved tensors' tangents of the outer levels of torch.func.
+    """Inside the jvp of an autograd Function: give the saved tensors back their tangents of outer torch.func levels.
 
-    PyTorch disables those of all levels there, and forward mode over forward mode would be wrong in silence. The
-    primal parts have lost their tangents of the level that the jvp is about.
+    PyTorch disables the tangents of all levels there, and forward mode over forward mode would then be wrong without
+    any notice. The primal parts have lost only their tangents of the level that this jvp belongs to.
     """
     if not transforming():
         yield saved
@@ -77,19 +114,19 @@ def outer_tangents(saved: Tensors) -> Iterator[Tensors]:
 
 @contextlib.contextmanager
 def untransformed() -> Iterator[None]:
-    """Compute what no transform of torch.func is about, such as indices, on plain tensors."""
+    """Return a context for computing, on plain tensors, values that no transform differentiates, such as indices."""
     with temporarily_clear_interpreter_stack():
         yield
 
 
 def leaves(tree: Any) -> list[Any]:
-    """Return what nested tuples, lists and dictionaries hold."""
+    """Return the objects inside nested tuples, lists and dictionaries."""
     return tree_leaves(tree)
 
 
 @contextlib.contextmanager
 def parameters_replaced(modules: nn.Module, names: Sequence[str], values: Sequence[Tensor]) -> Iterator[None]:
-    """Put `values` in the place of named parameters of `modules`.
+    """Return a context in which the named parameters of `modules` are replaced by `values`.
 
     torch.func.functional_call would leave its tensors behind in a module that it reaches by two names.
     """
@@ -111,5 +148,5 @@ def parameters_replaced(modules: nn.Module, names: Sequence[str], values: Sequen
 
 
 def version(t: Tensor) -> int:
-    """Return how often a tensor's memory has been written to; inference tensors have no version."""
+    """Return how often the memory of a tensor has been written to; inference tensors have no such count."""
     return t._version

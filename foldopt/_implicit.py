@@ -1,7 +1,9 @@
 """The derivative of a fixed point, to any order: its adjoint and its tangent are fixed points again.
 
-With Phi = dU/dx and Psi = dU/dc at x* = U(x*, c), the vector-Jacobian product of c -> x* is g^T J = v^T Psi where
-v = Phi^T v + g (paper eqs. 21-27, Lemma 2 and Theorem 1), and the Jacobian-vector product t solves t = Phi t + Psi dc.
+Let Phi = dU/dx and Psi = dU/dc at x* = U(x*, c), and J = dx*/dc. The vector-Jacobian product is g^T J = v^T Psi, where
+v = Phi^T v + g (paper, eqs. 21-27, Lemma 2 and Theorem 1). The Jacobian-vector product t = J dc solves
+t = Phi t + Psi dc. Both equations are fixed points of linear steps, so differentiating them again is the same
+operation on these steps.
 """
 
 from __future__ import annotations
@@ -23,21 +25,39 @@ from foldopt.linear_solve._base import Iterative, Product
 from foldopt.linear_solve._dense import compared
 from foldopt.step import Recorded, StepFunction, StepJVP, StepVJP, Tensors, flatten, record, unflatten
 from foldopt.transforms import Opaque, Pullback, Pushforward, differentiable, looped, pulled_back, pushed_forward
-from foldopt.verdicts import Verdict
+from foldopt.verdicts import Judge, Verdict
 
-Judge = Callable[[Tensor, Sequence[bool], bool], tuple[Tensor, Verdict]]
+__all__ = ["Adjoint", "FixedPoint", "Linear", "Solve", "Tangent", "fixed_point_jvp", "fixed_point_vjp"]
+
 Solve = Callable[[Product, Tensor], tuple[Tensor, LinearSolveInfo]]
 
 
 def fixed_point_vjp(
     recorded: Recorded, cotangent: Sequence[Tensor], solve: Solve | LinearSolver, wanted: Sequence[Tensor] | None = None
 ) -> tuple[list[Tensor | None], LinearSolveInfo]:
-    """Return g^T J for J = dx*/dc, the vector-Jacobian product of the fixed point (paper eqs. 26 and 27).
+    """Return g^T J, the vector-Jacobian product of a fixed point with respect to its parameters, J = dx/dc.
 
-    recorded: one step recorded at the fixed point, ``foldopt.step.record(step, x, c)``. cotangent: g, shaped like the
-    state, each part (B, ...). solve: a linear solver, ``solve(vjp, g) -> (v, info)`` on flattened states, (B, N).
-    wanted: those of ``recorded.params`` to pull back to; None: all.
-    Returns one gradient per wanted parameter, None for those that take no part, and the solver's info.
+    It solves v = Phi^T v + g with the given solver and returns Psi^T v.
+
+    Args:
+        recorded: one step recorded at the fixed point, by ``foldopt.step.record(step, x, c)``.
+        cotangent: g, one tensor per part of the state and of its shape (B, ...).
+        solve: linear solver, ``solve(vjp, g) -> (v, info)`` on flattened states (B, N), such as
+            ``foldopt.linear_solve.GMRES()``.
+        wanted: the parameters, out of ``recorded.params``, whose gradients are asked for; None, the default, for all.
+
+    Returns:
+        The pair (gradients, info): one gradient per wanted parameter, None for those that do not take part, and the
+        report of the linear solver.
+
+    Source: paper, eqs. 26 and 27.
+
+    Examples:
+        >>> x, c = torch.tensor([[2.0]]), torch.tensor([[4.0]], requires_grad=True)
+        >>> recorded = foldopt.step.record(lambda x, c: (0.5 * (x[0] + c[0] / x[0]),), (x,), (c,))
+        >>> gradients, info = foldopt.fixed_point_vjp(recorded, (torch.ones(1, 1),), foldopt.linear_solve.GMRES())
+        >>> gradients
+        [tensor([[0.2500]])]
     """
     step = StepVJP(recorded, recorded.params if wanted is None else wanted)
     v, info = solve(step, flatten(cotangent))  # v = Phi^T v + g
@@ -47,11 +67,25 @@ def fixed_point_vjp(
 def fixed_point_jvp(
     recorded: Recorded, tangents: Sequence[Tensor | None], solve: Solve | LinearSolver
 ) -> tuple[Tensors, LinearSolveInfo]:
-    """Return J dc for J = dx*/dc, the Jacobian-vector product of the fixed point.
+    """Return J dc, the Jacobian-vector product of a fixed point with respect to its parameters, J = dx/dc.
 
-    recorded, solve: as for `fixed_point_vjp`; the solver is given products with Phi instead of Phi^T. tangents: dc, one
-    per parameter, None for zero.
-    Returns the tangent t = Phi t + Psi dc, shaped like the state, and the solver's info.
+    It solves t = Phi t + Psi dc with the given solver.
+
+    Args:
+        recorded: one step recorded at the fixed point, by ``foldopt.step.record(step, x, c)``.
+        tangents: dc, one tensor per parameter and of its shape; None for zero.
+        solve: linear solver, ``solve(product, r) -> (t, info)`` on flattened states (B, N), such as
+            ``foldopt.linear_solve.GMRES()``; here it is given products with Phi.
+
+    Returns:
+        The pair (t, info): the tangent, one tensor per part of the state, and the report of the linear solver.
+
+    Examples:
+        >>> x, c = torch.tensor([[2.0]]), torch.tensor([[4.0]], requires_grad=True)
+        >>> recorded = foldopt.step.record(lambda x, c: (0.5 * (x[0] + c[0] / x[0]),), (x,), (c,))
+        >>> tangent, info = foldopt.fixed_point_jvp(recorded, (torch.ones(1, 1),), foldopt.linear_solve.GMRES())
+        >>> tangent
+        (tensor([[0.2500]]),)
     """
     step = StepJVP(recorded)
     t, info = solve(step, step.params(tangents))
@@ -59,11 +93,18 @@ def fixed_point_jvp(
 
 
 class FixedPoint(Opaque):
-    """A fixed point as a function of its parameters: ``point(*c) -> (*x, keep)``, x* = step(x*, c).
+    """A fixed point as a function of its parameters: ``point(*c)`` returns ``(*x, keep)`` with x = step(x, c).
 
-    keep: (B,) bool, the samples that have a derivative. solver, policy, degenerate: as `linear_solver`, `on_failure`
-    and `degenerate` of `foldopt.fold`. recorded: the step's graph there, if kept. certificate: what the last call
-    found, a `FoldInfo`, or a `LinearSolveInfo` of the fixed points of derivatives.
+    `keep`, (B,) bool, tells which samples have a derivative.
+
+    Attributes:
+        solver: linear solver of the derivative's equation.
+        policy: the layer's `on_failure`.
+        degenerate: the layer's policy for samples without derivative.
+        recorded: the step's graph at the fixed point, if it was kept.
+        certificate: result of the last call: a `FoldInfo`, or a `LinearSolveInfo` for fixed points of derivatives.
+        can_judge: whether the step has a method ``judge``.
+        has_jacobian: whether the step has a method ``jacobian``.
     """
 
     solver: LinearSolver
@@ -77,7 +118,7 @@ class FixedPoint(Opaque):
     step: StepFunction
 
     def judge(self, recorded: Recorded) -> Judge | None:
-        """Return what tells which cotangents have a derivative at a recorded step; None if all have, or none knows."""
+        """Return the function that judges cotangents at a recorded step, or None if there is nothing to judge."""
         return None
 
     def phi(self, recorded: Recorded) -> Phi:
@@ -87,7 +128,7 @@ class FixedPoint(Opaque):
     def vjp(
         self, cotangent: Tensors, inputs: Tensors, outputs: Tensors, needed: Sequence[bool]
     ) -> Sequence[Tensor | None]:
-        """Pull a cotangent of the state back; where that is differentiated again, the adjoint is folded once more."""
+        """Pull a cotangent of the state back; to be differentiated again, the adjoint is folded in turn."""
         n, keep, recorded, c = len(outputs) - 1, outputs[-1], self.recorded, inputs
         adjoint = Adjoint(self, n, needed)
         try:
@@ -104,7 +145,7 @@ class FixedPoint(Opaque):
             self.report(adjoint)
 
     def jvp(self, tangents: Sequence[Tensor | None], inputs: Tensors, outputs: Tensors) -> tuple[Tensor | None, ...]:
-        """Push tangents of the parameters forward; where that is differentiated again, this is folded once more."""
+        """Push tangents of the parameters forward; to be differentiated again, the tangent is folded in turn."""
         n, keep, c = len(outputs) - 1, outputs[-1], inputs
         x = patched(outputs[:n], keep)
         moved = torch.stack([(p[:0] if t is None else t).ne(0).any() for t, p in zip(tangents, c, strict=True)])
@@ -125,31 +166,31 @@ class FixedPoint(Opaque):
             self.report(tangent)
 
     def mapped(self, size: int, in_dims: Sequence[int | None], inputs: Tensors) -> tuple[Tensors, tuple[int, ...]]:
-        """Find the fixed points of `size` samples one by one, each by a copy, and gather the certificates."""
+        """Find the fixed points of `size` samples one by one, each by a copy, and join their certificates."""
         copies = [self.copy() for _ in range(size)]
         result = looped(copies, in_dims, inputs)
         self.adopt(copies)
         return result
 
     def copy(self) -> Self:
-        """Return another one, to be called by itself."""
+        """Return a copy for a separate call."""
         other = copy.copy(self)
         other.recorded = other.certificate = None
         return other
 
     def adopt(self, copies: Sequence[Self]) -> None:
-        """Take over the certificates of copies."""
+        """Take over the certificates of copies, joined."""
         self.certificate = type(copies[0].certificate).joined([one.certificate for one in copies])
 
     def report(self, derivative: Linear) -> None:
-        """Take note of what the linear solver did for a derivative, and of the verdict on it."""
+        """Store the linear solver's report on a derivative, and the verdict on it, in the certificate."""
         if isinstance(self.certificate, FoldInfo):
             self.certificate.backward, self.certificate.derivative = derivative.certificate, derivative.verdict
 
 
 @dataclass(frozen=True)
 class _Flat(Opaque):
-    """A step as a function of all its tensors in a row."""
+    """A step as a function of one flat list of tensors, the state first."""
 
     step: StepFunction
     n_state: int
@@ -159,82 +200,92 @@ class _Flat(Opaque):
 
 
 class Linear(FixedPoint):
-    """The linear equation of a derivative as a fixed point; its params are a right-hand side, x*, keep and c.
+    """The linear equation of a derivative as a fixed point; its parameters are a right-hand side, x*, keep and c.
 
-    of: the point whose derivative it is. n: the number of parts of the state. asked: the parameters that the derivative
-    is about.
+    Attributes:
+        point: the fixed point that is differentiated.
+        n: number of parts of its state.
+        asked: which of the parameters the derivative is asked for.
+        verdict: the verdict on the derivative, after a call.
     """
 
     equation: ClassVar[str]
     forward_mode: ClassVar[bool]
 
-    def __init__(self, of: FixedPoint, n: int, asked: Sequence[bool] = ()) -> None:
-        self.of, self.n, self.asked = of, n, asked
-        self.solver, self.policy, self.degenerate = of.solver, of.policy, of.degenerate
-        self.has_jacobian = of.has_jacobian
+    def __init__(self, point: FixedPoint, n: int, asked: Sequence[bool] = ()) -> None:
+        self.point, self.n, self.asked = point, n, asked
+        self.solver, self.policy, self.degenerate = point.solver, point.policy, point.degenerate
+        self.has_jacobian = point.has_jacobian
         self.verdict: Verdict | None = None
 
     @property
     def step(self) -> StepFunction:  # type: ignore[override]
-        """The linear step; kept as an attribute it would be a cycle that holds the recorded graph."""
+        """The linear step; as an attribute it would form a cycle that keeps the recorded graph alive."""
         return self._linear_step
 
     def _linear_step(self, y: Tensors, params: Tensors) -> Tensors:
         """Return the right-hand side plus Phi^T y or Phi y."""
         r, x, _, c = self.split(params)
-        moved = self.opaque_product(_Flat(self.of.step, self.n), tuple(range(self.n)))(*y, *x, *c)
+        moved = self.opaque_product(_Flat(self.point.step, self.n), tuple(range(self.n)))(*y, *x, *c)
         return tuple(ri + m for ri, m in zip(r, moved, strict=True))
 
     def split(self, params: Tensors) -> tuple[Tensors, Tensors, Tensor, Tensors]:
-        """Return the right-hand side, x*, the samples to keep and c."""
+        """Return the right-hand side, x*, keep and c."""
         n = self.n
         return params[:n], params[n : 2 * n], params[2 * n], params[2 * n + 1 :]
 
     def opaque_product(self, function: Callable[..., Tensors], state: tuple[int, ...]) -> Callable[..., Tensors]:
-        """Return the function of (y, x, c) that is linear in y."""
+        """Return the product with Phi^T or Phi as a function of (y, x, c)."""
         raise NotImplementedError
 
     def phi(self, recorded: Recorded) -> Phi:
-        """Return the Phi of the equation; where there is a closed form, that with what has been factored already."""
-        if not self.of.has_jacobian:
+        """Return the matrix of this equation; a closed form reuses what the differentiated point has factored."""
+        if not self.point.has_jacobian:
             return super().phi(recorded)
         _, x, _, c = self.split(recorded.params)
-        return self.turned(self.of.phi(self.recorded_at(x, c)))
+        return self.oriented(self.point.phi(self.recorded_at(x, c)))
 
     def recorded_at(self, x: Tensors, c: Tensors) -> Recorded:
-        """Return the step of which this is the derivative, recorded."""
-        return self.of.recorded or record(self.of.step, x, c, self.of.check_undeclared)
+        """Return the recorded step of the fixed point that is differentiated."""
+        return self.point.recorded or record(self.point.step, x, c, self.point.check_undeclared)
 
-    def turned(self, phi: Phi) -> Phi:
-        """Return the Phi of the equation, given that of the point."""
+    def oriented(self, phi: Phi) -> Phi:
+        """Return the matrix of this equation, given the Phi of the differentiated point."""
         raise NotImplementedError
 
     def __call__(self, *params: Tensor) -> Tensors:
-        """Return the solution and the samples that have one."""
+        """Return the solution and which samples have one."""
         r, x, keep, c = self.split(params)
         recorded = self.recorded_at(x, c)
         y, _ = self.solve(recorded, keep, self.plain_product(recorded), flatten(r))
         return *unflatten(y, recorded.state), self.keep.clone()
 
     def plain_product(self, recorded: Recorded) -> Product:
-        """Return the product with Phi^T or Phi."""
+        """Return the product with Phi^T or Phi at a recorded step, for plain tensors."""
         raise NotImplementedError
 
     def solve(self, recorded: Recorded, keep: Tensor, product: Product, r: Tensor) -> tuple[Tensor, LinearSolveInfo]:
-        """Solve the equation for the samples to keep; apply the policies to those without a trustworthy derivative.
+        """Solve the equation for the samples in `keep`, and apply the policies to samples that lack a derivative.
 
-        r: the right-hand side, (B, N). Returns the solution and the linear solver's info; notes both and the verdict.
+        Args:
+            recorded: the recorded step of the differentiated point.
+            keep: (B,) bool, the samples to solve for.
+            product: the product with Phi^T or Phi.
+            r: right-hand side, (B, N).
+
+        Returns:
+            The solution (B, N) and the report of the linear solver; both it and the verdict are also stored.
         """
-        of, every = self.of, bool(keep.all())
+        point, every = self.point, bool(keep.all())
         r = r if every else torch.where(keep[:, None], r, 0)
-        if of.can_judge:
+        if point.can_judge:
             r, self.verdict = self._judged(recorded, r)
             self.verdict.enforce(self.degenerate)
         phi = None
         if not isinstance(self.solver, Iterative):
-            phi = of.phi(recorded).transposed() if self.forward_mode else of.phi(recorded)
+            phi = point.phi(recorded).transposed() if self.forward_mode else point.phi(recorded)
         y, info = self.solver(product, r, phi)
-        self.certificate = info = compared(info, phi, y, product.answer) if of.has_jacobian else info
+        self.certificate = info = compared(info, phi, y, product.answer) if point.has_jacobian else info
         self.keep = keep
         if not (every and info.ok.all()):
             y = self._judge_solution(y, info)
@@ -243,15 +294,15 @@ class Linear(FixedPoint):
         return y, info
 
     def _judged(self, recorded: Recorded, r: Tensor) -> tuple[Tensor, Verdict]:
-        """Return the part of a right-hand side that has a derivative, and the verdict on it."""
-        judge = self.of.judge(recorded)
+        """Return the part of the right-hand side that has a derivative, and the verdict."""
+        judge = self.point.judge(recorded)
         if judge is not None:
             return judge(r, self.asked, self.forward_mode)
         none = torch.zeros(len(r), 0, dtype=torch.bool, device=r.device)
         return r, Verdict(torch.zeros(len(r), dtype=torch.long, device=r.device), none, none)
 
     def _judge_solution(self, y: Tensor, info: LinearSolveInfo) -> Tensor:
-        """Apply the policy to the samples that are not to be kept or not solved."""
+        """Apply the policy to the samples that were not solved, and to those that were not to be kept."""
         if not info.ok.all():
             products = int(info.iterations.max()) if len(info.iterations) else 0
             apply_policy(
@@ -271,19 +322,19 @@ class Linear(FixedPoint):
         return masked((y,), self.keep, self.policy)[0]
 
     def adopt(self, copies: Sequence[Self]) -> None:
-        """Take over the certificates and verdicts of copies."""
+        """Take over the certificates and verdicts of copies, joined."""
         super().adopt(copies)
         verdicts = [one.verdict for one in copies if one.verdict is not None]
         self.verdict = Verdict.joined(verdicts) if len(verdicts) == len(copies) else None
 
 
 class Adjoint(Linear):
-    """v = Phi^T v + g."""
+    """The adjoint equation v = Phi^T v + g."""
 
     equation = "adjoint equation v = Phi^T v + g"
     forward_mode = False
 
-    def turned(self, phi: Phi) -> Phi:
+    def oriented(self, phi: Phi) -> Phi:
         """Return Phi^T."""
         return phi.transposed()
 
@@ -297,21 +348,21 @@ class Adjoint(Linear):
 
 
 class Tangent(Linear):
-    """t = Phi t + Psi dc; its last param says which of c move, (number of c,) bool."""
+    """The tangent equation t = Phi t + Psi dc; its last parameter tells which of the parameters c move, bool."""
 
     equation = "tangent equation t = Phi t + Psi dc"
     forward_mode = True
 
-    def turned(self, phi: Phi) -> Phi:
+    def oriented(self, phi: Phi) -> Phi:
         """Return Phi."""
         return phi
 
     def split(self, params: Tensors) -> tuple[Tensors, Tensors, Tensor, Tensors]:
-        """Return the right-hand side, x*, the samples to keep and c."""
+        """Return the right-hand side, x*, keep and c."""
         return super().split(params[:-1])
 
     def __call__(self, *params: Tensor) -> Tensors:
-        """Return the solution and the samples that have one."""
+        """Return the solution and which samples have one."""
         self.asked = params[-1].tolist()
         return super().__call__(*params)
 

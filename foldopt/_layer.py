@@ -1,4 +1,4 @@
-"""A layer: a black-box solver, one update step, and how the solution is differentiated."""
+"""The layer that all derivatives share: a black-box solver, one update step, and an object that differentiates them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from foldopt.checks import NONFINITE_ALLOWED, require_finite
 from foldopt.errors import FixedPointError, InputError
 from foldopt.step import Modules, State, Tensors, flatten
 
-TOLERANCE = defaultdict(lambda: 1e-3, {torch.float64: 1e-6})  # of the relative residual of the step
+__all__ = ["TOLERANCE", "Derivative", "FixedPointLayer", "LayerAround", "LayerCall"]
+
+TOLERANCE = defaultdict(lambda: 1e-3, {torch.float64: 1e-6})  # largest accepted relative residual of the step
 
 
 class Derivative(Protocol):
@@ -27,13 +29,28 @@ class Derivative(Protocol):
 
 
 class FixedPointLayer(nn.Module):
-    """A differentiable layer from a black-box solver and one update step; made by `fold`, `unfold` and `unroll`.
+    """A differentiable layer made of a black-box solver and one update step.
+
+    `foldopt.fold`, `unfold` and `unroll` make it. ``layer(*params)`` returns the state; ``layer.last`` holds the
+    certificates of the last call, a `FoldInfo`, or None before the first.
 
     Args:
-        solve, update, tol, on_failure, dtype, modules: see `foldopt.fold`.
-        derivative: an `Implicit` or `Unrolled`, how the state is found and differentiated.
+        solve: ``solve(*params) -> state``, run without gradients.
+        update: ``update(state, *params) -> state``, differentiable PyTorch code.
+        derivative: `Implicit` or `Unrolled`: how the state is found and differentiated.
+        tol: largest accepted relative residual of the step; default 1e-6 in float64, otherwise 1e-3.
+        on_failure: "raise" (the default), "warn", "nan" or "zero", for samples that fail.
+        dtype: compute in this dtype and return the dtype of the first floating parameter; default None: no casting.
+        modules: modules whose weights `update` uses and foldopt cannot find, as in `foldopt.fold`; default none.
 
-    ``layer(*params) -> state``; ``layer.last`` holds the per-sample certificates of the last call, a `FoldInfo`.
+    Raises:
+        InputError: an argument is invalid. When the layer is called it raises the errors of `foldopt.fold`.
+
+    Examples:
+        >>> derivative = foldopt.Implicit()
+        >>> layer = foldopt.FixedPointLayer(lambda c: c.sqrt(), lambda x, c: 0.5 * (x + c / x), derivative)
+        >>> layer(torch.tensor([[4.0]]))
+        tensor([[2.]])
     """
 
     checks_finite: ClassVar[bool] = True  # refuse parameters that hold NaN or inf
@@ -57,7 +74,9 @@ class FixedPointLayer(nn.Module):
         if on_failure not in POLICIES:
             raise InputError(f"on_failure={on_failure!r} is unknown; choose one of {POLICIES}.")
         if tol is not None and not tol > 0:
-            raise InputError(f"tol={tol}: the fixed-point tolerance is a relative residual, take one above 0.")
+            raise InputError(
+                f"tol={tol}: expected a number above 0, the largest accepted relative residual of the step."
+            )
         if dtype is not None and not dtype.is_floating_point:
             raise InputError(f"dtype={dtype} is not a floating-point type; use torch.float64 or torch.float32.")
         self.solve, self.update, self.derivative = solve, update, derivative
@@ -69,9 +88,20 @@ class FixedPointLayer(nn.Module):
         return {**self.__dict__, "last": None}
 
     def forward(self, *params: Tensor) -> State:
-        """Return the layer's state for the parameters; torch.compile leaves it as it is."""
+        """Return the layer's state for the parameters; torch.compile runs it uncompiled.
+
+        Args:
+            *params: tensors on one device, at least one; those without a batch dimension are shared by all samples.
+
+        Returns:
+            A tensor (B, ...) or a tuple of such, as `solve` returns it.
+
+        Raises:
+            InputError: no parameter, something other than a tensor, different devices, or a parameter that is not
+                finite.
+        """
         if torch.compiler.is_compiling():
-            # As a decorator, disable would load the compiler, which is 5 s of import time.
+            # Used as a decorator, disable would load the compiler at import, which takes 5 s.
             return torch.compiler.disable(self.forward)(*params)
         call = LayerCall(self, params)
         found, self.last = self.derivative(call)
@@ -79,7 +109,18 @@ class FixedPointLayer(nn.Module):
         return state[0] if call.single else state
 
     def certify(self, state: Tensors, stepped: Tensors) -> FoldInfo:
-        """Measure how well the step fixes the solution and apply the policy to the samples where it does not."""
+        """Measure how well the step fixes the state, and apply the policy to samples where it does not.
+
+        Args:
+            state: parts of the solution.
+            stepped: parts of the state after one step from there.
+
+        Returns:
+            The certificates.
+
+        Raises:
+            FixedPointError: the residual of a sample exceeds the tolerance, and the policy is "raise".
+        """
         x = flatten(state)
         residual = torch.linalg.vector_norm(flatten([s.detach() for s in stepped]) - x, dim=1)
         residual = residual / (1 + torch.linalg.vector_norm(x, dim=1))
@@ -100,28 +141,32 @@ class FixedPointLayer(nn.Module):
 
 
 class LayerAround(nn.Module):
-    """A layer around another, ``layer.fold``, whose certificates are its own."""
+    """A module that wraps a folded layer, kept as ``layer.fold``, and shows its certificates as its own."""
 
     fold: FixedPointLayer
 
     def folded(self, *params: Any) -> FixedPointLayer:
-        """Return the folded layer that a call with these params uses."""
+        """Return the folded layer that a call with these parameters uses."""
         return self.fold
 
     @property
     def last(self) -> FoldInfo | None:
-        """The certificates of the last call."""
+        """The certificates of the last call, or None before the first."""
         return self.fold.last
 
 
 class LayerCall:
-    """One call of a layer: its tensors, and the solver and the step as functions of them.
+    """One call of a layer: its tensors, and the solver and the step as functions of these tensors.
 
-    tensors: the parameters, cast to the layer's dtype, then the trainable weights of modules inside of the step.
-    answer: the caller's dtype. single: whether the state is one tensor, known once `solve` has run. transformed:
-    whether a transform of PyTorch is under way.
+    Attributes:
+        tensors: the parameters, cast to the layer's dtype, then the trainable weights of modules used by the step.
+        n_params: number of parameters; the weights follow them.
+        answer: dtype of the caller, in which the state is returned.
+        single: whether the state is one tensor; known after `solve` has run.
+        transformed: whether a transform of torch.func is running.
 
-    Raises InputError for no parameters, non-tensors, or parameters on different devices.
+    Raises:
+        InputError: there are no parameters, one is no tensor, or they are on different devices.
     """
 
     def __init__(self, layer: FixedPointLayer, params: Tensors) -> None:
@@ -143,10 +188,11 @@ class LayerCall:
         self.single, self.transformed = True, transforming()
 
     def solve(self, tensors: Tensors) -> Tensors:
-        """Run the black box without gradients and return the parts of its state.
+        """Run the solver without gradients and return the parts of its state.
 
-        Raises InputError if a parameter holds NaN or inf, or if the black box returns something else than tensors
-        (B, ...) on the parameters' device.
+        Raises:
+            InputError: a parameter holds NaN or inf, or the solver returned something other than tensors (B, ...) on
+                the parameters' device.
         """
         params = tuple(p.detach() for p in tensors[: self.n_params])
         floating = {i: p for i, p in enumerate(params) if p.is_floating_point()}
@@ -162,12 +208,15 @@ class LayerCall:
             )
         if len({len(part) for part in state}) > 1:
             raise InputError(
-                f"solve returned parts of different batch sizes, shapes {[tuple(p.shape) for p in state]}."
+                f"solve returned parts of different batch sizes, shapes {[tuple(p.shape) for p in state]}; the first "
+                "dimension of every part is the batch."
             )
         like = next(iter(floating.values()), params[0])
         for i, part in enumerate(state):
             if part.device != like.device:
-                raise InputError(f"solve returned part {i} on {part.device}, but the parameters are on {like.device}.")
+                raise InputError(
+                    f"solve returned part {i} on {part.device}, but the parameters are on {like.device}; move it there."
+                )
         return tuple(part.detach().to(self.layer.dtype or like.dtype) for part in state)
 
     def step(self, state: Tensors, tensors: Tensors) -> Tensors:
@@ -175,12 +224,14 @@ class LayerCall:
         return self.run(self.layer.update, state, tensors)
 
     def run(self, function: Callable[..., Any], state: Tensors | None, tensors: Tensors) -> Any:
-        """Call the black box (state: None) or the update step; values that are not finite may pass.
+        """Call the solver (state None) or the update step, with checks of finiteness turned off.
 
-        The layer certifies every sample: one that is not finite is no reason to stop the others. Weights behind the
-        parameters take their places inside of the modules; the black box needs that where a transform hides them.
+        The layer certifies every sample by itself, so a sample that is not finite must not stop the others. The
+        trailing tensors replace the weights inside the modules; the solver needs that only where a transform hides
+        them.
 
-        Raises InputError if a step changes the shapes of the state.
+        Raises:
+            InputError: the step changed the shapes of the state.
         """
         args: tuple[Any, ...] = tensors[: self.n_params]
         weights = tensors[self.n_params :]
@@ -202,5 +253,8 @@ class LayerCall:
         new = (returned,) if isinstance(returned, Tensor) else tuple(returned)
         got, expected = [tuple(part.shape) for part in new], [tuple(part.shape) for part in state]
         if got != expected:
-            raise InputError(f"update returned a state of shapes {got}, but its input state has shapes {expected}.")
+            raise InputError(
+                f"update returned a state of shapes {got}, but its input state has shapes {expected}; a step keeps the "
+                "shapes of its state."
+            )
         return new

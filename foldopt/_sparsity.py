@@ -1,9 +1,12 @@
-"""The derivatives of a smooth program as sparse matrices, read off a few products with them.
+"""The derivatives of a smooth program as sparse matrices, computed from a few products with them.
 
-Rows of a Jacobian that have no column in common share one product with its transpose (Curtis, Powell and Reid, On the
-estimation of sparse Jacobian matrices, 1974): each value of the product belongs to one entry. Which rows go together
-is a coloring of a graph, here a greedy one (Gebremedhin, Manne and Pothen, What color is your Jacobian?, 2005). A
-column of many entries would keep all its rows apart; it has a product of its own, with the matrix itself.
+Rows of a Jacobian that share no column can be computed together: one product with the transpose gives all of them,
+because each number of the product belongs to one entry. Which rows go together is a graph coloring, found greedily
+here. Columns with many entries would keep all their rows apart; such a column gets a product of its own, with the
+matrix itself.
+
+Source: Curtis, Powell and Reid, On the estimation of sparse Jacobian matrices (1974); Gebremedhin, Manne and Pothen,
+What color is your Jacobian? (2005).
 """
 
 from __future__ import annotations
@@ -17,18 +20,24 @@ from torch import Tensor
 
 from foldopt.errors import InputError
 from foldopt.qp._kkt import probe
-from foldopt.qp._structure import taken
+from foldopt.qp._structure import sparse_argument
 from foldopt.qp.matrix import Pattern, SparseMatrix
 from foldopt.step import Recorded, pushforward, vjp_of
 from foldopt.updates.programs import SmoothProgram
+
+__all__ = ["Decompression", "Derivative", "Derivatives", "Model", "Product", "Sparsity"]
 
 Product = Callable[[Tensor], Tensor]
 
 
 class Model(NamedTuple):
-    """The quadratic model of a program at (x, y): eq. (31), batched, with sparse matrices; float64, on the CPU.
+    """The quadratic model of a program at (x, y), eq. (31), for a batch, with sparse matrices; float64, on the CPU.
 
-    gradient of f (B, n), Hessian H of the Lagrangian (B, n, n), constraints c = (h, g) (B, r) and Jacobian C (B, r, n).
+    Attributes:
+        gradient: gradient of f, (B, n).
+        H: Hessian of the Lagrangian, (B, n, n).
+        c: constraints (h, g), (B, r).
+        C: their Jacobian, (B, r, n).
     """
 
     gradient: Tensor
@@ -38,14 +47,23 @@ class Model(NamedTuple):
 
 
 class Sparsity:
-    """Where the derivatives of a smooth program may have entries that are not zero.
+    """The places where the derivatives of a smooth program may have entries other than zero.
+
+    Give the matrices of the places, or let `Sparsity.detected` find them. Only the places of their entries matter, not
+    the values; a stored zero counts as an entry. Matrices may be of SciPy, torch (sparse or dense) or NumPy.
 
     Args:
-        hessian: of the Lagrangian, (n, n), one triangle or both. inequalities, equalities: their Jacobians, (m, n) and
-            (p, n); None if there are none. Matrices of scipy, torch (sparse or dense) or numpy, of which only the
-            places of the entries matter; a zero that is stored counts as an entry.
+        hessian: the Hessian of the Lagrangian, (n, n), one triangle or both.
+        inequalities: the Jacobian of the inequalities, (m, n); None, the default, if there are none.
+        equalities: the Jacobian of the equalities, (p, n); None, the default, if there are none.
 
-    `Sparsity.detected` finds them by itself.
+    Raises:
+        InputError: an argument is no matrix, or the sizes do not fit.
+
+    Examples:
+        >>> sparsity = foldopt.Sparsity(torch.eye(3), equalities=torch.tensor([[1.0, 1.0, 0.0], [0.0, 0.0, 1.0]]))
+        >>> sparsity.products  # one for the Hessian, one for the constraints
+        (1, 1)
     """
 
     def __init__(self, hessian: Any, inequalities: Any = None, equalities: Any = None) -> None:
@@ -70,72 +88,94 @@ class Sparsity:
             torch.cat([rows[0].columns, rows[1].columns]),
             (top + rows[1].shape[0], n),
         )
-        self._take(H, C, top)
+        self._store(H, C, top)
 
-    def _take(self, H: Pattern, C: Pattern, n_equalities: int) -> None:
+    def _store(self, H: Pattern, C: Pattern, n_equalities: int) -> None:
+        """Store the places of the Hessian, made symmetric and with its diagonal, and those of the constraints."""
         eye = torch.arange(H.shape[1])
         self.H = _united(torch.cat([H.rows, H.columns, eye]), torch.cat([H.columns, H.rows, eye]), H.shape)
         self.C = _united(C.rows, C.columns, C.shape)
         self.n_equalities = n_equalities
-        self._readings = Reading(self.H), Reading(self.C)
+        self._decompressions = Decompression(self.H), Decompression(self.C)
 
     @classmethod
     def detected(cls, program: SmoothProgram, x: Tensor, *params: Tensor) -> Sparsity:
-        """Find the places by a product for every variable and every constraint, at a point near x (B, n).
+        """Find the places by one product for every variable and every constraint, at a point near x.
 
-        An entry that is zero in all samples at that point, though not at others, is missed; what uses the places
-        compares the matrices with a product and does not go on with a wrong one.
+        An entry that is zero in all samples at that point but not elsewhere is missed. Code that uses the places
+        compares the matrices with a product and does not go on if they differ.
+
+        Args:
+            program: the program.
+            x: points (B, n).
+            *params: parameters of the program.
+
+        Returns:
+            The places.
         """
         near = x + 1e-3 * (1 + x.abs()) * probe(x.shape[1], x)
         _, h, g = program.values(near, *params)
         p, r = h.shape[1], h.shape[1] + g.shape[1]
         at = Derivatives.of(program, near, 1 + 0.5 * probe(r, x).expand(len(x), r), params)
         found = cls.__new__(cls)
-        found._take(_found(at.hessian.pull, x.shape[1], near), _found(at.jacobian.pull, r, near), p)
+        found._store(_detected(at.hessian.pull, x.shape[1], near), _detected(at.jacobian.pull, r, near), p)
         return found
 
     def united(self, other: Sparsity) -> Sparsity:
-        """Return the places of both, for programs of the same size."""
+        """Return the union of the places of both; the programs must have the same size."""
         H, C = (
             Pattern(torch.cat([a.rows, b.rows]), torch.cat([a.columns, b.columns]), a.shape)
             for a, b in ((self.H, other.H), (self.C, other.C))
         )
         found = copy.copy(self)
-        found._take(H, C, self.n_equalities)
+        found._store(H, C, self.n_equalities)
         return found
 
     @property
     def products(self) -> tuple[int, int]:
-        """How many products the Hessian and the Jacobian of the constraints are read off."""
-        return self._readings[0].products, self._readings[1].products
+        """The numbers of products from which the Hessian and the Jacobian of the constraints are computed."""
+        return self._decompressions[0].products, self._decompressions[1].products
 
     def model(self, program: SmoothProgram, x: Tensor, y: Tensor, params: Sequence[Tensor]) -> tuple[Model, bool]:
-        """Return the model of a program at x (B, n) and y = (nu, lam) (B, r), and whether the places are all there.
+        """Return the quadratic model of a program at a point, and whether the places cover all its entries.
 
-        Raises InputError if the program is of another size.
+        Args:
+            program: the program.
+            x: points (B, n).
+            y: multipliers (nu, lam), (B, r).
+            params: parameters of the program.
+
+        Returns:
+            The model, and True if the matrices agree with a product of the derivatives.
+
+        Raises:
+            InputError: the program has another size than the places.
         """
         shapes = self.H.shape[1], self.C.shape[0], self.n_equalities
         p = program.values(x, *params)[1].shape[1]
         if shapes != (x.shape[1], y.shape[1], p):
             raise InputError(
-                f"sparsity= is of {shapes[0]} variables, {shapes[2]} equalities and {shapes[1] - shapes[2]} "
-                f"inequalities, but the program has {x.shape[1]}, {p} and {y.shape[1] - p}."
+                f"sparsity= has {shapes[0]} variables, {shapes[2]} equalities and {shapes[1] - shapes[2]} "
+                f"inequalities, but the program has {x.shape[1]}, {p} and {y.shape[1] - p}; build it for this "
+                "program, or pass sparsity=True."
             )
         at = Derivatives.of(program, x, y, params)
-        H, C = (reading.matrix(of, x) for reading, of in zip(self._readings, (at.hessian, at.jacobian), strict=True))
+        H, C = (
+            reading.matrix(of, x) for reading, of in zip(self._decompressions, (at.hessian, at.jacobian), strict=True)
+        )
         complete = _agrees(H, at.hessian.pull, x) and _agrees(C, at.jacobian.pull, y)
-        return Model(_plain(at.gradient), H, _plain(at.c), C), complete
+        return Model(_on_cpu(at.gradient), H, _on_cpu(at.c), C), complete
 
 
 class Derivative(NamedTuple):
-    """A Jacobian J (B, m, n) as products: pull(s) = J's, (B, m) to (B, n), and push(t) = J t."""
+    """A Jacobian J, (B, m, n), as two products: ``pull(s)`` is J's, (B, n), and ``push(t)`` is J t, (B, m)."""
 
     pull: Product
     push: Product
 
     @classmethod
     def of(cls, value: Tensor, x: Tensor) -> Derivative:
-        """Return that of a recorded value (B, m) with respect to x (B, n)."""
+        """Return the Jacobian of a recorded value (B, m) with respect to x (B, n)."""
         recorded = Recorded((value,), (x,), ())
 
         def pull(s: Tensor) -> Tensor:
@@ -146,7 +186,14 @@ class Derivative(NamedTuple):
 
 
 class Derivatives(NamedTuple):
-    """Of a program at (x, y): gradient of f (B, n), Hessian of the Lagrangian, constraints (B, r), their Jacobian."""
+    """The derivatives of a program at (x, y); they pass no gradient on.
+
+    Attributes:
+        gradient: gradient of f, (B, n).
+        hessian: Hessian of the Lagrangian.
+        c: constraints, (B, r).
+        jacobian: their Jacobian.
+    """
 
     gradient: Tensor
     hessian: Derivative
@@ -155,7 +202,7 @@ class Derivatives(NamedTuple):
 
     @classmethod
     def of(cls, program: SmoothProgram, x: Tensor, y: Tensor, params: Sequence[Tensor]) -> Derivatives:
-        """Record them; they pass no gradient."""
+        """Record the derivatives at a point."""
         params = [p.detach() for p in params]
         with torch.enable_grad():
             x = x.detach().requires_grad_()
@@ -165,14 +212,14 @@ class Derivatives(NamedTuple):
 
 
 def _gradient(value: Tensor, x: Tensor) -> Tensor:
-    """Return the gradient of a number, recorded."""
+    """Return the gradient of a scalar with respect to x, recorded."""
     if not value.requires_grad:
         return torch.zeros_like(x)
     return torch.autograd.grad(value, x, create_graph=True, materialize_grads=True)[0]
 
 
-class Reading:
-    """How the values of a Jacobian of a known pattern are read off products."""
+class Decompression:
+    """How the entries of a Jacobian with known places are computed from products."""
 
     def __init__(self, pattern: Pattern) -> None:
         self.pattern = pattern
@@ -182,14 +229,14 @@ class Reading:
 
     @property
     def products(self) -> int:
-        """How many there are."""
+        """The number of products."""
         return self._groups.products
 
     def matrix(self, of: Derivative, like: Tensor) -> SparseMatrix:
-        """Return the Jacobian; like: a tensor of the batch, dtype and device of its arguments."""
+        """Return the Jacobian; `like` is a tensor with the batch size, dtype and device of its arguments."""
         first, second = (of.push, of.pull) if self._transposed else (of.pull, of.push)
         found = [
-            _plain(product(seed.to(like).expand(len(like), -1)))
+            _on_cpu(product(seed.to(like).expand(len(like), -1)))
             for seeds, product in ((self._groups.seeds, first), (self._groups.alone, second))
             for seed in seeds
         ]
@@ -198,10 +245,12 @@ class Reading:
 
 
 class _Groups(NamedTuple):
-    """Rows of a pattern in groups without a common column, and columns that are left out of that.
+    """Groups of rows of a pattern that share no column, and the columns that are left out of this.
 
-    seeds: (k, m), for products with the transpose; alone: (d, n), for products with the matrix, which follow. places:
-    (nnz,), of the pattern's entries in these products side by side.
+    Attributes:
+        seeds: (k, m), vectors for the products with the transpose.
+        alone: (d, n), vectors for the products with the matrix, which follow.
+        places: (nnz,), the position of each entry of the pattern in these products, laid side by side.
     """
 
     seeds: Tensor
@@ -210,15 +259,16 @@ class _Groups(NamedTuple):
 
     @classmethod
     def of(cls, pattern: Pattern) -> _Groups:
+        """Return the groups of a pattern."""
         m, n = pattern.shape
         rows, columns = pattern.rows, pattern.columns
         degrees, order = torch.bincount(columns, minlength=n).sort(descending=True)
-        # At least as many groups as entries in the fullest column that is left.
+        # The fullest of the columns that remain has as many entries as there must be groups.
         d = int((torch.arange(n) + degrees).argmin()) if n else 0
         own = torch.full((n,), -1, dtype=torch.long)
         own[order[:d]] = torch.arange(d)
         shared = own[columns] < 0
-        color = _colored(rows[shared], columns[shared], m, n)
+        color = _coloring(rows[shared], columns[shared], m, n)
         count = int(color.max()) + 1 if m and bool(shared.any()) else 0
         seeds = torch.zeros(count, m, dtype=torch.float64)
         taking_part = rows[shared].unique()
@@ -233,12 +283,12 @@ class _Groups(NamedTuple):
         return len(self.seeds) + len(self.alone)
 
 
-def _colored(rows: Tensor, columns: Tensor, m: int, n: int) -> Tensor:
-    """Return a color of every row, (m,), such that rows of one color have no column in common; fullest rows first."""
+def _coloring(rows: Tensor, columns: Tensor, m: int, n: int) -> Tensor:
+    """Return a color for every row, (m,), such that rows of one color share no column; fullest rows first."""
     entries: list[list[int]] = [[] for _ in range(m)]
     for i, j in zip(rows.tolist(), columns.tolist(), strict=True):
         entries[i].append(j)
-    taken_by = [0] * n  # colors of a column's rows, as bits
+    taken_by = [0] * n  # colors of the rows of each column, one bit per color
     color = [0] * m
     for i in sorted(range(m), key=lambda i: -len(entries[i])):
         forbidden = 0
@@ -251,8 +301,8 @@ def _colored(rows: Tensor, columns: Tensor, m: int, n: int) -> Tensor:
     return torch.tensor(color, dtype=torch.long)
 
 
-def _found(pull: Product, m: int, like: Tensor) -> Pattern:
-    """Return the places where a Jacobian (m, n) has entries in some sample."""
+def _detected(pull: Product, m: int, like: Tensor) -> Pattern:
+    """Return the places where a Jacobian (m, n) has an entry in some sample."""
     columns = []
     for i in range(m):
         seed = torch.zeros_like(like[0, :1]).expand(m).clone()
@@ -264,23 +314,24 @@ def _found(pull: Product, m: int, like: Tensor) -> Pattern:
 
 
 def _agrees(M: SparseMatrix, pull: Product, like: Tensor) -> bool:
-    """Whether a sparse matrix gives the same product as the derivative, in samples that are finite."""
+    """Return whether a sparse matrix gives the same product as the derivative, in samples that are finite."""
     w = probe(like.shape[1], like).expand_as(like)
-    own, right = M.mT.matvec(_plain(w)), _plain(pull(w))
+    own, right = M.mT.matvec(_on_cpu(w)), _on_cpu(pull(w))
     if not own.numel():
         return True
-    size = M.mT.abs().matvec(_plain(w).abs())
+    size = M.mT.abs().matvec(_on_cpu(w).abs())
     tol = torch.finfo(like.dtype).eps
     wrong = (own - right).abs() > 1e6 * tol * size + 100 * tol * size.amax(1, keepdim=True)
     return not bool((wrong & right.isfinite() & size.isfinite()).any())
 
 
-def _plain(t: Tensor) -> Tensor:
+def _on_cpu(t: Tensor) -> Tensor:
+    """Return a detached tensor in float64 on the CPU."""
     return t.detach().double().cpu()
 
 
 def _pattern(name: str, M: Any) -> Pattern:
-    """Return the places of a matrix's entries."""
+    """Return the places of the entries of a matrix."""
     if not isinstance(M, Tensor) and not hasattr(M, "tocsr"):
         M = torch.as_tensor(M)
     if isinstance(M, Tensor):
@@ -289,10 +340,10 @@ def _pattern(name: str, M: Any) -> Pattern:
             M = M.double()
     if len(M.shape) != 2:
         raise InputError(f"{name} has shape {tuple(M.shape)}, expected a matrix.")
-    return taken(name, M, torch.device("cpu")).pattern
+    return sparse_argument(name, M, torch.device("cpu")).pattern
 
 
 def _united(rows: Tensor, columns: Tensor, shape: tuple[int, int]) -> Pattern:
-    """Return the pattern of places that may be there more than once."""
+    """Return the pattern of a list of places that may hold some of them twice."""
     places = torch.unique(rows * shape[1] + columns)
     return Pattern(places // max(shape[1], 1), places % max(shape[1], 1), shape)

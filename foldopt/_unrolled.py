@@ -18,12 +18,28 @@ from foldopt.linear_solve import LinearSolveInfo
 from foldopt.linear_solve._base import relative
 from foldopt.step import Tensors, flatten, unflatten
 
+__all__ = ["Unrolled"]
+
 
 @dataclass(frozen=True)
 class Unrolled:
-    """Record `iterations` update steps on the graph and let autograd differentiate through them.
+    """Record several update steps and let autograd differentiate through them: the derivative of `unroll` and `unfold`.
 
-    from_solution: whether the steps start at the solution, as `unfold` does, or at a starting point, as `unroll` does.
+    Args:
+        iterations: number of steps, at least 1.
+        from_solution: True if the steps start at the solution (unfolding), False if they start at a starting point
+            (unrolling); default False.
+
+    Raises:
+        InputError: iterations is not a whole number of at least 1.
+
+    Source: paper, sections 2 to 4.
+
+    Examples:
+        >>> derivative = foldopt.Unrolled(iterations=8)
+        >>> layer = foldopt.FixedPointLayer(torch.ones_like, lambda x, c: 0.5 * (x + c / x), derivative)
+        >>> layer(torch.tensor([[4.0]]))
+        tensor([[2.]])
     """
 
     iterations: int
@@ -39,28 +55,28 @@ class Unrolled:
         hold = layer.on_failure in ("nan", "zero")
         lost = torch.zeros(len(state[0]), dtype=torch.bool, device=state[0].device)
         watched = self.from_solution and self.iterations > 1 and not transforming(*call.tensors)
-        watch = _Watch(self.iterations, layer.on_failure)
+        certificate = _BackwardCertificate(self.iterations, layer.on_failure)
         for k in range(self.iterations):
             previous, state = state, call.step(state, call.tensors)
             if k == 0 and self.from_solution:
-                watch.info = layer.certify(previous, state)
-                state = _hooked(state, watch.last_term) if watched else state
+                certificate.info = layer.certify(previous, state)
+                state = _hooked(state, certificate.end) if watched else state
             if hold:
                 lost |= ~flatten(state).detach().isfinite().all(1)
                 state = _where(~lost, state, previous)
-        if watch.info is not None:
-            info, tol = watch.info, layer.tol or TOLERANCE[state[0].dtype]
-            lost |= self._left(start, state, info, tol, layer.on_failure)
+        if certificate.info is not None:
+            info, tol = certificate.info, layer.tol or TOLERANCE[state[0].dtype]
+            lost |= self._diverged(start, state, info, tol, layer.on_failure)
         else:
             stepped = _where(~lost, state, tuple(torch.full_like(part, torch.nan) for part in state))
             info = layer.certify(tuple(part.detach() for part in previous), stepped)
         if hold and not (solved := info.solved & ~lost).all():
             info.solved = solved
             _mask_gradient(state, solved, layer.on_failure)
-        return _hooked(state, watch.arrived) if watched else state, info
+        return _hooked(state, certificate.begin) if watched else state, info
 
-    def _left(self, start: Tensors, state: Tensors, info: FoldInfo, tol: float, policy: str) -> Tensor:
-        """Return which samples the steps carried away from the solution, (B,): where they diverge, rounding grows."""
+    def _diverged(self, start: Tensors, state: Tensors, info: FoldInfo, tol: float, policy: str) -> Tensor:
+        """Return which samples the steps carried away from the solution, (B,): divergence amplifies rounding."""
         x, end = flatten(start).detach(), flatten(state).detach()
         moved = torch.linalg.vector_norm(end - x, dim=1) / (1 + torch.linalg.vector_norm(x, dim=1))
         left = ~(moved <= tol) & info.solved
@@ -77,21 +93,22 @@ class Unrolled:
 
 
 @dataclass(eq=False)
-class _Watch:
-    """Certifies the backward pass of unfolding by the last term that it adds, (Phi^T)^(K - 1) g (Theorem 1)."""
+class _BackwardCertificate:
+    """The certificate of unfolding's backward pass: the last term that it adds, (Phi^T)^(K - 1) g (Theorem 1)."""
 
     iterations: int
     policy: str
     info: FoldInfo | None = None
     g: Tensor | None = None
 
-    def arrived(self, g: Tensor) -> None:
-        """Take note of the incoming gradient."""
+    def begin(self, g: Tensor) -> None:
+        """Keep the incoming gradient g."""
         self.g = g.detach()
 
-    def last_term(self, term: Tensor) -> None:
-        """Judge the last term and apply the policy."""
-        info, g = cast(FoldInfo, self.info), cast(Tensor, self.g)  # the end of the steps comes first
+    def end(self, term: Tensor) -> None:
+        """Certify the backward pass by its last term and apply the policy."""
+        # The backward pass begins at the last step, so `begin` has run before.
+        info, g = cast(FoldInfo, self.info), cast(Tensor, self.g)
         residual = relative(term.detach(), g).nan_to_num(nan=torch.inf)
         ok = residual < 1
         count = torch.full(residual.shape, self.iterations - 1, device=residual.device)
@@ -109,7 +126,7 @@ class _Watch:
 
 
 def _hooked(state: Tensors, hook: Callable[[Tensor], None]) -> Tensors:
-    """Return the state, with a hook on the gradient of its flattened parts, (B, N)."""
+    """Return the same state with a hook on the gradient of its flattened parts, (B, N)."""
     flat = flatten(state)
     if flat.requires_grad:
         flat.register_hook(hook)
@@ -117,10 +134,12 @@ def _hooked(state: Tensors, hook: Callable[[Tensor], None]) -> Tensors:
 
 
 def _where(ok: Tensor, good: Tensors, other: Tensors) -> Tensors:
+    """Take the samples of one state where `ok`, (B,), those of the other elsewhere."""
     return tuple(torch.where(ok.view(-1, *[1] * (a.dim() - 1)), a, b) for a, b in zip(good, other, strict=True))
 
 
 def _mask_gradient(state: Tensors, ok: Tensor, policy: str) -> None:
+    """Make the gradient of failed samples NaN or zero, as the policy says."""
     for part in state:
         if part.requires_grad:
             part.register_hook(lambda g: masked((g,), ok, policy)[0])

@@ -1,4 +1,4 @@
-"""Checks of arguments, with errors that name them."""
+"""Checks of arguments. Their errors name the argument, its value, and what was expected."""
 
 from __future__ import annotations
 
@@ -29,20 +29,40 @@ NONFINITE_ALLOWED = ContextVar("nonfinite_allowed", default=False)
 
 
 def nonfinite_allowed() -> bool:
-    """Return whether a layer, or a transform of torch.func, is calling; failed samples then come out as NaN.
+    """Return whether values that are not finite may pass: inside a layer's call, or under a transform of torch.func.
 
-    The caller certifies every sample: one that is not finite is no reason to stop the others.
+    A layer certifies every sample by itself. A sample that is not finite becomes NaN there, and must not stop the
+    others.
+
+    Returns:
+        True or False.
+
+    Examples:
+        >>> foldopt.checks.nonfinite_allowed()
+        False
     """
     return NONFINITE_ALLOWED.get() or transforming()
 
 
 def require_finite(**tensors: Tensor | float) -> None:
-    """Raise InputError if one of `tensors` holds NaN or inf, naming it and its rows; not where `nonfinite_allowed`."""
+    """Check that numbers and tensors are finite; nothing is checked where `nonfinite_allowed`.
+
+    Args:
+        **tensors: the values, by the names that the error uses.
+
+    Raises:
+        InputError: a value holds NaN or inf; its name, shape and first rows are given.
+
+    Examples:
+        >>> foldopt.checks.require_finite(x=torch.tensor([[1.0], [float("nan")]]))
+        Traceback (most recent call last):
+        foldopt.errors.InputError: x of shape (2, 1) holds NaN or inf, first in rows [1]; ...
+    """
     if nonfinite_allowed():
         return
     for name, value in tensors.items():
         value = torch.as_tensor(value)
-        if value.sum().isfinite():  # a tenth of the time of looking at every entry
+        if value.sum().isfinite():  # takes a tenth of the time of checking every entry
             continue
         finite = value.isfinite()
         if not finite.all():
@@ -54,21 +74,61 @@ def require_finite(**tensors: Tensor | float) -> None:
 
 
 def require_whole(name: str, value: Any, least: int) -> None:
-    """Raise InputError unless `value` is a whole number of at least `least`."""
+    """Check that an argument is a whole number of at least `least`.
+
+    Args:
+        name: name of the argument.
+        value: its value.
+        least: smallest value allowed.
+
+    Raises:
+        InputError: it is no int, or it is smaller.
+
+    Examples:
+        >>> foldopt.checks.require_whole("iterations", 0, 1)
+        Traceback (most recent call last):
+        foldopt.errors.InputError: iterations=0: expected a whole number of at least 1.
+    """
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise InputError(f"{name}={value}: expected a whole number of at least {least}.")
 
 
 def require_positive(name: str, value: Any) -> None:
-    """Raise InputError unless `value` is a finite number above 0."""
+    """Check that an argument is a finite number above 0.
+
+    Args:
+        name: name of the argument.
+        value: its value.
+
+    Raises:
+        InputError: it is not.
+
+    Examples:
+        >>> foldopt.checks.require_positive("stepsize", -1.0)
+        Traceback (most recent call last):
+        foldopt.errors.InputError: stepsize=-1.0: expected a number above 0.
+    """
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
         raise InputError(f"{name}={value}: expected a number above 0.")
 
 
 def require_type(name: str, value: Any, annotation: Any) -> None:
-    """Raise InputError unless `value` is of the plain type, or one of the union, that a signature asks for.
+    """Check that an argument has the type that a signature states, if that is a plain type or a union of plain types.
 
-    A whole number will do where a number is expected; NaN and inf do not. Other annotations are let pass.
+    A whole number passes where a float is expected; NaN and inf do not. Other annotations are not checked.
+
+    Args:
+        name: name of the argument.
+        value: its value.
+        annotation: the type, such as ``float | None``.
+
+    Raises:
+        InputError: the value has another type, or is not finite.
+
+    Examples:
+        >>> foldopt.checks.require_type("rho", "1", float)
+        Traceback (most recent call last):
+        foldopt.errors.InputError: rho=1: expected a number.
     """
     kinds = typing.get_args(annotation) or (annotation,)
     if not all(kind in WORDS for kind in kinds):

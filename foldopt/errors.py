@@ -1,4 +1,14 @@
-"""The errors foldopt raises. Each message names the argument, its value or shape, and the remedy."""
+"""The errors that foldopt raises. Each message names the argument, its value or shape, and the remedy.
+
+Every error is a `FoldoptError`. Errors about samples are a `SolverError` and list the samples in `indices`.
+
+Examples:
+    >>> try:
+    ...     foldopt.QPLayer()(torch.eye(1), torch.zeros(2, 1), G=torch.ones(1, 1), h=torch.ones(1), lower=2.0)
+    ... except foldopt.errors.InfeasibleError as error:
+    ...     print(error.indices)
+    (0, 1)
+"""
 
 from __future__ import annotations
 
@@ -28,15 +38,20 @@ def __dir__() -> list[str]:
 
 
 class FoldoptError(Exception):
-    """Base of every error raised by foldopt."""
+    """Base class of every error that foldopt raises."""
 
 
 class InputError(FoldoptError, ValueError):
-    """An argument has a wrong shape, dtype, device or value (NaN, inf, out of range)."""
+    """An argument has a wrong shape, dtype, device or value (NaN, inf, out of range), or an unknown name."""
 
 
 class SolverError(FoldoptError, RuntimeError):
-    """A forward solver failed on some samples; `indices` lists them (batch positions)."""
+    """A forward solver failed on some samples.
+
+    Args:
+        message: text of the error.
+        indices: positions in the batch of the samples that failed; kept as the attribute `indices`, a tuple.
+    """
 
     def __init__(self, message: str, indices: Sequence[int] = ()) -> None:
         super().__init__(message)
@@ -56,7 +71,7 @@ class NonconvexError(SolverError):
 
 
 class LimitError(SolverError):
-    """The solver ended without a solution, or a proof that there is none, for the samples in `indices`."""
+    """The solver stopped with neither a solution nor a proof that there is none, for the samples in `indices`."""
 
 
 class FixedPointError(SolverError):
@@ -68,15 +83,15 @@ class LinearSolveError(SolverError):
 
 
 class DegenerateError(SolverError):
-    """The samples in `indices` are solved, but their solution has no derivative that is asked for."""
+    """The samples in `indices` are solved, but their solution lacks the derivative that the backward pass needs."""
 
 
 class KinkError(DegenerateError):
-    """The solution has different derivatives on the two sides."""
+    """The solution has a kink: its derivatives on the two sides of the point differ, for some samples in `indices`."""
 
 
 class NotUniqueError(DegenerateError):
-    """The program has several solutions, which the incoming gradient tells apart."""
+    """The program has several solutions, and the incoming gradient is not the same for all of them."""
 
 
 class DependentRowsError(DegenerateError):

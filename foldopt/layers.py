@@ -1,14 +1,15 @@
-"""Ready layers: the folded optimizers of the paper's section 6."""
+"""Ready layers, each with its own update step: the folded optimizers of the paper's section 6, and `NLPLayer`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, Unpack
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from foldopt._fold import FoldOptions, fold
+from foldopt._fold import fold
+from foldopt._gradient_layers import ADMMLayer, FDPGLayer, Polyhedron, f_fdpg, f_pgd_a, f_pgd_b
 from foldopt._layer import FixedPointLayer, LayerAround
 from foldopt._sparsity import Sparsity
 from foldopt.checks import require_whole
@@ -17,12 +18,7 @@ from foldopt.linear_solve import LinearSolver
 from foldopt.solvers import scipy_nlp
 from foldopt.solvers.multipliers import recover_multipliers
 from foldopt.solvers.nlp import solve_nlp
-from foldopt.solvers.qp import solve_qp
-from foldopt.solvers.qpth import solve_qpth
 from foldopt.step import State, as_tuple
-from foldopt.updates.admm import PrimalADMM, PrimalState, batched_qp, symmetric
-from foldopt.updates.dual_proximal_gradient import DualProximalGradient
-from foldopt.updates.gradient import ProjectedGradient
 from foldopt.updates.programs import SmoothProgram, SQPData, SQPProgram, SQPState
 from foldopt.updates.sparse_sqp import SparseSQP
 from foldopt.updates.sqp import SQP
@@ -32,107 +28,6 @@ __all__ = ["ADMMLayer", "FDPGLayer", "NLPLayer", "Polyhedron", "f_fdpg", "f_pgd_
 
 def __dir__() -> list[str]:
     return __all__
-
-
-Polyhedron = Callable[..., tuple[Tensor, Tensor, Tensor | None, Tensor | None]]
-
-
-def f_pgd_a(
-    objective: Callable[..., Tensor],
-    polyhedron: Polyhedron,
-    solve: Callable[..., Tensor],
-    stepsize: float,
-    **options: Unpack[FoldOptions],
-) -> FixedPointLayer:
-    """f-PGDa: projected gradient on a polyhedron, the projection and its derivative by qpth (paper section 6).
-
-    Args:
-        objective: f(x, *params) -> (B,), smooth. polyhedron: ``polyhedron(*params) -> (G, h, A, b)``, the set
-            Gx <= h, Ax = b, each batched or shared by the batch; A and b may be None.
-        solve: ``solve(*params) -> x``, any black box, (B, n).
-        stepsize: alpha > 0 of eq. 4; the gradient does not depend on it.
-        options: as for `foldopt.fold`; dtype is float64 unless given, as qpth's interior point needs it.
-
-    Raises MissingDependencyError when it is called without qpth. qpth has no second derivative; `f_pgd_b` does.
-    """
-
-    def projection(y: Tensor, *params: Tensor) -> Tensor:
-        return solve_qpth(*_projection_qp(y, polyhedron(*params)), eps=1e-14, max_iter=60)
-
-    return fold(solve, ProjectedGradient(objective, projection, stepsize), **_float64(options))
-
-
-def f_pgd_b(
-    objective: Callable[..., Tensor],
-    polyhedron: Polyhedron,
-    solve: Callable[..., Tensor],
-    stepsize: float,
-    **options: Unpack[FoldOptions],
-) -> FixedPointLayer:
-    """f-PGDb: projected gradient whose projection is itself a folded ADMM, `ADMMLayer` (paper section 6).
-
-    Nested folding: the update step contains a folded layer. Arguments as for `f_pgd_a`.
-    """
-    inner = ADMMLayer()
-
-    def projection(y: Tensor, *params: Tensor) -> Tensor:
-        return inner(*_projection_qp(y, polyhedron(*params)))
-
-    return fold(solve, ProjectedGradient(objective, projection, stepsize), **_float64(options))
-
-
-def _float64(options: FoldOptions) -> FoldOptions:
-    """Return the options with float64 where no dtype is given."""
-    return options if "dtype" in options else {**options, "dtype": torch.float64}
-
-
-def _projection_qp(y: Tensor, polyhedron: tuple[Tensor, Tensor, Tensor | None, Tensor | None]) -> tuple[Tensor, ...]:
-    """Return the projection of y on a polyhedron as the arguments (Q, p, G, h, A, b) of a QP."""
-    if len(polyhedron) != 4:
-        raise InputError(f"polyhedron returned {len(polyhedron)} values, expected (G, h, A, b); A and b may be None.")
-    G, h, A, b = polyhedron
-    if A is None or b is None:
-        A, b = y.new_zeros(0, y.shape[1]), y.new_zeros(0)
-    return torch.eye(y.shape[1], dtype=y.dtype, device=y.device), -y, G, h, A, b
-
-
-def f_fdpg(
-    prox: Callable[..., Tensor],
-    solve: Callable[..., Tensor],
-    *,
-    stepsize: float | None = None,
-    **options: Unpack[FoldOptions],
-) -> FDPGLayer:
-    """f-FDPG: min_x 1/2 |x - d|^2 + g(D x), folded through one dual proximal gradient step (paper eq. 28).
-
-    Args:
-        prox: as for `foldopt.DualProximalGradient`. stepsize: s; None takes 1 / |D|^2.
-        solve: ``solve(D, d, *params) -> w``, the dual solution (B, m), of which x = d + D'w; where a solver knows only
-            x, ``DualProximalGradient.dual(x, D, d)`` makes w of it.
-        options: as for `foldopt.fold`.
-
-    Returns ``layer(D, d, *params) -> x``, (B, n); ``layer.last`` holds the certificates.
-    """
-    return FDPGLayer(prox, solve, stepsize, **options)
-
-
-class FDPGLayer(LayerAround):
-    """The layer that `f_fdpg` makes."""
-
-    def __init__(
-        self,
-        prox: Callable[..., Tensor],
-        solve: Callable[..., Tensor],
-        stepsize: float | None = None,
-        **options: Unpack[FoldOptions],
-    ) -> None:
-        super().__init__()
-        self.update = DualProximalGradient(prox, stepsize)
-        self.fold = fold(solve, self.update, **options)
-
-    def forward(self, D: Tensor, d: Tensor, *params: Tensor) -> Tensor:
-        """Return x, (B, n)."""
-        return self.update.primal(self.fold(D, d, *params), D, d)
 
 
 def f_sqp(
@@ -148,29 +43,57 @@ def f_sqp(
     tol: float | None = None,
     modules: Iterable[nn.Module] = (),
 ) -> FixedPointLayer:
-    """f-SQP: any smooth program, solved by any black box, folded through one SQP step (paper section 6, eqs. 31-32).
+    """f-SQP: any smooth program, solved by any black box and folded through one SQP step.
+
+    The program is min f(x, c) subject to h(x, c) = 0, g(x, c) <= 0, convex or not. The state is the KKT point (x, nu,
+    lam) of the Lagrangian f + nu'h + lam'g. At a KKT point a full SQP step has Phi = 0, so that the derivative costs
+    one solve with the KKT matrix.
 
     Args:
-        program: what SQP models, e.g. ``SmoothProgram(objective, equalities, inequalities)``.
-        solve: ``solve(*params) -> (x, nu, lam)``, the primal solution (B, n) and the multipliers (B, p) and (B, m) of
-            the Lagrangian f + nu.h + lam.g, lam >= 0.
-        stepsize: alpha of eq. 32. dtype: float64 by default whatever the network's dtype; None keeps the caller's.
-        degenerate: what happens to samples whose solution has no derivative that the incoming gradient asks for, as for
-            `foldopt.QPLayer`: "raise" (`KinkError` at constraints without slack and without a multiplier,
-            `NotUniqueError`, `DependentRowsError`), "warn" (and go on as "one_sided"), "one_sided" (the derivative of
-            one of the smooth pieces that meet; of active constraints that depend on each other some independent ones
-            carry), "least_norm" (they share), "nan" or "zero" (the gradient of that sample).
-        sparsity: True, or a `foldopt.Sparsity`, for thousands of variables: the KKT system is sparse, its entries come
-            from a few products with the derivatives of the program, a `SmoothProgram` (`foldopt.updates.SparseSQP`,
-            whose stepsize is 1). True finds out which entries there are, by a product for every variable and
-            constraint at the first call. Needs scipy and qdldl (extra "qp").
-        on_failure, linear_solver, tol, modules: as for `foldopt.fold`.
+        program: the program that SQP models, such as ``SmoothProgram(objective, equalities, inequalities)``.
+        solve: ``solve(*params) -> (x, nu, lam)``, the solution (B, n) and its multipliers (B, p) and (B, m), lam >= 0.
+        stepsize: alpha of eq. 32, above 0; default 1, the full step. The gradient does not depend on it.
+        dtype: dtype of the computation; default float64. None keeps the dtype of the first floating parameter.
+        degenerate: policy for samples whose solution has no derivative for the incoming gradient: "raise" (the default:
+            `KinkError` at active constraints with a multiplier of zero, `NotUniqueError`, `DependentRowsError`), "warn"
+            and go on as "one_sided", "one_sided" (the derivative of one of the smooth pieces that meet; of dependent
+            active constraints only independent ones carry multipliers), "least_norm" (dependent ones share them), "nan"
+            or "zero" (the gradient of that sample).
+        on_failure: policy for samples that fail, as in `foldopt.fold`: "raise" (the default), "warn", "nan" or "zero".
+        sparsity: for thousands of variables: True, or a `foldopt.Sparsity`, makes the KKT system sparse, as in
+            `foldopt.updates.SparseSQP`. The program must be a `SmoothProgram` and the stepsize 1. True detects the
+            places of the entries at the first call, by one product per variable and constraint. Needs scipy and qdldl
+            (extra "qp"). Default False: dense.
+        linear_solver: solver of the backward equation, as in `foldopt.fold`; default "auto".
+        tol: largest accepted residual of the step, as in `foldopt.fold`; default 1e-6 in float64, otherwise 1e-3.
+        modules: further modules whose weights the program uses, as in `foldopt.fold`.
 
     Returns:
-        ``layer(*params) -> (x, nu, lam)``, differentiable. At a vertex (as many active constraints as variables) the
-        derivative is exactly zero. Active constraints that depend on each other matter only to the gradient of
-        parameters that the constraints use, and where their curvatures differ. ``layer.last.verdict`` says after a
-        backward pass what became of each sample.
+        A layer, ``layer(*params) -> (x, nu, lam)``. After a backward pass ``layer.last.verdict`` has the verdict on
+        each sample. At a vertex (as many active constraints as variables) the derivative with respect to the objective
+        is zero. Active constraints that depend on each other matter only if the gradient of parameters in the
+        constraints is asked for, or if their curvatures differ.
+
+    Raises:
+        InputError: an argument is invalid, or sparsity is used with a stepsize other than 1. When the layer is called
+            it raises the errors of `foldopt.fold`.
+
+    Source: paper, eqs. 31 and 32 and section 6; Nocedal and Wright, Numerical Optimization (2006), chapter 18.
+
+    Examples:
+        Minimize |x|^2 / 2 subject to x_1 + x_2 = c; the solution is x_1 = x_2 = c / 2, its multiplier -c / 2:
+
+        >>> def objective(x, c):
+        ...     return 0.5 * x.square().sum(1)
+        >>> def equality(x, c):
+        ...     return x.sum(1, keepdim=True) - c
+        >>> program = foldopt.SmoothProgram(objective, equality)
+        >>> layer = foldopt.f_sqp(program, lambda c: (torch.cat([c, c], 1) / 2, -c / 2, c[:, :0]))
+        >>> c = torch.tensor([[4.0]], requires_grad=True)
+        >>> x, nu, lam = layer(c)
+        >>> x[:, 0].sum().backward()
+        >>> c.grad
+        tensor([[0.5000]])
     """
     nan = "nan" in (degenerate, on_failure)
     step: SQP | SparseSQP
@@ -179,7 +102,7 @@ def f_sqp(
     elif stepsize == 1:
         step = SparseSQP(program, None if sparsity is True else sparsity, nan)
     else:
-        raise InputError(f"stepsize={stepsize}: with sparsity= the step is a full one, stepsize=1.")
+        raise InputError(f"stepsize={stepsize}: with sparsity= the step is a full one; use stepsize=1.")
     return fold(
         solve,
         step,
@@ -190,33 +113,6 @@ def f_sqp(
         dtype=dtype,
         modules=modules,
     )
-
-
-class ADMMLayer(LayerAround):
-    """A strictly convex quadratic program folded through one step of ADMM (paper eqs. 29-30): the inside of f-PGDb.
-
-    ``ADMMLayer()(Q, p, G, h, A, b) -> x``, arguments as for `QPLayer`, which is exact on more programs; A and b of full
-    row rank. At a weakly active constraint the derivative is the one-sided one with the constraint active.
-
-    Args:
-        rho: penalty of ADMM, above 0; the gradient does not depend on it. options: as for `foldopt.fold`.
-    """
-
-    def __init__(self, rho: float = 1.0, **options: Unpack[FoldOptions]) -> None:
-        super().__init__()
-        self.update = PrimalADMM(rho)
-        self.fold = fold(self._solve, self.update, **_float64(options))
-
-    def forward(self, Q: Tensor, p: Tensor, G: Tensor, h: Tensor, A: Tensor, b: Tensor) -> Tensor:
-        """Return the solutions, (B, n), in the dtype of Q."""
-        batched_qp(Q, p, G, h, A, b)  # shapes first: what follows would fail in its own words
-        x: Tensor = self.fold(Q, p, G, h, A, b)[0]
-        return x.to(Q.dtype)
-
-    def _solve(self, *params: Tensor) -> PrimalState:
-        Q, p, G, h, A, b = batched_qp(*params)
-        found = solve_qp(symmetric(Q), p, A, b, G, h)
-        return found.x, *self.update.state(found.x, found.lam, G)
 
 
 class NLPLayer(LayerAround):

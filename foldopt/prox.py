@@ -1,7 +1,10 @@
-"""Proximal operators prox(x) = argmin_y t g(y) + 1/2 |y - x|^2, batched, with exact derivatives.
+"""Proximal operators prox(x) = argmin_y t g(y) + 1/2 |y - x|^2, for batches, with exact derivatives.
 
-Parikh and Boyd, Proximal Algorithms (2014), chapter 6. The indicator function of a set has its projection as proximal
-operator: see `foldopt.projections`, which also says what happens to NaN and inf.
+They are parts of proximal gradient steps (`foldopt.ProximalGradient`, `foldopt.DualProximalGradient`). The proximal
+operator of the indicator function of a set is the projection on it; these are in `foldopt.projections`. NaN and inf in
+x raise `InputError`, except inside a layer's step, where the sample comes out as NaN and the layer reports it.
+
+Source: Parikh and Boyd, Proximal Algorithms (2014), chapter 6.
 """
 
 from __future__ import annotations
@@ -23,15 +26,42 @@ NEWTON_STEPS = 8
 
 
 def soft_threshold(x: Tensor, t: Tensor | float) -> Tensor:
-    """Proximal operator of t |y|_1: sign(x) max(|x| - t, 0). t: number or tensor that broadcasts against x, >= 0."""
+    """Proximal operator of t |y|_1: sign(x) max(|x| - t, 0), for every entry.
+
+    Args:
+        x: tensor of any shape.
+        t: weight, at least 0: a number or a tensor that broadcasts against x.
+
+    Returns:
+        Tensor of the shape of x.
+
+    Raises:
+        InputError: x holds NaN or inf, or t is negative or not finite.
+
+    Examples:
+        >>> foldopt.prox.soft_threshold(torch.tensor([3.0, -0.5, -2.0]), 1.0)
+        tensor([ 2., -0., -1.])
+    """
     t = _weight(t, x)
     return x.sign() * (x.abs() - t).clamp(min=0)
 
 
 def l2_norm(x: Tensor, t: Tensor | float) -> Tensor:
-    """Proximal operator of t |y|_2: x max(1 - t / |x|, 0).
+    """Proximal operator of t |y|_2: x max(1 - t / |x|, 0), which shortens every vector by t.
 
-    x: (..., n), norms along the last dimension. t: number, or tensor that broadcasts against (...), >= 0.
+    Args:
+        x: vectors (..., n); the norm is taken along the last dimension.
+        t: weight, at least 0: a number or a tensor that broadcasts against (...).
+
+    Returns:
+        Tensor of the shape of x.
+
+    Raises:
+        InputError: x holds NaN or inf, or t is negative or not finite.
+
+    Examples:
+        >>> foldopt.prox.l2_norm(torch.tensor([[3.0, 4.0]]), 2.5)
+        tensor([[1.5000, 2.0000]])
     """
     t = _weight(t, x)
     norm = torch.linalg.vector_norm(x, dim=-1)
@@ -41,9 +71,22 @@ def l2_norm(x: Tensor, t: Tensor | float) -> Tensor:
 
 
 def group_soft_threshold(x: Tensor, t: Tensor | float, groups: int) -> Tensor:
-    """Proximal operator of t times the sum of the norms of `groups` equal consecutive groups of each x (B, n).
+    """Proximal operator of t times the sum of the norms of equal, consecutive groups of entries.
 
-    Raises InputError where `groups` does not divide n.
+    Args:
+        x: vectors (B, n).
+        t: weight, at least 0: a number or a tensor that broadcasts against (B, groups).
+        groups: number of groups; it divides n.
+
+    Returns:
+        Tensor (B, n).
+
+    Raises:
+        InputError: x is not (B, n), groups does not divide n, x holds NaN or inf, or t is negative or not finite.
+
+    Examples:
+        >>> foldopt.prox.group_soft_threshold(torch.tensor([[3.0, 4.0, 0.3, 0.4]]), 2.5, groups=2)
+        tensor([[1.5000, 2.0000, 0.0000, 0.0000]])
     """
     if x.dim() != 2 or x.shape[1] % groups:
         raise InputError(
@@ -53,11 +96,27 @@ def group_soft_threshold(x: Tensor, t: Tensor | float, groups: int) -> Tensor:
 
 
 def entropy(x: Tensor, t: Tensor | float) -> Tensor:
-    """Proximal operator of t sum y log y: the y > 0 with y + t (1 + log y) = x, that is t W(exp(x / t - 1) / t).
+    """Proximal operator of t sum y log y: the y > 0 with y + t (1 + log y) = x.
 
-    t: number or tensor that broadcasts against x, above 0. W is Lambert's function, evaluated by Newton's method on
-    w + log w = z. Its last two steps are recorded: as each doubles the order that is right, derivatives are exact up to
-    the third.
+    In closed form y = t W(exp(x / t - 1) / t), where W is Lambert's function. W is computed by Newton's method on
+    w + log w = z. Only the last two Newton steps are recorded for autograd. Each of them doubles the order up to which
+    the derivatives are right, so they are exact up to the third.
+
+    Args:
+        x: tensor of any shape.
+        t: weight, above 0: a number or a tensor that broadcasts against x.
+
+    Returns:
+        Tensor of the shape of x, all entries positive.
+
+    Raises:
+        InputError: x holds NaN or inf, or t is not above 0 or not finite.
+
+    Source: Corless et al., On the Lambert W function (1996).
+
+    Examples:
+        >>> foldopt.prox.entropy(torch.tensor([1.0, 2.0]), 1.0)
+        tensor([0.5671, 1.0000])
     """
     t = _weight(t, x)
     if (t <= 0).any():
@@ -73,6 +132,7 @@ def entropy(x: Tensor, t: Tensor | float) -> Tensor:
 
 
 def _weight(t: Tensor | float, x: Tensor) -> Tensor:
+    """Return t as a tensor like x; raise InputError unless x is finite and t is finite and at least 0."""
     require_finite(x=x)
     t = torch.as_tensor(t, dtype=x.dtype, device=x.device)
     if not ((t >= 0) & (t < torch.inf)).all():

@@ -1,4 +1,8 @@
-"""One recorded update step: the graph that every derivative of a folded layer is taken through."""
+"""One recorded update step: all derivatives of a folded layer are taken through its autograd graph.
+
+A *state* is a tuple of tensors, each (B, ...); N is the number of its entries per sample. A *step* is a function
+``step(state, params) -> state``. Phi is its derivative with respect to the state, Psi with respect to the parameters.
+"""
 
 from __future__ import annotations
 
@@ -38,19 +42,53 @@ StepFunction = Callable[[Tensors, Tensors], Tensors]
 
 
 def as_tuple(state: State) -> Tensors:
-    """Return a state as a plain tuple of tensors."""
+    """Return a state as a tuple of tensors.
+
+    Args:
+        state: a tensor, or a tuple of tensors.
+
+    Returns:
+        The tuple.
+
+    Examples:
+        >>> foldopt.step.as_tuple(torch.zeros(1))
+        (tensor([0.]),)
+    """
     return (state,) if isinstance(state, Tensor) else tuple(state)
 
 
 def flatten(state: Sequence[Tensor]) -> Tensor:
-    """Concatenate the parts of a state, each (B, ...), to (B, N)."""
+    """Concatenate the parts of a state to one vector per sample.
+
+    Args:
+        state: tensors, each (B, ...).
+
+    Returns:
+        Tensor (B, N).
+
+    Examples:
+        >>> foldopt.step.flatten((torch.zeros(1, 2), torch.ones(1))).tolist()
+        [[0.0, 0.0, 1.0]]
+    """
     if len(state) == 1 and state[0].dim() == 2:
         return state[0]
     return torch.cat([part.flatten(1) if part.dim() > 1 else part[:, None] for part in state], dim=1)
 
 
 def unflatten(flat: Tensor, like: Sequence[Tensor]) -> Tensors:
-    """Split (B, N) into parts of the shapes of `like`: the inverse of `flatten`."""
+    """Split one vector per sample into the parts of a state: the inverse of `flatten`.
+
+    Args:
+        flat: tensor (B, N).
+        like: a state; its shapes are those of the result.
+
+    Returns:
+        The parts.
+
+    Examples:
+        >>> foldopt.step.unflatten(torch.tensor([[1.0, 2.0, 3.0]]), (torch.zeros(1, 2), torch.zeros(1)))
+        (tensor([[1., 2.]]), tensor([3.]))
+    """
     if len(like) == 1:
         return (flat.reshape(like[0].shape),)
     sizes = [part.shape[1:].numel() for part in like]
@@ -58,7 +96,19 @@ def unflatten(flat: Tensor, like: Sequence[Tensor]) -> Tensors:
 
 
 class Recorded(NamedTuple):
-    """The graph of one step at a fixed point: outputs, and the leaves they were computed from."""
+    """The autograd graph of one step at a fixed point; `record` makes it.
+
+    Attributes:
+        outputs: parts of the state after the step, on the graph.
+        state: leaves that the step started from.
+        params: leaves that the step took as parameters.
+
+    Examples:
+        >>> x, c = torch.ones(1, 1), torch.ones(1, 1, requires_grad=True)
+        >>> recorded = foldopt.step.record(lambda x, c: (0.5 * x[0] + c[0],), (x,), (c,))
+        >>> recorded.outputs[0].detach()
+        tensor([[1.5000]])
+    """
 
     outputs: Tensors
     state: Tensors
@@ -66,9 +116,26 @@ class Recorded(NamedTuple):
 
 
 def record(step: StepFunction, state: Tensors, params: Tensors, check_undeclared: bool = True) -> Recorded:
-    """Run `step` once on detached copies of `state` and `params` and keep its graph.
+    """Run a step once on detached copies of the state and the parameters, and keep its autograd graph.
 
-    check_undeclared: raise UndeclaredParameterError if the graph reaches any other tensor that requires grad.
+    Args:
+        step: ``step(state, params) -> state``, on tuples of tensors.
+        state: where the step starts, parts (B, ...); all of them are differentiated.
+        params: parameters; those that require a gradient are differentiated.
+        check_undeclared: whether to look for other tensors in the graph that require a gradient; default True.
+
+    Returns:
+        The recorded step.
+
+    Raises:
+        UndeclaredParameterError: the graph reaches a tensor that requires a gradient and is neither part of the state
+            nor a parameter.
+
+    Examples:
+        >>> x, c = torch.ones(1, 1), torch.ones(1, 1, requires_grad=True)
+        >>> recorded = foldopt.step.record(lambda x, c: (0.5 * x[0] + c[0],), (x,), (c,))
+        >>> recorded.state[0].requires_grad
+        True
     """
     with torch.enable_grad():
         x = tuple(part.detach().requires_grad_() for part in state)
@@ -82,9 +149,22 @@ def record(step: StepFunction, state: Tensors, params: Tensors, check_undeclared
 def vjp_of(
     recorded: Recorded, inputs: Sequence[Tensor], cotangent: Sequence[Tensor | None], **kwargs: Any
 ) -> list[Tensor | None]:
-    """Pull `cotangent` back through the recorded step to `inputs`; None where an input takes no part.
+    """Pull a cotangent back through a recorded step.
 
-    A part of the cotangent may be None for zero.
+    Args:
+        recorded: the recorded step.
+        inputs: tensors of its graph to pull back to, such as ``recorded.params``.
+        cotangent: one tensor per output, of its shape; None for zero.
+        **kwargs: further arguments of `torch.autograd.grad`, such as ``create_graph=True``.
+
+    Returns:
+        One gradient per input; None for inputs that do not take part.
+
+    Examples:
+        >>> x, c = torch.ones(1, 1), torch.ones(1, 1, requires_grad=True)
+        >>> recorded = foldopt.step.record(lambda x, c: (0.5 * x[0] + c[0],), (x,), (c,))
+        >>> foldopt.step.vjp_of(recorded, recorded.state, (torch.ones(1, 1),))
+        [tensor([[0.5000]])]
     """
     wanted = [i for i in inputs if i.requires_grad]
     parts = zip(recorded.outputs, cotangent, strict=True)
@@ -98,10 +178,22 @@ def vjp_of(
 
 @dataclass(eq=False)
 class StepVJP(Product):
-    """v -> Phi^T v on flattened states, (B, N); `params` pulls v back to the step's parameters instead.
+    """The product v -> Phi^T v on flattened states (B, N), by autograd; `params` returns Psi^T v.
 
-    wanted: the recorded params to pull back to. `answer` keeps what the same pass gives for them, so that checking an
-    expected answer and pulling it back take one pass.
+    Checking a solution v and pulling it back to the parameters needs the same backward pass through the step: `answer`
+    keeps Psi^T v, and `params` returns it for the same v.
+
+    Args:
+        recorded: the recorded step.
+        wanted: the parameters of the step, out of ``recorded.params``, for which `params` returns Psi^T v; default
+            none.
+
+    Examples:
+        >>> x, c = torch.ones(1, 1), torch.ones(1, 1, requires_grad=True)
+        >>> recorded = foldopt.step.record(lambda x, c: (0.5 * x[0] + 2 * c[0],), (x,), (c,))
+        >>> product = foldopt.step.StepVJP(recorded, recorded.params)
+        >>> product(torch.ones(1, 1)), product.params(torch.ones(1, 1))
+        (tensor([[0.5000]]), [tensor([[2.]])])
     """
 
     recorded: Recorded
@@ -109,15 +201,15 @@ class StepVJP(Product):
     _kept: tuple[Tensor, list[Tensor | None]] | None = None
 
     def __call__(self, v: Tensor) -> Tensor:
-        """Return Phi^T v."""
+        """Return Phi^T v, (B, N), for v (B, N)."""
         state = self.recorded.state
         pulled = vjp_of(self.recorded, state, unflatten(v, state))
         return flatten([torch.zeros_like(s) if p is None else p for p, s in zip(pulled, state, strict=True)])
 
     def answer(self, v: Tensor) -> Tensor:
-        """Return Phi^T v, and keep Psi^T v.
+        """Return Phi^T v, (B, N), and keep Psi^T v.
 
-        Where v is zero in a part of the state, as in the multipliers if nothing but x is used, that part costs nothing.
+        Parts of the state where v is zero cost nothing, such as the multipliers if only x is used.
         """
         state = self.recorded.state
         parts: Sequence[Tensor | None] = unflatten(v, state)
@@ -128,25 +220,36 @@ class StepVJP(Product):
         return flatten([torch.zeros_like(s) if p is None else p for p, s in zip(pulled, state, strict=False)])
 
     def params(self, v: Tensor) -> list[Tensor | None]:
-        """Return Psi^T v, one part per wanted parameter; None for those that take no part."""
+        """Return Psi^T v, one tensor per wanted parameter; None for those that do not take part."""
         if self._kept is not None and self._kept[0] is v:
             return self._kept[1]
         return vjp_of(self.recorded, self.wanted, unflatten(v, self.recorded.state))
 
 
 class StepJVP(Product):
-    """t -> Phi t on flattened states, (B, N); `params` pushes tangents of the step's parameters forward instead."""
+    """The product t -> Phi t on flattened states (B, N), by autograd; `params` returns Psi dc.
+
+    Args:
+        recorded: the recorded step.
+
+    Examples:
+        >>> x, c = torch.ones(1, 1), torch.ones(1, 1, requires_grad=True)
+        >>> recorded = foldopt.step.record(lambda x, c: (0.5 * x[0] + 2 * c[0],), (x,), (c,))
+        >>> product = foldopt.step.StepJVP(recorded)
+        >>> product(torch.ones(1, 1)), product.params([torch.ones(1, 1)])
+        (tensor([[0.5000]]), tensor([[2.]]))
+    """
 
     def __init__(self, recorded: Recorded) -> None:
         self.recorded = recorded
         self._push = pushforward(recorded, recorded.state)
 
     def __call__(self, t: Tensor) -> Tensor:
-        """Return Phi t."""
+        """Return Phi t, (B, N), for t (B, N)."""
         return flatten(self._push(unflatten(t, self.recorded.state)))
 
     def params(self, tangents: Sequence[Tensor | None]) -> Tensor:
-        """Return Psi dc, (B, N); a tangent may be None for zero."""
+        """Return Psi dc, (B, N); `tangents` is dc, one tensor per parameter, None for zero."""
         moved = [(p, t) for p, t in zip(self.recorded.params, tangents, strict=True) if t is not None]
         return flatten(pushforward(self.recorded, [p for p, _ in moved])([t for _, t in moved]))
 
@@ -154,9 +257,24 @@ class StepJVP(Product):
 def pushforward(
     recorded: Recorded, inputs: Sequence[Tensor], create_graph: bool = False
 ) -> Callable[[Sequence[Tensor]], Tensors]:
-    """Return the map from tangents of `inputs` to those of the recorded outputs.
+    """Return the map from tangents of some inputs to tangents of the outputs of a recorded step.
 
-    The vjp is linear in its cotangent; the vjp of that map is the jvp.
+    The vector-Jacobian product is linear in its cotangent, and the vector-Jacobian product of that linear map is the
+    Jacobian-vector product; so two backward passes make a forward one.
+
+    Args:
+        recorded: the recorded step.
+        inputs: the tensors of its graph that move.
+        create_graph: whether the result is to be differentiable; default False.
+
+    Returns:
+        Function from one tangent per input to one tangent per output.
+
+    Examples:
+        >>> x, c = torch.ones(1, 1), torch.ones(1, 1, requires_grad=True)
+        >>> recorded = foldopt.step.record(lambda x, c: (0.5 * x[0] + 2 * c[0],), (x,), (c,))
+        >>> foldopt.step.pushforward(recorded, recorded.params)([torch.ones(1, 1)])
+        (tensor([[2.]]),)
     """
     with torch.enable_grad():
         dummies = [torch.zeros_like(out, requires_grad=True) for out in recorded.outputs]
@@ -173,6 +291,7 @@ def pushforward(
 
 
 def _refuse_undeclared(outputs: Tensors, declared: Iterable[Tensor]) -> None:
+    """Raise UndeclaredParameterError if the graph of the outputs reaches a leaf that is not declared."""
     known = {id(leaf) for leaf in declared}
     pending = [out.grad_fn for out in outputs if out.grad_fn is not None]
     seen = set(pending)
@@ -192,10 +311,20 @@ def _refuse_undeclared(outputs: Tensors, declared: Iterable[Tensor]) -> None:
 
 
 class Modules:
-    """The modules whose parameters an update step uses: the step is a pure function of its arguments and of these.
+    """The modules whose parameters an update step uses, so that gradients reach these parameters too.
 
-    They are `update` itself if it is one, those it closes over or uses by a global name, those in its
-    functools.partial arguments, and `more`.
+    They are the update itself if it is a module, the modules that it closes over or uses by a global name, those among
+    the arguments of a `functools.partial`, and `more`.
+
+    Args:
+        update: the update step.
+        more: further modules, which cannot be found that way; default none.
+
+    Examples:
+        >>> network = torch.nn.Linear(1, 1)
+        >>> modules = foldopt.step.Modules(lambda x, c: network(x))
+        >>> list(modules.weights())
+        ['0.weight', '0.bias']
     """
 
     def __init__(self, update: Callable[..., State], more: Iterable[nn.Module] = ()) -> None:
@@ -209,15 +338,16 @@ class Modules:
         Modules.__init__(self, **state)
 
     def weights(self) -> dict[str, Tensor]:
-        """Return the trainable parameters by name, and those that torch.func has put in their place."""
+        """Return the trainable parameters by name, including those that torch.func has replaced."""
         return {n: p for n, p in self.holder.named_parameters() if p.requires_grad or wrapped_by_func(p)}
 
     def replaced(self, names: Sequence[str], weights: Sequence[Tensor]) -> AbstractContextManager[None]:
-        """Put `weights` in the place of the parameters of these names."""
+        """Return a context in which the parameters of these names are replaced by `weights`."""
         return parameters_replaced(self.holder, names, weights)
 
 
 def _modules_of(update: Callable[..., State]) -> list[nn.Module]:
+    """Return the modules that an update step is, closes over, or names."""
     if isinstance(update, nn.Module):
         return [update]
     if isinstance(update, functools.partial):

@@ -1,7 +1,7 @@
-"""Functions that torch.func and autograd may transform to any order although they run on plain tensors only.
+"""Functions that autograd and torch.func can transform to any order although they run on plain tensors only.
 
-Solvers and update steps branch on data and record graphs of their own, which functions under ``torch.func`` may not.
-An `Opaque` function runs at the bottom of the stack of transforms, where tensors are plain; its derivatives are opaque
+Solvers and update steps branch on values and record autograd graphs of their own, which functions under ``torch.func``
+may not do. An `Opaque` function runs below all transforms, where tensors are plain. Its derivatives are opaque
 functions again, and vmap runs it once per sample.
 """
 
@@ -33,32 +33,55 @@ Function = Callable[..., Tensors]
 
 
 class Opaque:
-    """A function from plain tensors to a tuple of such, with its derivatives; see `differentiable`.
+    """A function from plain tensors to a tuple of plain tensors, with its derivatives; `differentiable` calls it.
 
-    The derivatives below record the function's own graph. A subclass that knows better defines them itself.
+    Subclasses define ``__call__``. The derivatives defined here record the autograd graph of ``__call__``; a subclass
+    that has a better way to compute them overrides `vjp` and `jvp`.
+
+    Examples:
+        >>> class Square(foldopt.transforms.Opaque):
+        ...     def __call__(self, x):
+        ...         return (x * x,)
+        >>> torch.func.grad(lambda x: foldopt.transforms.differentiable(Square(), x)[0])(torch.tensor(3.0))
+        tensor(6.)
     """
 
     def __call__(self, *inputs: Tensor) -> Tensors:
-        """Return the outputs of plain inputs."""
+        """Return the outputs for plain inputs."""
         raise NotImplementedError
 
     def vjp(
         self, cotangent: Tensors, inputs: Tensors, outputs: Tensors, needed: Sequence[bool]
     ) -> Sequence[Tensor | None]:
-        """Pull the outputs' cotangent back to the inputs; None for those that are not `needed`."""
+        """Pull the cotangent of the outputs back to the inputs; None for inputs that are not `needed`."""
         return pulled_back(self, cotangent, inputs, needed)
 
     def jvp(self, tangents: Sequence[Tensor | None], inputs: Tensors, outputs: Tensors) -> tuple[Tensor | None, ...]:
-        """Return the outputs' tangents for those of the inputs, None for zero."""
+        """Return the tangents of the outputs for those of the inputs; None stands for zero."""
         return pushed_forward(self, tangents, inputs)
 
     def mapped(self, size: int, in_dims: Sequence[int | None], inputs: Tensors) -> tuple[Tensors, tuple[int, ...]]:
-        """Return the outputs for `size` samples, and the dimension of each that counts them."""
+        """Return the outputs for `size` samples, and for each output the dimension along which the samples lie."""
         return looped([self] * size, in_dims, inputs)
 
 
 def differentiable(function: Opaque, *tensors: Tensor) -> Tensors:
-    """Call an opaque function; autograd and every transform of torch.func can transform the call."""
+    """Call an opaque function such that autograd and every transform of torch.func can transform the call.
+
+    Args:
+        function: the opaque function.
+        *tensors: its inputs.
+
+    Returns:
+        Its outputs, a tuple of tensors.
+
+    Examples:
+        >>> class Exponential(foldopt.transforms.Opaque):
+        ...     def __call__(self, x):
+        ...         return (x.exp(),)
+        >>> foldopt.transforms.differentiable(Exponential(), torch.zeros(1))
+        (tensor([1.]),)
+    """
     if not transforming(*tensors):
         return _Function.apply(function, *tensors)
     return through_autograds_vmap(tensors, lambda *t: _Function.apply(function, *t), function.mapped)
@@ -98,7 +121,10 @@ _Function.forward.__signature__ = inspect.signature(_Function.forward)  # type: 
 def pulled_back(
     function: Opaque, cotangent: Tensors, inputs: Tensors, needed: Sequence[bool]
 ) -> Sequence[Tensor | None]:
-    """Return the vjp of an opaque function by its own graph, itself opaque; None for inputs that are not `needed`."""
+    """Return the vector-Jacobian product by the function's own graph, as an opaque call.
+
+    The gradient is None for inputs that are not `needed`.
+    """
     wanted = tuple(i for i, (need, p) in enumerate(zip(needed, inputs, strict=True)) if need and p.is_floating_point())
     if not wanted:
         return [None] * len(inputs)
@@ -108,7 +134,7 @@ def pulled_back(
 
 
 def pushed_forward(function: Opaque, tangents: Sequence[Tensor | None], inputs: Tensors) -> Tensors:
-    """Return the jvp of an opaque function by its own graph, itself opaque; a tangent may be None for zero."""
+    """Return the Jacobian-vector product by the function's own graph, as an opaque call; a tangent of None is zero."""
     moved = {i: t for i, t in enumerate(tangents) if t is not None and inputs[i].is_floating_point()}
     return differentiable(Pushforward(function, tuple(moved)), *moved.values(), *inputs)
 
@@ -116,12 +142,15 @@ def pushed_forward(function: Opaque, tangents: Sequence[Tensor | None], inputs: 
 def looped(
     functions: Sequence[Opaque], in_dims: Sequence[int | None], inputs: Tensors
 ) -> tuple[Tensors, tuple[int, ...]]:
-    """Apply one function to each sample and stack the outputs: what vmap does to an opaque function.
+    """Apply one function to each sample and stack the outputs: this is how vmap treats an opaque function.
 
-    Raises InputError for no samples, whose outputs have no known shape.
+    Raises InputError if there are no samples, because the shapes of the outputs are then unknown.
     """
     if not functions:
-        raise InputError("vmap over a dimension of size 0: a layer has to be called once to know its state's shape.")
+        raise InputError(
+            "vmap over a dimension of size 0: the shape of the state is known only after a call; map over at least one "
+            "sample."
+        )
     samples = [
         differentiable(
             function, *(t if dim is None else t.select(dim, i) for t, dim in zip(inputs, in_dims, strict=True))
@@ -134,7 +163,7 @@ def looped(
 
 @dataclass(frozen=True)
 class Plain(Opaque):
-    """A Python function as an opaque one."""
+    """An opaque function made of a Python function that returns a tuple of tensors."""
 
     function: Function
 
@@ -144,13 +173,28 @@ class Plain(Opaque):
 
 
 def opaque(function: Function, *tensors: Tensor) -> Tensors:
-    """Call `function`, which returns a tuple of tensors, on plain tensors; see the module's docstring."""
+    """Call a function on plain tensors, below all transforms, such that autograd and torch.func can transform the call.
+
+    Args:
+        function: ``function(*tensors)`` returns a tuple of tensors; PyTorch code that may branch on values.
+        *tensors: its inputs.
+
+    Returns:
+        Its outputs, a tuple of tensors.
+
+    Examples:
+        >>> def halved(x):
+        ...     return (x / 2 if x.sum() > 0 else x,)
+        >>> torch.func.vmap(lambda x: foldopt.transforms.opaque(halved, x)[0])(torch.tensor([[2.0], [-2.0]]))
+        tensor([[ 1.],
+                [-2.]])
+    """
     return differentiable(Plain(function), *tensors)
 
 
 @dataclass(frozen=True)
 class Pullback(Opaque):
-    """``Pullback(f, n, wanted)(*cotangent, *inputs)``: the n cotangents of f's outputs pulled back to some inputs."""
+    """``Pullback(f, n, wanted)(*cotangent, *inputs)`` pulls cotangents of f's n outputs back to `wanted` inputs."""
 
     function: Function
     n_outputs: int
@@ -167,7 +211,7 @@ class Pullback(Opaque):
 
 @dataclass(frozen=True)
 class Pushforward(Opaque):
-    """``Pushforward(f, moved)(*tangents, *inputs)``: how f's outputs move with the inputs numbered `moved`."""
+    """``Pushforward(f, moved)(*tangents, *inputs)`` returns the tangents of f's outputs if the inputs `moved` move."""
 
     function: Function
     moved: tuple[int, ...]
@@ -180,10 +224,10 @@ class Pushforward(Opaque):
 
 
 def recorded_call(function: Function, inputs: Tensors, wanted: Sequence[int]) -> tuple[Recorded, bool]:
-    """Call `function` on aliases of `inputs`, those `wanted` requiring grad; and whether to go on recording.
+    """Call a function on aliases of its inputs and record it; also return whether autograd is recording outside.
 
-    The aliases stay connected to inputs whose graph is being recorded: the call differentiates partially, and what
-    it returns can be differentiated in full.
+    The aliases of the `wanted` inputs require a gradient. If autograd is recording outside, aliases stay connected to
+    inputs that require a gradient. So the call can be differentiated partially here, and the result in full later.
     """
     going_on = torch.is_grad_enabled()
     with torch.enable_grad():
@@ -195,13 +239,14 @@ def recorded_call(function: Function, inputs: Tensors, wanted: Sequence[int]) ->
 
 
 class Undeclared(TorchFunctionMode):
-    """While a layer runs on plain tensors, refuse those of a transform: they were closed over, not passed.
+    """A context that refuses tensors of an outer torch.func transform while a layer runs on plain tensors.
 
-    Without it their derivative would be lost, or vmap's samples mixed, in silence.
+    The solver or the step closed over such a tensor instead of receiving it as a parameter. Without the error its
+    derivative would be lost, or the samples of vmap mixed, without any notice.
     """
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Call `function` unless an argument is a transform's."""
+        """Call the function; raise UndeclaredParameterError if an argument belongs to a transform."""
         if not transforming() and any(isinstance(t, Tensor) and wrapped_by_func(t) for t in leaves((args, kwargs))):
             raise UndeclaredParameterError(
                 "the solver or the update step uses a tensor that torch.func differentiates or maps but that was not "

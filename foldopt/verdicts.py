@@ -1,4 +1,14 @@
-"""What is certified of a derivative: per sample and cotangent, whether the solution has one, and if not, why."""
+"""Verdicts on derivatives: for each sample and cotangent, whether the solution has a derivative, and if not, why.
+
+`NAMES` lists the verdicts, `POLICIES` the values of the argument `degenerate` of layers:
+
+- "raise": raise an error that lists the samples;
+- "warn": warn, and go on as "one_sided";
+- "one_sided": take the derivative of one of the smooth pieces that meet at the point; of active rows that depend on
+  each other, only linearly independent ones carry multipliers;
+- "least_norm": as "one_sided", but dependent active rows share the multiplier (the multipliers of least norm);
+- "nan" or "zero": make the gradient of these samples NaN or zero.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +21,7 @@ from torch import Tensor
 
 from foldopt.errors import DegenerateError, DependentRowsError, InputError, KinkError, NotUniqueError
 
-__all__ = ["NAMES", "POLICIES", "Verdict", "require_policy"]
+__all__ = ["NAMES", "POLICIES", "Judge", "Verdict", "require_policy"]
 
 
 def __dir__() -> list[str]:
@@ -30,12 +40,12 @@ _CAUSES: dict[int, tuple[type[DegenerateError], str, str]] = {
     ),
     KINK: (
         KinkError,
-        "the solution has a kink: rows without slack and without a multiplier",
-        "The derivative depends on the side from which the parameters come: move them",
+        "the solution has a kink: active rows with a multiplier of zero",
+        "The derivative depends on the side from which the parameters come: change them",
     ),
     DEPENDENT: (
         DependentRowsError,
-        "active rows depend on each other, so that the derivative with respect to what moves them is not unique",
+        "active rows depend on each other, so the derivative with respect to their entries and limits is not unique",
         "Drop the redundant rows, do not ask for that gradient",
     ),
 }
@@ -43,10 +53,21 @@ _CAUSES: dict[int, tuple[type[DegenerateError], str, str]] = {
 
 @dataclass(frozen=True)
 class Verdict:
-    """The verdict of a derivative, per sample.
+    """The verdict on the derivative of each sample.
 
-    code: (B,) int, an index into `NAMES`. rows: (B, r) bool, the rows to blame: those at a kink, or those that depend
-    on each other. variables: (B, n) bool, those that are not unique. row_names: how a row is called.
+    Args:
+        code: (B,) int, positions in `NAMES`.
+        rows: (B, r) bool, the constraints that cause the verdict: those at a kink, or those that depend on each other.
+        variables: (B, n) bool, the variables that are not unique.
+        row_names: function from the position of a constraint to the name used in messages; default `str`.
+
+    Examples:
+        >>> none = torch.zeros(2, 3, dtype=torch.bool)
+        >>> verdict = foldopt.verdicts.Verdict(torch.tensor([0, 2]), none, none)
+        >>> verdict.names
+        ('differentiable', 'kink')
+        >>> verdict.ok
+        tensor([ True, False])
     """
 
     code: Tensor
@@ -61,12 +82,12 @@ class Verdict:
 
     @property
     def ok(self) -> Tensor:
-        """Which samples have the derivative that was asked for, (B,) bool."""
+        """Which samples have the derivative that the backward pass needs, (B,) bool."""
         return self.code == DIFFERENTIABLE
 
     @classmethod
     def joined(cls, parts: Sequence[Verdict]) -> Verdict:
-        """Return the verdicts of several calls in a row."""
+        """Return the verdicts of consecutive calls as one."""
         return cls(
             torch.cat([p.code for p in parts]),
             torch.cat([p.rows for p in parts]),
@@ -75,9 +96,14 @@ class Verdict:
         )
 
     def enforce(self, policy: str) -> None:
-        """Raise the error of the gravest verdict, or warn of it, where `policy` says so.
+        """Raise the error of the gravest verdict, or warn of it, if the policy says so; other policies do nothing here.
 
-        Raises a `DegenerateError` that lists the samples of every kind.
+        Args:
+            policy: one of `POLICIES`.
+
+        Raises:
+            DegenerateError: the policy is "raise" and some sample lacks its derivative; the subclass is that of the
+                gravest verdict, and the samples are listed.
         """
         worst = int(self.code.max()) if len(self.code) else DIFFERENTIABLE
         if worst == DIFFERENTIABLE or policy not in ("raise", "warn"):
@@ -88,7 +114,7 @@ class Verdict:
         warnings.warn(message, RuntimeWarning, stacklevel=4)
 
     def causes(self) -> list[str]:
-        """Return each verdict that is not "differentiable" in a sentence with its samples, the gravest first."""
+        """Return one sentence for each verdict other than "differentiable", with its samples, the gravest first."""
         found = []
         for code, (_, what, remedy) in _CAUSES.items():
             bad = (self.code == code).nonzero()[:, 0].tolist()
@@ -100,12 +126,26 @@ class Verdict:
         return found
 
     def _blamed(self, kind: int, sample: int) -> str:
+        """Return the names of the constraints or variables that cause the verdict of a sample, at most six."""
         mask, name = (self.variables, lambda j: f"x[{j}]") if kind == NOT_UNIQUE else (self.rows, self.row_names)
         found = mask[sample].nonzero()[:, 0].tolist()
         return ", ".join(name(i) for i in found[:6]) + (f" and {len(found) - 6} more" if len(found) > 6 else "")
 
 
+Judge = Callable[[Tensor, Sequence[bool], bool], tuple[Tensor, Verdict]]
+
+
 def require_policy(degenerate: str) -> None:
-    """Raise InputError unless `degenerate` is the name of a policy."""
+    """Check that a value is one of `POLICIES`.
+
+    Args:
+        degenerate: the value.
+
+    Raises:
+        InputError: it is not one of them.
+
+    Examples:
+        >>> foldopt.verdicts.require_policy("zero")
+    """
     if degenerate not in POLICIES:
         raise InputError(f"degenerate={degenerate!r} is unknown; choose one of {POLICIES}.")

@@ -1,1 +1,5 @@
-"""A CVXPY problem as a layer: `CvxpyLayer`. Start reading at `layer.CvxpyLayer`; nothing here imports cvxpy early."""
+"""A CVXPY problem as a differentiable layer: `CvxpyLayer`. Importing this package does not import cvxpy."""
+
+from foldopt.cvxpy._layer import CvxpyLayer
+
+__all__ = ["CvxpyLayer"]

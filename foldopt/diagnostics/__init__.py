@@ -1,4 +1,4 @@
-"""Is this layer right? Certificates of a folded layer, readable by people: `check`, traces and comparisons."""
+"""Is this layer right? `check` reports on a folded layer; traces show how its backward pass converges."""
 
 from foldopt.diagnostics._check import GradientCheck, Report, check
 from foldopt.diagnostics._convergence import (

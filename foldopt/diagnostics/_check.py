@@ -1,4 +1,4 @@
-"""Is this layer right? `check` and its `Report`, readable by people."""
+"""Is this layer right? `check` and its `Report`."""
 
 from __future__ import annotations
 
@@ -20,12 +20,24 @@ from foldopt.errors import InputError
 from foldopt.linear_solve import SOLVERS, LinearSolveInfo
 from foldopt.step import StepVJP, as_tuple, flatten
 
+__all__ = ["GradientCheck", "Report", "check"]
+
 
 class GradientCheck(NamedTuple):
-    """One parameter's folded derivative along a random direction, beside central differences of the solver.
+    """The folded derivative along a random direction of one parameter, beside central differences of the solver.
 
-    name: the argument's position or the weight's name. error: |folded - differences| relative to the larger.
-    uncertainty: how much the differences themselves change when their step is halved, in the same units.
+    Attributes:
+        name: position of the argument, or name of the weight.
+        folded: the folded derivative.
+        differences: the central differences.
+        error: |folded - differences|, relative to the larger of the two.
+        uncertainty: change of the differences if their step is halved, in the same units.
+
+    Examples:
+        >>> layer = foldopt.fold(torch.sqrt, lambda x, c: 0.5 * (x + c / x))
+        >>> report = foldopt.check(layer, torch.tensor([[4.0]], dtype=torch.float64))
+        >>> report.gradients[0].name, report.gradients[0].error < 1e-6
+        ('0', True)
     """
 
     name: str
@@ -37,12 +49,24 @@ class GradientCheck(NamedTuple):
 
 @dataclass
 class Report:
-    """What `check` found; ``print(report)`` for people, ``report.ok`` for tests.
+    """The result of `check`: ``print(report)`` shows it to people, ``report.ok`` serves tests.
 
-    residual, spectral_radius: (B,), of the step at the solution and of Phi. gradients: one per parameter.
-    solvers: by name, what each linear solver did for a random cotangent. degenerate: (K, 2), pairs (sample, coordinate)
-    of the flattened output whose one-sided derivatives differ. problems: in words, with the remedy; empty if there are
-    none.
+    Attributes:
+        residual: (B,), relative residual of the step at the solution.
+        tolerance: the layer's tolerance for it.
+        spectral_radius: (B,), spectral radius of Phi.
+        gradients: one `GradientCheck` per parameter and weight.
+        solvers: report of each linear solver on a random cotangent, by its name.
+        degenerate: (K, 2) int, pairs (sample, coordinate) of the flattened output whose one-sided derivatives differ.
+        problems: problems that were found, in words with their remedy; empty if there are none.
+
+    Examples:
+        >>> layer = foldopt.fold(torch.sqrt, lambda x, c: 0.5 * (x + c.detach() / x))  # detach: a mistake
+        >>> report = foldopt.check(layer, torch.tensor([[4.0]], dtype=torch.float64))
+        >>> report.ok
+        False
+        >>> report.problems[0]
+        'the folded derivative differs from finite differences for parameter 0. ...
     """
 
     residual: Tensor
@@ -55,7 +79,7 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing was found that makes gradients wrong."""
+        """Whether no problem was found."""
         return not self.problems
 
     def __str__(self) -> str:
@@ -78,27 +102,42 @@ class Report:
 
 
 def check(layer: nn.Module, *params: Any, seed: int = 0, eps: float | None = None) -> Report:
-    """Examine a folded layer at the given parameters.
+    """Examine a folded layer at given parameters: does the step fix the solution, and is the gradient right?
+
+    The report has the residual of the step, the folded derivative beside finite differences of the *solver* for every
+    parameter and weight, the spectral radius of Phi, the linear solvers that solve the backward equation, and the
+    coordinates where the solution has a kink. Per parameter it takes four solves. Failures that the layer's policies
+    would raise are reported instead: a sample without a solution or without a derivative by its cause, and before other
+    problems that follow from it.
 
     Args:
-        layer: a `FixedPointLayer`, or a module that has one as ``layer.fold``, or names it by ``layer.folded(*params)``
-            (`QPLayer`, `NLPLayer`, `CvxpyLayer`, ...).
-        params: as the layer is called; small batches are enough. Float64 makes the differences sharp. None, SciPy
-            matrices and sparse tensors without gradient are constants.
-        seed: of the random directions and the cotangent. eps: step of the differences relative to the parameter's size;
-            None: 1e-5 in float64, 1e-2 below.
+        layer: a `FixedPointLayer`, or a module with one as ``layer.fold`` or ``layer.folded(*params)``, such as
+            `QPLayer`, `NLPLayer` and `CvxpyLayer`.
+        *params: the layer's arguments; a small batch is enough. Float64 makes the differences sharp. None, SciPy
+            matrices, and sparse tensors that require no gradient are constants.
+        seed: seed of the random directions and of the cotangent; default 0.
+        eps: step of the differences, relative to the size of the parameter; None, the default: 1e-5 in float64,
+            otherwise 1e-2.
 
-    Returns a `Report`: whether the step fixes the solution, finite differences of the *solver* against the folded
-    derivative for each parameter and weight, rho(Phi) by power iteration, which linear solvers solve the adjoint
-    equation, and the coordinates where the solution has a kink. It costs 4 solves for each parameter. Errors of the
-    layer's policies are reported, not raised: a sample without a solution, or without a derivative, by its cause and
-    before anything that follows from it. InputError is raised for a module that has no folded layer.
+    Returns:
+        The report.
+
+    Raises:
+        InputError: the module has no folded layer, or a sparse tensor requires a gradient.
+
+    Examples:
+        >>> layer = foldopt.fold(torch.sqrt, lambda x, c: 0.5 * (x + c / x))
+        >>> print(foldopt.check(layer, torch.tensor([[4.0]], dtype=torch.float64)))
+        fixed point      worst residual 0.0e+00 (tolerance 1e-06)
+        ...
+        no problem found
     """
     for i, p in enumerate(params):
         if isinstance(p, Tensor) and p.layout != torch.strided and p.requires_grad:
             raise InputError(
-                f"parameter {i} is a sparse tensor of shape {tuple(p.shape)} that requires a gradient, and differences "
-                "are taken of dense ones only; pass it without, or check a module that builds it of its values."
+                f"parameter {i} is a sparse tensor of shape {tuple(p.shape)} that requires a gradient, but finite "
+                "differences need a dense one. Pass it without requires_grad, or check a module that builds it from a "
+                "dense tensor of its values."
             )
     core = folded_in(layer, params)
     generator = torch.Generator().manual_seed(seed)
@@ -107,7 +146,7 @@ def check(layer: nn.Module, *params: Any, seed: int = 0, eps: float | None = Non
         cotangent = random_like(flatten(at.solution), generator)
         solvers = {}
         for name, make in SOLVERS.items():
-            with suppress(InputError):  # of those that would need too much memory
+            with suppress(InputError):  # methods that would need too much memory are left out
                 solvers[name] = make()(StepVJP(at.recorded), cotangent)[1]
         gradients, kinks, info = _differences(layer, core, params, generator, eps)
     tolerance = core.tol or TOLERANCE[at.solution[0].dtype]
@@ -118,8 +157,9 @@ def check(layer: nn.Module, *params: Any, seed: int = 0, eps: float | None = Non
 
 
 def _problems(report: Report, worst: float, info: FoldInfo) -> list[str]:
+    """Return the problems of a report in words; a sample without a solution hides all others."""
     causes = sorted(set(info.causes or ()) - {"solved"})
-    if causes:  # all else follows from this
+    if causes:  # other problems follow from this one
         where = [f"{cause} at {[i for i, c in enumerate(info.causes or ()) if c == cause][:10]}" for cause in causes]
         return [f"samples without a solution: {'; '.join(where)}. Mend these programs before looking at gradients."]
     problems = [f"{cause}." for cause in (info.derivative.causes() if info.derivative is not None else [])]
@@ -157,9 +197,9 @@ def _differences(
     generator: torch.Generator,
     eps: float | None,
 ) -> tuple[list[GradientCheck], Tensor, FoldInfo]:
-    """Check the derivative along one direction per parameter.
+    """Compare the derivative with differences along one random direction per parameter.
 
-    Also return where the output has a kink, (B, N) bool, and the certificates of the call and of its backward pass.
+    Returns one check per parameter, where the output has a kink (B, N), and the certificates of the call.
     """
     leaves = [
         p.detach().clone().requires_grad_(p.is_floating_point())
@@ -199,7 +239,7 @@ def _differences(
 
 
 def _moved(layer: nn.Module, leaves: Sequence[Any], p: Tensor, change: Tensor) -> Tensor:
-    """Return the layer's flattened output with `p`, one of the leaves or a weight, moved for the call."""
+    """Return the layer's flattened output while `p`, a parameter or weight, is moved by `change`."""
     before = p.detach().clone()
     try:
         with torch.no_grad():

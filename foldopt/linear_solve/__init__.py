@@ -1,15 +1,15 @@
-"""Batched solvers of the adjoint equation v = Phi^T v + g (paper eqs. 25-26).
+"""Batched solvers of the backward equation v = Phi^T v + g (paper, eqs. 25 and 26).
 
-A linear solver is a frozen dataclass called as ``solver(vjp, g, phi=None) -> (v, info)`` where
+A linear solver is a frozen dataclass, called as ``solver(vjp, g, phi=None) -> (v, info)``:
 
-- ``vjp`` maps v of shape (B, N) to Phi^T v of shape (B, N), row by row independent,
-- ``g`` of shape (B, N) is the incoming cotangent,
-- ``phi``, if given, is the matrix itself, a `Phi`: made and factored when asked for, and kept for other right-hand
-  sides at the same point. ``phi.closed_form`` tells whether making it costs no products; a closed form may be sparse.
+- ``vjp`` maps v (B, N) to Phi^T v (B, N), every sample by itself;
+- ``g`` (B, N) is the incoming cotangent;
+- ``phi`` is the matrix itself, a `Phi`: computed and factored on first use and kept for further right-hand sides at the
+  same point. ``phi.closed_form`` tells whether computing it needs no products. A closed form may be sparse.
 
-Every sample stops on its own: `LinearSolveInfo` holds, per sample, the number of products with Phi^T it took, the
-relative residual ||g + Phi^T v - v|| / ||g|| *measured at the returned v*, and whether that is below tolerance.
-No solver raises on a sample that fails; the policy is the caller's (`foldopt.fold(on_failure=...)`).
+Every sample stops by itself. `LinearSolveInfo` holds for each of them the number of products with Phi^T, the relative
+residual ||g + Phi^T v - v|| / ||g|| *measured at the returned v*, and whether it is within tolerance. No solver raises
+an error for a sample that fails; the layer applies its policy (``foldopt.fold(on_failure=...)``).
 """
 
 from foldopt.linear_solve._base import LinearSolveInfo, LinearSolver

@@ -1,4 +1,4 @@
-"""The default linear solver, and how a name becomes one."""
+"""The default linear solver, and the choice of a solver by name."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from foldopt.linear_solve._iteration import LFPI, Anderson
 from foldopt.linear_solve._krylov import GMRES, BiCGSTAB
 from foldopt.linear_solve._phi import Phi
 
+__all__ = ["SINGULAR", "SOLVERS", "Auto", "linear_solver"]
+
 SINGULAR = (
     "Check that the fixed point is locally unique; choose linear_solver='least_squares', which takes the nearest to a "
     "solution where there is none and the matrix is small; or choose on_failure='nan'|'zero'"
@@ -26,20 +28,30 @@ SINGULAR = (
 
 @dataclass(frozen=True)
 class Auto:
-    """The default: closed forms where the step has them; else GMRES, then a direct solve for what it left unsolved.
+    """The default solver: a closed form if the step has one, otherwise GMRES, then a direct solve for what is left.
 
-    A closed-form solution costs one product, which certifies it; a closed-form Phi is factored. GMRES needs at most N
-    products with Phi^T where assembling Phi takes N, and usually 1 to 4; so it goes first even for small states.
-    Samples that are still left, because I - Phi is singular, are solved in the least-squares sense, and that answer is
-    taken if it does solve the equation. `info.fallback` marks the samples that needed more than the first means.
+    1. *Closed form.* A solution that the step gives is certified by one product. A matrix that it gives is factored. A
+       sparse matrix is factored as it is; where it is singular, GMRES with the factors of I - Phi + 1e-8 I finds a
+       solution if there is one, and up to N = 2,000 least squares is tried last.
+    2. *GMRES.* It needs at most N products with Phi^T and usually 1 to 4, where assembling Phi takes N. So it goes
+       first even for small states.
+    3. *BiCGSTAB*, only for N above 2,000: it continues where GMRES stopped, before any matrix is assembled.
+    4. *Direct.* Phi is assembled and factored, for as many samples at a time as fit into `max_bytes`. If not even one
+       fits (N > 11,585 in float64), the samples left are not ok, and `info.remedy` says what to do.
+    5. *Least squares.* Where I - Phi is singular, its answer is taken if it solves the equation.
 
-    Large states: above N = 2,000, where assembling Phi takes more products than BiCGSTAB may, BiCGSTAB goes on where
-    GMRES ended before anything is assembled. Then Phi is assembled for as many samples at a time as fit into
-    `max_bytes` (1 GiB; factoring takes about three times as much). Where a single one does not (N > 11,585 in float64),
-    the samples that are left are not ok, and `info.remedy` says what to do.
+    ``info.fallback`` marks the samples that needed more than the first method.
 
-    A sparse closed form is factored as it is. Samples where it is singular are solved by GMRES with the factors of
-    I - Phi + 1e-8 I, which finds a solution where there is one; up to N = 2,000, least squares has the last word.
+    Args:
+        max_bytes: memory for matrices Phi, in bytes; default 1 GiB. Factoring takes about three times as much.
+
+    Raises:
+        InputError: max_bytes is not above 0.
+
+    Examples:
+        >>> v, info = foldopt.linear_solve.Auto()(lambda v: 0.5 * v, torch.ones(1, 2))
+        >>> v
+        tensor([[2., 2.]])
     """
 
     max_bytes: float = 2**30
@@ -52,7 +64,7 @@ class Auto:
         require_room(self, self.max_bytes)
 
     def __call__(self, vjp: VJP, g: Tensor, phi: Phi | None = None) -> tuple[Tensor, LinearSolveInfo]:
-        """Solve for v; see the docstring of `foldopt.linear_solve`."""
+        """Solve for v; arguments and results are described in `foldopt.linear_solve`."""
         phi = phi or Phi.assembled(vjp, g)
         found = None if phi.inverse is None else self._inverted(vjp, g, phi)
         if phi.products:
@@ -68,6 +80,7 @@ class Auto:
     def _dense(
         self, vjp: VJP, g: Tensor, phi: Phi, found: tuple[Tensor, LinearSolveInfo] | None
     ) -> tuple[Tensor, LinearSolveInfo]:
+        """Solve the samples that are left by a direct solve, then by least squares."""
         v, info = _then(found, self.direct, vjp, g, phi)
         return (v, info) if info.ok.all() else self._singular(g, v, info, phi)
 
@@ -90,12 +103,12 @@ class Auto:
         return v, info
 
     def _resumed(self, vjp: VJP, g: Tensor, v: Tensor, info: LinearSolveInfo) -> tuple[Tensor, LinearSolveInfo]:
-        """Go on from v for the samples that are left; the others cost no iterations."""
+        """Continue from v for the samples that are left; the others cost no iterations."""
         left = ~info.ok[:, None]
         return self.iterative_when_large(vjp, torch.where(left, g, 0), guess=torch.where(left, v, 0))
 
     def _in_parts(self, vjp: VJP, g: Tensor, v: Tensor, info: LinearSolveInfo) -> tuple[Tensor, LinearSolveInfo]:
-        """Solve the samples that are left by matrices, of as many samples at a time as there is room for."""
+        """Solve the samples that are left with matrices, for as many samples at a time as fit into memory."""
         n = g.shape[1]
         one = n * n * g.element_size()
         if one > self.max_bytes:
@@ -107,6 +120,7 @@ class Auto:
         return v, info
 
     def _remedy(self, n: int, nbytes: int) -> str:
+        """Return the remedy for states whose matrix is too large."""
         return (
             f"Phi of a state of N = {n} numbers takes {gigabytes(nbytes)}, too much for linear_solver='auto' to "
             f"assemble, and {self.iterative.max_iter} products in GMRES and {self.iterative_when_large.max_iter} in "
@@ -116,6 +130,7 @@ class Auto:
         )
 
     def _inverted(self, vjp: VJP, g: Tensor, phi: Phi) -> tuple[Tensor, LinearSolveInfo] | None:
+        """Return the step's own solution, certified by one product, or None if it has none."""
         v = phi.inverted(g)
         if v is None:
             return None
@@ -126,7 +141,7 @@ class Auto:
         return v, LinearSolveInfo.of("closed form", products, residual, self.direct.tolerance(g.dtype))
 
     def _singular(self, g: Tensor, v: Tensor, info: LinearSolveInfo, phi: Phi) -> tuple[Tensor, LinearSolveInfo]:
-        """Solve the samples that are still left by least squares and take what solves the equation."""
+        """Solve the samples that are left by least squares, and take the answers that solve the equation."""
         rows = (~info.ok).nonzero()[:, 0]
         v_left, new = self.least_squares.on_matrix(g[rows], phi.at(rows))
         solved = new.residual <= self.least_squares.tolerance(g.dtype)
@@ -152,7 +167,7 @@ def _then(
     solver: Callable[..., tuple[Tensor, LinearSolveInfo]],
     *args: Any,
 ) -> tuple[Tensor, LinearSolveInfo]:
-    """Return what was found, improved by a further solver where samples are left."""
+    """Return what was found, improved by a further solver if samples are left."""
     if found is None:
         return solver(*args)
     v, info = found
@@ -165,7 +180,7 @@ def _then(
 def _improved(
     v: Tensor, info: LinearSolveInfo, v_new: Tensor, new: LinearSolveInfo, method: str
 ) -> tuple[Tensor, LinearSolveInfo]:
-    """Take the new answer for the samples that are left, where its residual is smaller."""
+    """Take the new answer for the samples that are left and have a smaller residual with it."""
     take = ~info.ok & (new.residual < info.residual)
     return torch.where(take[:, None], v_new, v), LinearSolveInfo(
         method,
@@ -188,9 +203,20 @@ SOLVERS: dict[str, Callable[[], LinearSolver]] = {
 
 
 def linear_solver(choice: str | LinearSolver) -> LinearSolver:
-    """Return the solver named `choice`, or `choice` itself if it is one.
+    """Return the linear solver of a name, with default settings; a solver is returned as it is.
 
-    Raises InputError for an unknown name.
+    Args:
+        choice: a key of `SOLVERS` or a linear solver.
+
+    Returns:
+        The linear solver.
+
+    Raises:
+        InputError: the name is unknown, or the object cannot be called.
+
+    Examples:
+        >>> foldopt.linear_solve.linear_solver("gmres")
+        GMRES(tol=None, max_iter=1000, preconditioner=None, restart=50)
     """
     if not isinstance(choice, str):
         if not callable(choice):

@@ -1,4 +1,4 @@
-"""Fixed-point iterations on v = Phi^T v + g: the paper's, and Anderson's acceleration of it."""
+"""Fixed-point iterations on v = Phi^T v + g: the paper's, and its acceleration by Anderson's method."""
 
 from __future__ import annotations
 
@@ -11,13 +11,31 @@ from foldopt.errors import InputError
 from foldopt.linear_solve._base import VJP, Iterative, LinearSolveInfo, norm, relative
 from foldopt.linear_solve._phi import Phi
 
+__all__ = ["LFPI", "Anderson"]
+
 
 @dataclass(frozen=True)
 class LFPI(Iterative):
-    """Linear fixed-point iteration v <- Phi^T v + g (eq. 25): the backward pass of unrolling, for fidelity to it.
+    """The linear fixed-point iteration v <- Phi^T v + g: the backward pass of unrolling, for comparison with the paper.
 
-    Converges at rate -log rho(Phi) (Theorem 1) where rho(Phi) < 1 and diverges elsewhere. A sample whose residual has
-    grown past `divergence` times ||g|| is given up and reported as not ok.
+    By Theorem 1 it converges at the rate -log rho(Phi) if the spectral radius rho(Phi) is below 1; otherwise it
+    diverges.
+
+    Args:
+        tol: relative residual at which a sample is solved, in (0, 1); None, the default: 1e-10 in float64, otherwise
+            1e-5.
+        max_iter: largest number of products with Phi^T; default 1000.
+        divergence: a sample whose relative residual exceeds this is given up as not ok; default 1e8.
+
+    Raises:
+        InputError: a setting is out of range.
+
+    Source: paper, eq. 25 and Theorem 1.
+
+    Examples:
+        >>> v, info = foldopt.linear_solve.LFPI()(lambda v: 0.5 * v, torch.ones(1, 2, dtype=torch.float64))
+        >>> info.iterations, info.ok
+        (tensor([34]), tensor([True]))
     """
 
     divergence: float = 1e8
@@ -25,7 +43,7 @@ class LFPI(Iterative):
     def __call__(
         self, vjp: VJP, g: Tensor, phi: Phi | None = None, guess: Tensor | None = None
     ) -> tuple[Tensor, LinearSolveInfo]:
-        """Solve for v; see the docstring of `foldopt.linear_solve`."""
+        """Solve for v; arguments and results are described in `foldopt.linear_solve`."""
         tol = self.tolerance(g.dtype)
         v = g if guess is None else self.start(vjp, g, guess)[0]
         iterations = torch.full((len(g),), int(guess is not None), device=g.device)
@@ -46,11 +64,26 @@ class LFPI(Iterative):
 
 @dataclass(frozen=True)
 class Anderson(Iterative):
-    """Anderson-accelerated LFPI: each iterate combines the last `memory` ones so that their residual is smallest.
+    """Anderson's acceleration of `LFPI`: each iterate combines earlier ones such that their residual is smallest.
 
-    Takes about as many products as GMRES does, also where LFPI diverges, without storing more than 2 `memory` vectors.
-    The best iterate is returned; a sample is given up when rounding in v exceeds the tolerance. Walker and Ni, SIAM J.
-    Numer. Anal. 49(4), 2011.
+    It takes about as many products as GMRES, also where LFPI diverges, and stores at most 2 `memory` vectors. The best
+    iterate is returned. A sample is given up when the rounding error of v exceeds the tolerance.
+
+    Args:
+        tol: relative residual at which a sample is solved, in (0, 1); None, the default: 1e-10 in float64, otherwise
+            1e-5.
+        max_iter: largest number of products with Phi^T; default 1000.
+        memory: number of earlier iterates that are combined, at least 1; default 10.
+
+    Raises:
+        InputError: a setting is out of range.
+
+    Source: Walker and Ni, Anderson acceleration for fixed-point iterations, SIAM J. Numer. Anal. 49(4), 2011.
+
+    Examples:
+        >>> v, info = foldopt.linear_solve.Anderson()(lambda v: 3 * v, torch.ones(1, 2))
+        >>> info.ok
+        tensor([True])
     """
 
     memory: int = 10
@@ -63,7 +96,7 @@ class Anderson(Iterative):
     def __call__(
         self, vjp: VJP, g: Tensor, phi: Phi | None = None, guess: Tensor | None = None
     ) -> tuple[Tensor, LinearSolveInfo]:
-        """Solve for v; see the docstring of `foldopt.linear_solve`."""
+        """Solve for v; arguments and results are described in `foldopt.linear_solve`."""
         tol = self.tolerance(g.dtype)
         v, r = self.start(vjp, g, guess)
         best, smallest = v, relative(r, g)
@@ -86,7 +119,7 @@ class Anderson(Iterative):
             v, r = torch.where(active[:, None], new, v), torch.where(active[:, None], new_r, r)
             iterations = iterations + active
             size = relative(r, g)
-            # A residual that vanishes says nothing there.
+            # For such a large v, rounding alone can make the residual vanish.
             lost = torch.finfo(g.dtype).eps * norm(v) > tol * norm(g)
             better = active & (size < smallest) & ~lost
             best, smallest = torch.where(better[:, None], v, best), torch.where(better, size, smallest)

@@ -1,4 +1,4 @@
-"""Krylov methods on (I - Phi^T) v = g, batched, with an optional preconditioner."""
+"""Krylov methods for (I - Phi^T) v = g, for batches, with an optional preconditioner."""
 
 from __future__ import annotations
 
@@ -13,13 +13,22 @@ from foldopt.errors import InputError
 from foldopt.linear_solve._base import VJP, Iterative, LinearSolveInfo, norm, relative, safe_ratio
 from foldopt.linear_solve._phi import Phi
 
+__all__ = ["GMRES", "BiCGSTAB", "Krylov"]
+
 
 @dataclass(frozen=True)
 class Krylov(Iterative):
-    """Shared setting: a preconditioner r -> about (I - Phi^T)^-1 r, (B, N) to (B, N), linear, any PyTorch code.
+    """Settings of Krylov methods.
 
-    It changes the number of products, not the answer: it is applied from the right, so that residuals are those of the
-    equation itself. An earlier factorization is one: ``Phi.solve``.
+    Args:
+        tol: relative residual at which a sample is solved, in (0, 1); None, the default: 1e-10 in float64, otherwise
+            1e-5.
+        max_iter: largest number of products with Phi^T; default 1000.
+        preconditioner: linear function r -> about (I - Phi^T)^-1 r, (B, N) to (B, N); None, the default, for none. It
+            is applied from the right, so that it changes the number of products and not the residual that is measured.
+
+    Raises:
+        InputError: a setting is out of range, or the preconditioner cannot be called.
     """
 
     preconditioner: Callable[[Tensor], Tensor] | None = None
@@ -32,7 +41,8 @@ class Krylov(Iterative):
     def preconditioned(self, r: Tensor) -> Tensor:
         """Apply the preconditioner.
 
-        Raises InputError if it returns another shape than it got.
+        Raises:
+            InputError: it returns another shape than it got.
         """
         if self.preconditioner is None:
             return r
@@ -47,11 +57,29 @@ class Krylov(Iterative):
 
 @dataclass(frozen=True)
 class GMRES(Krylov):
-    """Restarted GMRES on (I - Phi^T) v = g, batched Arnoldi with reorthogonalization and Givens rotations.
+    """Restarted GMRES for (I - Phi^T) v = g.
 
-    Starts from v = g, so a step with Phi = 0 (SQP at a KKT point) costs a single product. A sample that breaks down
-    (its Krylov space is exhausted) is frozen without disturbing the others. Saad and Schultz, SIAM J. Sci. Stat.
-    Comput. 7(3), 1986.
+    It starts from v = g, so that a step with Phi = 0 (SQP at a KKT point) costs a single product. The batched Arnoldi
+    process orthogonalizes twice and uses Givens rotations. A sample whose Krylov space is exhausted is frozen without
+    disturbing the others.
+
+    Args:
+        tol: relative residual at which a sample is solved, in (0, 1); None, the default: 1e-10 in float64, otherwise
+            1e-5.
+        max_iter: largest number of products with Phi^T; default 1000.
+        preconditioner: linear function r -> about (I - Phi^T)^-1 r, (B, N) to (B, N), such as the ``Phi.solve`` of a
+            similar problem; None, the default, for none. It changes the number of products and not the answer.
+        restart: dimension of the Krylov space after which it starts anew, at least 1; default 50.
+
+    Raises:
+        InputError: a setting is out of range, or the preconditioner returns another shape than it got.
+
+    Source: Saad and Schultz, GMRES, SIAM J. Sci. Stat. Comput. 7(3), 1986.
+
+    Examples:
+        >>> v, info = foldopt.linear_solve.GMRES(tol=1e-6)(lambda v: 3 * v, torch.ones(1, 2))
+        >>> v
+        tensor([[-0.5000, -0.5000]])
     """
 
     restart: int = 50
@@ -64,7 +92,7 @@ class GMRES(Krylov):
     def __call__(
         self, vjp: VJP, g: Tensor, phi: Phi | None = None, guess: Tensor | None = None
     ) -> tuple[Tensor, LinearSolveInfo]:
-        """Solve for v; see the docstring of `foldopt.linear_solve`."""
+        """Solve for v; arguments and results are described in `foldopt.linear_solve`."""
         tol = self.tolerance(g.dtype)
         iterations = torch.ones(len(g), dtype=torch.long, device=g.device)
         v, residual = self.start(vjp, g, guess)
@@ -91,7 +119,7 @@ class GMRES(Krylov):
         return v, LinearSolveInfo.of("gmres", iterations, size, tol)
 
     def _cycle(self, vjp: VJP, r: Tensor, active: Tensor, target: Tensor, cap: int) -> tuple[Tensor, Tensor]:
-        """One Arnoldi cycle from residual r (B, N): the correction (B, N) and the steps each sample took (B,)."""
+        """Return the correction, (B, N), of one Arnoldi cycle from residual r, and each sample's steps, (B,)."""
         batch, n = r.shape
         beta = torch.where(active, norm(r), torch.zeros_like(r[:, 0]))
         basis = r.new_zeros(batch, cap + 1, n)
@@ -141,18 +169,35 @@ class GMRES(Krylov):
 
 @dataclass(frozen=True)
 class BiCGSTAB(Krylov):
-    """BiCGSTAB on (I - Phi^T) v = g from v = g: short recurrences, memory of a few vectors.
+    """BiCGSTAB for (I - Phi^T) v = g: short recurrences, which store only a few vectors.
 
-    van der Vorst, SIAM J. Sci. Stat. Comput. 13(2), 1992. A sample that breaks down keeps its best iterate and is
-    reported as not ok unless its residual is below tolerance.
+    It starts from v = g. A sample that breaks down keeps its best iterate, and is ok only if its residual is within
+    tolerance.
+
+    Args:
+        tol: relative residual at which a sample is solved, in (0, 1); None, the default: 1e-10 in float64, otherwise
+            1e-5.
+        max_iter: largest number of products with Phi^T; default 1000.
+        preconditioner: linear function r -> about (I - Phi^T)^-1 r, (B, N) to (B, N); None, the default, for none. It
+            changes the number of products and not the answer.
+
+    Raises:
+        InputError: a setting is out of range, or the preconditioner returns another shape than it got.
+
+    Source: van der Vorst, Bi-CGSTAB, SIAM J. Sci. Stat. Comput. 13(2), 1992.
+
+    Examples:
+        >>> v, info = foldopt.linear_solve.BiCGSTAB()(lambda v: 3 * v, torch.ones(1, 2))
+        >>> v
+        tensor([[-0.5000, -0.5000]])
     """
 
     def __call__(
         self, vjp: VJP, g: Tensor, phi: Phi | None = None, guess: Tensor | None = None
     ) -> tuple[Tensor, LinearSolveInfo]:
-        """Solve for v; see the docstring of `foldopt.linear_solve`."""
+        """Solve for v; arguments and results are described in `foldopt.linear_solve`."""
         tol = self.tolerance(g.dtype)
-        target = 0.1 * tol  # the recurrence's residual drifts from the true one, which is what counts
+        target = 0.1 * tol  # the residual of the recurrence drifts from the true one
         v, r = self.start(vjp, g, guess)
         best, smallest = v, relative(r, g)
         iterations = torch.ones(len(g), dtype=torch.long, device=g.device)

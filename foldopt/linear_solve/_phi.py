@@ -1,4 +1,4 @@
-"""Phi as a matrix, assembled and factored once for any number of right-hand sides."""
+"""The matrix Phi, computed and factored once for any number of right-hand sides."""
 
 from __future__ import annotations
 
@@ -12,17 +12,28 @@ from torch import Tensor
 from foldopt.batched import lu_factor, matvec
 from foldopt.linear_solve._sparse import SHIFT, SparsePhi
 
+__all__ = ["Inverse", "Phi"]
+
 Inverse = Callable[[Tensor, bool], Tensor | None]
 
 
 @dataclass(eq=False)
 class Phi:
-    """The Jacobian dU/dx of a step at one point, (B, N, N), which is made, and I - Phi factored, on first use.
+    """The Jacobian Phi = dU/dx of a step at one point, (B, N, N), computed and factored on first use.
 
-    make: returns the matrix, dense or sparse; a sparse one may be (N, N) for all samples. products: how many products
-    with Phi^T that takes per sample; 0 for a closed form. inverse: the solution in closed form, if there is one:
-    inverse(g, transposed) returns v = Phi^T v + g, or v = Phi v + g if `transposed`, or None. nbytes: of the matrix,
-    where it has to be assembled. weights: (B, N), in which the residual of `inverse` is measured; None for all 1.
+    Args:
+        make: function without arguments that returns the matrix, dense or sparse; a sparse one may be (N, N) for all
+            samples.
+        products: number of products with Phi^T that `make` takes per sample; default 0, a closed form.
+        inverse: solution in closed form, ``inverse(g, transposed)``: it returns v with v = Phi^T v + g, or v = Phi v +
+            g if `transposed`, or None; default None.
+        nbytes: size of the matrix in bytes, if it has to be assembled; default 0.
+        weights: (B, N), weights of the residual of `inverse`; None, the default, for all 1.
+
+    Examples:
+        >>> phi = foldopt.linear_solve.Phi(lambda: torch.tensor([[[0.5, 0.0], [1.0, 0.0]]]))
+        >>> phi.solve(torch.ones(1, 2))  # v = Phi^T v + g
+        tensor([[4., 1.]])
     """
 
     make: Callable[[], Tensor | SparsePhi]
@@ -40,7 +51,16 @@ class Phi:
         like: Tensor,
         inverse: Inverse | None = None,
     ) -> Phi:
-        """Return the Phi of a map v -> Phi^T v on tensors like `like`, (B, N), from N products."""
+        """Return the Phi of a map v -> Phi^T v, assembled from N products.
+
+        Args:
+            vjp: the map, (B, N) to (B, N).
+            like: tensor (B, N) of the size, dtype and device of its arguments.
+            inverse: solution in closed form, if there is one; default None.
+
+        Returns:
+            Phi, not computed yet.
+        """
         n = like.shape[1]
 
         def make() -> Tensor:
@@ -51,56 +71,56 @@ class Phi:
 
     @property
     def closed_form(self) -> bool:
-        """Whether the matrix costs no products."""
+        """Whether computing the matrix needs no products."""
         return self.products == 0
 
     @property
     def made(self) -> bool:
-        """Whether the matrix is there already."""
+        """Whether the matrix has been computed."""
         return "matrix" in self._kept
 
     def transposed(self) -> Phi:
-        """Return Phi transposed, sharing what has been made and factored."""
+        """Return Phi transposed; matrix and factors are shared."""
         weights = None if self.weights is None else 1 / self.weights
         return replace(self, weights=weights, _transposed=not self._transposed)
 
     @property
     def sparse(self) -> SparsePhi | None:
-        """Phi as sparse matrices, not transposed, if the closed form is sparse; makes the closed form."""
+        """The sparse matrices of a closed form, not transposed; None if it is dense or not a closed form."""
         made = self._matrix() if self.closed_form else None
         return made if isinstance(made, SparsePhi) else None
 
     def matrix(self) -> Tensor:
-        """Return Phi as a dense tensor, (B, N, N); of a sparse one that all samples share, (1, N, N)."""
+        """Return Phi as a dense tensor, (B, N, N), or (1, N, N) if all samples share a sparse one."""
         phi = self._matrix()
         phi = phi.dense() if isinstance(phi, SparsePhi) else phi
         return phi.mT if self._transposed else phi
 
     def at(self, rows: Tensor) -> Phi:
-        """Return the Phi of some samples, with what has been factored of a sparse one."""
+        """Return the Phi of some samples; factors of a sparse one are kept."""
         part = self._matrix().at(rows) if self.sparse else self._matrix()[rows]
         return Phi(lambda: part, _transposed=self._transposed)
 
     def product(self, v: Tensor) -> Tensor:
-        """Return Phi^T v, (B, N), by the matrix."""
+        """Return Phi^T v, (B, N), computed with the matrix."""
         phi = self._matrix()
         if isinstance(phi, SparsePhi):
             return phi.product(v, not self._transposed)
         return matvec(phi if self._transposed else phi.mT, v)
 
     def solve(self, g: Tensor) -> Tensor:
-        """Return v = Phi^T v + g, (B, N), by LU factorization; not finite, or wrong, where I - Phi is singular."""
+        """Return v with v = Phi^T v + g, (B, N), by LU factorization; not finite or wrong where I - Phi is singular."""
         if self.sparse:
             return self.sparse.solve(g, not self._transposed)
         lu, pivots = self._keep("lu", self._factor)
         return torch.linalg.lu_solve(lu, pivots, g[:, :, None], adjoint=not self._transposed)[:, :, 0]
 
     def inverted(self, g: Tensor) -> Tensor | None:
-        """Return v = Phi^T v + g, (B, N), by the closed form `inverse`; None where there is none."""
+        """Return v with v = Phi^T v + g, (B, N), by the closed form `inverse`; None if there is none."""
         return None if self.inverse is None else self.inverse(g, self._transposed)
 
     def shifted(self, g: Tensor) -> Tensor:
-        """Return what `solve` does, of a sparse I - Phi that a small multiple of the identity has made regular."""
+        """Return what `solve` returns, for a sparse I - Phi made regular by adding a small multiple of the identity."""
         return self._matrix().solve(g, not self._transposed, SHIFT)
 
     def _matrix(self) -> Any:

@@ -1,4 +1,4 @@
-"""Phi as a sparse matrix: I - Phi is factored by SuperLU, one sample after the other, on the CPU."""
+"""Sparse matrices Phi: I - Phi is factored by SuperLU, sample by sample, on the CPU."""
 
 from __future__ import annotations
 
@@ -9,25 +9,33 @@ from torch import Tensor
 
 from foldopt.errors import InputError, MissingDependencyError
 
-SHIFT = 1e-8  # of the diagonal, relative to the largest entry, that makes a singular matrix regular
+__all__ = ["SHIFT", "SparsePhi"]
+
+SHIFT = 1e-8  # added to the diagonal of a singular matrix, relative to its largest entry
 
 
 class SparsePhi:
-    """A sparse Phi: matrices (N, N), one for each sample or one for all, whose factors are kept.
+    """Sparse matrices Phi, (N, N), one per sample or one for all, with their factors. It computes in float64.
 
-    Computes in float64. Li, An overview of SuperLU, ACM Trans. Math. Softw. 31(3), 2005.
+    Args:
+        equations: the matrices I - Phi, scipy csc.
+        like: tensor of the dtype and device of Phi.
+
+    Source: Li, An overview of SuperLU, ACM Trans. Math. Softw. 31(3), 2005.
     """
 
     def __init__(self, equations: list[Any], like: Tensor) -> None:
-        self._equations = equations  # I - Phi, scipy's csc
-        self._like = like  # of whose dtype and on whose device Phi is
+        self._equations = equations  # I - Phi, scipy csc
+        self._like = like  # has the dtype and device of Phi
         self._factors: dict[float, list[Any]] = {}
 
     @classmethod
     def of(cls, phi: Tensor) -> SparsePhi:
-        """Take over Phi, a sparse tensor of any layout, (B, N, N) or (N, N).
+        """Convert Phi, a sparse tensor (B, N, N) or (N, N) of any layout.
 
-        Raises InputError for other shapes, MissingDependencyError without scipy.
+        Raises:
+            InputError: it has another shape, or dense dimensions.
+            MissingDependencyError: scipy is not installed.
         """
         if phi.dim() not in (2, 3) or phi.shape[-1] != phi.shape[-2]:
             raise InputError(
@@ -64,7 +72,7 @@ class SparsePhi:
         return part
 
     def dense(self) -> Tensor:
-        """Return the matrices as a dense tensor, (B, N, N), or (1, N, N) of one for all."""
+        """Return the matrices as a dense tensor, (B, N, N), or (1, N, N) for a shared one."""
         found = torch.stack([torch.from_numpy(matrix.toarray()) for matrix in self._equations])
         return (torch.eye(found.shape[1], dtype=found.dtype) - found).to(self._like)
 
@@ -73,9 +81,16 @@ class SparsePhi:
         return v - self._mapped(v, lambda i, part: (self._equations[i].T if transposed else self._equations[i]) @ part)
 
     def solve(self, g: Tensor, transposed: bool, shift: float = 0.0) -> Tensor:
-        """Return v = Phi v + g, or v = Phi^T v + g if `transposed`, (B, N); NaN where I - Phi is singular.
+        """Return v with v = Phi v + g, or v = Phi^T v + g if `transposed`, (B, N); NaN where I - Phi is singular.
 
-        shift: added to the diagonal of I - Phi, relative to its largest entry. Without one, v is refined once.
+        Args:
+            g: right-hand side, (B, N).
+            transposed: whether to solve with Phi^T.
+            shift: added to the diagonal of I - Phi, relative to its largest entry; default 0, and v is then refined
+                once.
+
+        Returns:
+            v, (B, N).
         """
         if shift not in self._factors:
             self._factors[shift] = [_factored(matrix, shift) for matrix in self._equations]
@@ -88,7 +103,7 @@ class SparsePhi:
         return v if shift else v + self._mapped(g + self.product(v, transposed) - v, solved)
 
     def _mapped(self, v: Tensor, function: Any) -> Tensor:
-        """Return function(i, column) of each sample's v, where i counts matrices; a shared one gets all columns."""
+        """Return function(i, column) of each sample's v, i numbering the matrices; a shared one gets all columns."""
         self._require(v)
         rows = v.detach().double().cpu().numpy()
         if len(self._equations) == 1:
@@ -98,6 +113,7 @@ class SparsePhi:
         return out.to(v)
 
     def _require(self, v: Tensor) -> None:
+        """Raise InputError unless the matrices fit v."""
         count, n = len(self._equations), self._equations[0].shape[0]
         if v.shape[1] != n or count not in (1, len(v)):
             raise InputError(
@@ -108,6 +124,7 @@ class SparsePhi:
 
 
 def _scipy_sparse() -> Any:
+    """Return scipy.sparse, or raise MissingDependencyError."""
     try:
         import scipy.sparse
         import scipy.sparse.linalg
@@ -117,7 +134,7 @@ def _scipy_sparse() -> Any:
 
 
 def _factored(matrix: Any, shift: float) -> Any:
-    """Return the factors of a matrix, None where it is singular or not finite."""
+    """Return the factors of a matrix, or None where it is singular or not finite."""
     sparse = _scipy_sparse()
     total = abs(matrix.data).sum()
     if not total < float("inf"):

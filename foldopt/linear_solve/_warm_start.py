@@ -1,4 +1,4 @@
-"""Starting the adjoint solve of a training step from the one of the step before."""
+"""A solver that starts from the solution of the previous training step."""
 
 from __future__ import annotations
 
@@ -13,30 +13,37 @@ from foldopt.errors import InputError
 from foldopt.linear_solve._base import VJP, Iterative, LinearSolveInfo
 from foldopt.linear_solve._phi import Phi
 
+__all__ = ["WarmStart"]
+
 
 class WarmStart:
-    """Remembers each sample's v and starts the next solve for that sample from it: for losses that change slowly.
+    """Remember each sample's v and start the next solve for that sample there, for losses that change slowly.
 
-    Samples are told apart by their place in the batch, or by the indices given to `samples`:
-
-        solver = WarmStart(GMRES())
-        layer = fold(solve, update, linear_solver=solver)
-        for indices, inputs in batches:
-            with solver.samples(indices):
-                layer(network(inputs)).sum().backward()
-
-    The answer is that of the solver inside to its tolerance, so runs that resume without the memory agree to that
-    tolerance only. A remembered v that is worse than none (another state size, dtype or device; a residual above ||g||)
-    is not used.
+    A sample is its position in the batch, or an index that `samples` is given. The answer is that of the inner solver
+    up to its tolerance; so a run that resumes without this memory agrees up to that tolerance only. A remembered v is
+    not used if it has another size, dtype or device, or a residual above ||g||.
 
     Args:
-        solver: LFPI, Anderson, GMRES or BiCGSTAB, with their settings.
+        solver: an instance of `LFPI`, `Anderson`, `GMRES` or `BiCGSTAB`.
+
+    Raises:
+        InputError: solver is something else, or, when called, the indices do not fit the batch.
+
+    Examples:
+        >>> solver = foldopt.linear_solve.WarmStart(foldopt.linear_solve.GMRES())
+        >>> layer = foldopt.fold(torch.sqrt, lambda x, c: 0.5 * (x + c / x), linear_solver=solver)
+        >>> c = torch.tensor([[4.0], [9.0]], requires_grad=True)
+        >>> with solver.samples(torch.tensor([7, 3])):  # positions in the data set
+        ...     layer(c).sum().backward()
+        >>> c.grad
+        tensor([[0.2500],
+                [0.1667]])
     """
 
     def __init__(self, solver: Iterative) -> None:
         if not isinstance(solver, Iterative):
             raise InputError(
-                f"solver={solver!r} does not start from anything; give WarmStart an LFPI, Anderson, GMRES or BiCGSTAB."
+                f"solver={solver!r} cannot start from a given v; pass an instance of LFPI, Anderson, GMRES or BiCGSTAB."
             )
         self.solver: Any = solver
         self._indices: Tensor | None = None
@@ -44,7 +51,14 @@ class WarmStart:
 
     @contextmanager
     def samples(self, indices: Tensor) -> Iterator[None]:
-        """Take the batches solved for inside to be these samples: (B,) whole numbers >= 0, such as dataset indices."""
+        """Return a context in which the samples of all batches are those of the given indices.
+
+        Args:
+            indices: (B,) whole numbers of at least 0, such as positions in a data set.
+
+        Raises:
+            InputError: they are something else.
+        """
         if indices.dim() != 1 or indices.is_floating_point() or (len(indices) and int(indices.min()) < 0):
             raise InputError(
                 f"indices of shape {tuple(indices.shape)} and dtype {indices.dtype}: expected (B,) whole numbers >= 0."
@@ -56,7 +70,7 @@ class WarmStart:
             self._indices = before
 
     def __call__(self, vjp: VJP, g: Tensor, phi: Phi | None = None) -> tuple[Tensor, LinearSolveInfo]:
-        """Solve for v; see the docstring of `foldopt.linear_solve`."""
+        """Solve for v; arguments and results are described in `foldopt.linear_solve`."""
         batch, n = g.shape
         indices = torch.arange(batch) if self._indices is None else self._indices
         if len(indices) != batch:

@@ -1,4 +1,4 @@
-"""Which rows of a solved program carry a multiplier, which are only touched: the ground of every verdict."""
+"""Which active rows of a solved program have a multiplier and which have none; every verdict starts from this."""
 
 from __future__ import annotations
 
@@ -9,33 +9,24 @@ from torch import Tensor
 
 from foldopt.batched import matvec
 from foldopt.qp._front import nearby
+from foldopt.qp._operations import Matrix, assembled, identity, numbers, rescaled, selected_rows, zeros
 from foldopt.qp._program import Program, residual, sizes, weight
 from foldopt.qp._sparse_kkt import SparseKKT
-from foldopt.qp.matrix import (
-    Matrix,
-    Pattern,
-    SparseMatrix,
-    assembled,
-    identity,
-    numbers,
-    rescaled,
-    selected_rows,
-    zeros,
-)
+from foldopt.qp.matrix import Pattern, SparseMatrix
 
-TOUCHING = 1e-9  # slack relative to the terms of its row
-CARRYING = 1e-6  # multiplier times entry, relative to the terms of some column
-PROGRAMS = 200  # to find which rows are active at some solution, for each sample
-NUMBERS = 500_000  # in all these programs together
-SMALL = 1e-7  # cost of a multiplier beside that of having one
-NOISE = 1e-12  # least error of x that is reckoned with
+TOUCHING = 1e-9  # a row is active if its slack, relative to the terms of the row, is at most this
+CARRYING = 1e-6  # a row has a multiplier if its share of some column's terms exceeds this
+PROGRAMS = 200  # most linear programs for one sample, to find the rows that are active at some solution
+NUMBERS = 500_000  # most matrix entries in these programs together
+SMALL = 1e-7  # cost of the size of a multiplier, beside the gain 1 for having one
+NOISE = 1e-12  # smallest relative error of x that is assumed
 
 
 class Activity(NamedTuple):
-    """Rows at a solution, (B, r) bool each.
+    """The kinds of rows at a solution, (B, r) bool each.
 
-    strong: those that hold it, equalities and rows with a multiplier. weak: touched, without one. carrying: those with
-    a multiplier that matters. below: those whose multiplier pushes against the lower bound.
+    strong: equalities, and active rows with a multiplier. weak: active rows without one. carrying: rows whose
+    multiplier is not negligible. below: rows whose multiplier belongs to the lower bound.
     """
 
     strong: Tensor
@@ -45,11 +36,11 @@ class Activity(NamedTuple):
 
 
 def activity(program: Program, x: Tensor, y: Tensor, error: Tensor) -> Activity:
-    """Return the strongly and the weakly active rows at a solution of an equilibrated program.
+    """Return the strongly and the weakly active rows at solutions of equilibrated programs.
 
-    A slack counts as none up to the rounding of its row, or a hundred times the KKT residual `error` (B,) of the
-    solution. A multiplier counts as some if it matters in at least one column of the stationarity condition: an
-    absolute threshold would see kinks under large penalties.
+    A row is active if its slack is at most the rounding error of the row, or a hundred times the KKT residual `error`
+    (B,) of the solution. A multiplier counts if it has a share in at least one column of the stationarity condition; an
+    absolute threshold would report kinks in programs with large penalties.
     """
     if not program.C.shape[1]:
         none = torch.zeros_like(program.lower, dtype=torch.bool)
@@ -70,11 +61,12 @@ def activity(program: Program, x: Tensor, y: Tensor, error: Tensor) -> Activity:
 
 
 def complemented(program: Program, x: Tensor, y: Tensor, error: Tensor) -> Tensor:
-    """Return multipliers y (B, r) with as many nonzeros as the solution x allows: strictly complementary ones.
+    """Return multipliers y (B, r) with as many nonzeros as the solution x allows (strict complementarity).
 
-    Where rows depend on each other multipliers are not unique, and a solver may return some with a zero that another
-    choice does not have; only a row that has none in every choice is weakly active. For each sample with weakly active
-    rows one linear program finds which of these can carry (the relative interior of the multipliers).
+    If active rows depend on each other, the multipliers are not unique, and a solver may return 0 for a row that has a
+    multiplier in another choice. Only a row whose multiplier is 0 in every choice is weakly active. In each sample with
+    weakly active rows, one linear program finds which of them can have a multiplier, and y is moved into the relative
+    interior of the set of multipliers.
     """
     y = y.clone()
     strong, weak, *_ = activity(program, x, y, error)
@@ -83,15 +75,16 @@ def complemented(program: Program, x: Tensor, y: Tensor, error: Tensor) -> Tenso
         p, held, touched = program.at(one), strong[one], weak[one]
         if _independent(selected_rows(p.C, (held[0] | touched[0]).nonzero()[:, 0])):
             continue
-        y[one] = _shifted(p, x[one], y[one], held, touched)
+        y[one] = _relative_interior(p, x[one], y[one], held, touched)
     return y
 
 
 def touched_somewhere(program: Program, x: Tensor, strong: Tensor, rows: Tensor) -> Tensor:
-    """Return those of some rows (B, r) bool that are active at one or the other of a program's solutions.
+    """Return the rows of the mask `rows` (B, r) that are active at some solution of the program, if not at x.
 
-    The solutions are the feasible points with x's value in the strong rows and in Hx. For each row one linear program
-    finds its least slack among them; where that would be too many or too large programs, all rows count.
+    The solutions are the feasible points that have the same value as x in the strong rows and in Hx. For each row one
+    linear program finds the least slack among them. If these programs would be too many or too large, all rows of the
+    mask are returned.
     """
     out = rows.clone()
     z, curvature = matvec(program.C, x), matvec(program.H, x)
@@ -109,7 +102,7 @@ def touched_somewhere(program: Program, x: Tensor, strong: Tensor, rows: Tensor)
         p = program.at(torch.full((len(ends),), i, device=x.device))
         row = torch.tensor([r for r, _ in ends], device=x.device)
         sign = torch.tensor([side for _, side in ends], dtype=x.dtype, device=x.device)
-        extent = x[i].abs().amax().clamp(min=1e-300)  # the programs are solved for x divided by this
+        extent = x[i].abs().amax().clamp(min=1e-300)  # the linear programs are solved for x / extent
         held, here, flat = strong[i], z[i] / extent, (curvature[i] / extent).expand(len(ends), -1)
         pick = torch.zeros_like(p.lower).scatter(1, row[:, None], sign[:, None])
         linear = Program(
@@ -130,7 +123,7 @@ def touched_somewhere(program: Program, x: Tensor, strong: Tensor, rows: Tensor)
 
 
 def _independent(rows: Matrix) -> bool:
-    """Whether rows (1, k, n) are safely linearly independent."""
+    """Return whether the rows (1, k, n) are linearly independent, with a margin."""
     _, k, n = rows.shape
     if k > n:
         return False
@@ -146,12 +139,12 @@ def _independent(rows: Matrix) -> bool:
     return int(info) == 0 and bool(root.diagonal().square().min() > 1e-8)
 
 
-def _shifted(p: Program, x: Tensor, y: Tensor, strong: Tensor, weak: Tensor) -> Tensor:
-    """Move y of one sample along multipliers of 0 that are positive on as many weak rows as there can be.
+def _relative_interior(p: Program, x: Tensor, y: Tensor, strong: Tensor, weak: Tensor) -> Tensor:
+    """Move the multipliers y of one sample so that as many weakly active rows as possible get one.
 
-    max sum t over a free on the strong rows and b >= t, 0 <= t <= 1 on the weak ones with C_S'a + C_W'(sign b) = 0. A
-    vertex, which is what solvers of sparse programs return, needs a small cost of b: b large for nothing would leave
-    little of the others. The interior point returns the middle.
+    The direction solves max sum t over a (free, strong rows) and b >= t, 0 <= t <= 1 (weak rows) subject to
+    C_S'a + C_W'(sign b) = 0. Solvers of sparse programs return a vertex, where some b may be large without need and
+    make the step small; a small cost of b prevents this. The interior point returns a point in the middle.
     """
     held, touched = strong[0].nonzero()[:, 0], weak[0].nonzero()[:, 0]
     z = matvec(p.C, x)

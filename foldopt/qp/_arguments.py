@@ -1,4 +1,4 @@
-"""The arguments of a quadratic program as users give them, checked and as the tensors that a layer computes with."""
+"""Checks the arguments of a `QPLayer`, and converts them to the tensors that it computes with."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from torch import Tensor
 from foldopt.checks import nonfinite_allowed
 from foldopt.errors import InputError
 from foldopt.qp._engine import CURVATURE
-from foldopt.qp._structure import is_sparse_argument, taken
+from foldopt.qp._structure import is_sparse_argument, sparse_argument
 from foldopt.qp.matrix import Pattern, SparseMatrix
 from foldopt.step import Tensors
 
 MATRICES = ("Q", "G", "A")
 NAMES = ("Q", "p", "G", "h", "A", "b", "lower", "upper")
-BOUNDS = ("h", "lower", "upper")  # which may be infinite
+BOUNDS = ("h", "lower", "upper")  # these may be infinite
 
 
 class Given(NamedTuple):
-    """The arguments of a layer.
+    """The converted arguments of a layer.
 
-    params: (Q, p, G, h, A, b, lower, upper) as float64 tensors, of sparse Q, G and A the values. dtype: the caller's.
-    curvature: negative curvature that is put down to the rounding of Q. patterns: of Q, G and A if they are sparse, and
-    whether there are bounds.
+    params: (Q, p, G, h, A, b, lower, upper) as float64 tensors; in place of sparse Q, G and A their values. dtype: the
+    dtype of the result. curvature: the negative curvature of Q that is attributed to rounding. patterns: the sparsity
+    patterns of Q, G and A and whether there are bounds; None if all three are dense.
     """
 
     params: Tensors
@@ -34,10 +34,11 @@ class Given(NamedTuple):
 
 
 def arguments(*values: Any) -> Given:
-    """Return (Q, p, G, h, A, b, lower, upper) as a layer needs them.
+    """Check and convert Q, p, G, h, A, b, lower and upper.
 
-    Absent pairs become (0, n) and (0,), absent bounds (0,). If one of Q, G and A is sparse all three are taken as such.
-    Raises InputError that names the argument, its shape or value, and the remedy.
+    A missing pair G, h or A, b becomes tensors of shape (0, n) and (0,), a missing bound one of shape (0,). If one of
+    Q, G and A is sparse, all three are treated as sparse. Raises InputError, which names the argument, its shape or
+    value, and the remedy.
     """
     given = dict(zip(NAMES, values, strict=True))
     sparse = any(is_sparse_argument(given[name]) for name in MATRICES)
@@ -58,7 +59,7 @@ def arguments(*values: Any) -> Given:
         v = None if v is None or not v.dim() or not v.shape[-1] else v
         if (M is None) != (v is None):
             raise InputError(
-                f"{rows} is {_shape(found[rows])} but {right} is {_shape(found[right])}; give both, or neither."
+                f"{rows} is {_shape(found[rows])} but {right} is {_shape(found[right])}; pass both, or neither."
             )
         found[rows] = p.new_zeros(0, n) if M is None else M
         found[right] = p.new_zeros(0) if v is None else v
@@ -68,10 +69,10 @@ def arguments(*values: Any) -> Given:
     _fit({name: tuple(value.shape) for name, value in found.items()})
     patterns = None
     if sparse:
-        taken_ = {name: taken(name, found[name], p.device) for name in MATRICES}
+        matrices = {name: sparse_argument(name, found[name], p.device) for name in MATRICES}
         bounded = bool(found["lower"].shape[-1] or found["upper"].shape[-1])
-        patterns = (taken_["Q"].pattern, taken_["G"].pattern, taken_["A"].pattern, bounded)
-        found |= {name: one.values for name, one in taken_.items()}
+        patterns = (matrices["Q"].pattern, matrices["G"].pattern, matrices["A"].pattern, bounded)
+        found |= {name: one.values for name, one in matrices.items()}
     if not nonfinite_allowed():
         _require_numbers(found)
     numbers = [found[name] for name in NAMES if isinstance(given[name], Tensor | SparseMatrix)]

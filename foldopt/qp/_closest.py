@@ -1,4 +1,4 @@
-"""The closest feasible program: the least shift of its right-hand sides that gives an infeasible one a solution."""
+"""The closest feasible program: moves the right-hand sides of an infeasible program by as little as possible."""
 
 from __future__ import annotations
 
@@ -8,23 +8,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foldopt.qp.matrix import Matrix, Pattern, SparseMatrix, assembled, diagonal, identity, joined, zeros
+from foldopt.qp._operations import Matrix, assembled, diagonal, identity, joined, zeros
+from foldopt.qp.matrix import Pattern, SparseMatrix
 from foldopt.step import Tensors
 
 Patterns = tuple[Pattern | None, Pattern | None, Pattern | None]  # of Q, G and A; None: dense
 
 
-def shifted(
+def shifted_to_feasible(
     params: Tensors, patterns: Patterns, norm: str, make: Callable[..., Any]
 ) -> tuple[Tensors, tuple[Tensor, Tensor]]:
-    """Return the params with h and b shifted where a sample is infeasible, and the shifts (B, m) >= 0 and (B, k).
+    """Return the params with h and b shifted in infeasible samples, and the shifts (B, m) >= 0 and (B, k).
 
-    params: Q, p, G, h, A, b, lower, upper as `foldopt.qp._layer.arguments` returns them; of a matrix with a pattern the
-    values. norm: "l1", the least sum of
-    violations, or "l2", the least sum of squares. make: makes a `QPLayer`. The shifts are solutions of a quadratic
-    program themselves and differentiable; bounds of the variables are kept, and a sample that these alone contradict
-    stays infeasible. Bambade, Schramm, El Kazdadi, Caron, Taylor and Carpentier, Leveraging augmented-Lagrangian
-    techniques for differentiating over infeasible quadratic programs in machine learning (2024), as proxsuite's layer.
+    The shifts solve a quadratic program of their own and are differentiable. Bounds of the variables are not shifted: a
+    sample whose bounds contradict each other stays infeasible.
+
+    Args:
+        params: Q, p, G, h, A, b, lower, upper as `foldopt.qp._arguments.arguments` returns them; in place of sparse
+            matrices their values.
+        patterns: the sparsity patterns of Q, G and A, None for dense ones.
+        norm: "l1" for the least sum of violations, "l2" for the least sum of their squares.
+        make: makes a `QPLayer`.
+
+    Returns:
+        The shifted params, and the shifts of h and of b.
+
+    Source: Bambade, Schramm, El Kazdadi, Caron, Taylor and Carpentier, Leveraging augmented-Lagrangian techniques for
+    differentiating over infeasible quadratic programs in machine learning (2024), as in proxsuite's layer.
     """
     Q, p, G, h, A, b, lower, upper = params
     matrices = [joined(pattern, M) for pattern, M in zip(patterns, (Q, G, A), strict=True)]
@@ -50,7 +60,7 @@ def _given(bound: Tensor) -> Tensor | None:
 
 
 def _batch(M: Matrix, samples: Tensor, B: int) -> Matrix:
-    """Return some samples of a matrix that may be shared by the batch of B: (1, m, n), or (len(samples), m, n)."""
+    """Return some samples of a matrix, (len(samples), m, n); (1, m, n) if the whole batch of B shares it."""
     if isinstance(M, SparseMatrix):
         values = M.values if M.values.dim() == 2 else M.values[None]
         return SparseMatrix(M.pattern, values[samples] if len(values) == B else values)
@@ -59,7 +69,7 @@ def _batch(M: Matrix, samples: Tensor, B: int) -> Matrix:
 
 
 def _argument(M: Matrix) -> Matrix:
-    """Return a batch of one as a matrix that the batch shares."""
+    """Return M in the form in which a layer takes it: a batch of one becomes a shared matrix."""
     if len(M) > 1:
         return M
     return SparseMatrix(M.pattern, M.values[0]) if isinstance(M, SparseMatrix) else M[0]
@@ -68,7 +78,7 @@ def _argument(M: Matrix) -> Matrix:
 def _least(
     n: int, m: int, k: int, B: int, norm: str, rows: tuple[Matrix, Matrix], right: Tensors, make: Callable[..., Any]
 ) -> tuple[Tensor, Tensor]:
-    """Return the least shifts s >= 0 of h and t of b; for "l1" t is the difference of two that are not negative."""
+    """Return the least shifts s >= 0 of h and t of b; with "l1" t is the difference of two nonnegative variables."""
     (G, A), (h, b, lower, upper) = rows, right
     signs = (1,) if norm == "l2" else (1, -1)
     free = len(signs) * k

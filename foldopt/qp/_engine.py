@@ -1,4 +1,4 @@
-"""The engine: a batch of quadratic programs in, solutions to rounding out, or the cause why there is none."""
+"""The engine of quadratic programs: solves a batch to rounding, or finds out why a program has no solution."""
 
 from __future__ import annotations
 
@@ -10,12 +10,8 @@ from torch import Tensor
 from foldopt.qp._activity import complemented
 from foldopt.qp._front import Front, nearby
 from foldopt.qp._kkt import Known
-from foldopt.qp._polish import EXACT, patterns, polish, refine
-from foldopt.qp._program import INFINITE, Program, Units, equilibrate, residual
-from foldopt.qp._sparse_kkt import positive_definite
-from foldopt.qp.matrix import (
+from foldopt.qp._operations import (
     Matrix,
-    SparseMatrix,
     assembled,
     column,
     identity,
@@ -26,26 +22,30 @@ from foldopt.qp.matrix import (
     where_samples,
     zeros,
 )
+from foldopt.qp._polish import EXACT, patterns, polish, refine
+from foldopt.qp._program import INFINITE, Program, Units, equilibrate, residual
+from foldopt.qp._sparse_kkt import positive_definite
+from foldopt.qp.matrix import SparseMatrix
 
 SOLVED = 1e-9  # largest relative KKT residual of a solution
-CURVATURE = 1e-9  # negative curvature, relative to the equilibrated H, that counts as none
-VIOLATION = 1e-8  # least violation of the rows, relative to their bounds, that proves a program infeasible
-DESCENT = 1e-7  # slope along a ray that proves a program unbounded
-FAR = 1e10  # size of x, in units in which it should be 1, beside which rounding hides that there is no solution
+CURVATURE = 1e-9  # negative curvature, relative to the equilibrated H, that is attributed to rounding
+VIOLATION = 1e-8  # a program is infeasible if its least violation exceeds this, relative to the bounds
+DESCENT = 1e-7  # a program is unbounded if its objective falls along a ray by more than this
+FAR = 1e10  # solutions with an x of this size, where 1 is expected, are checked for infeasibility all the same
 STATUS = ("solved", "infeasible", "unbounded", "nonconvex", "limit reached", "not finite")
 GOOD, INFEASIBLE, UNBOUNDED, NONCONVEX, LIMIT, NOT_FINITE = range(len(STATUS))
 
 
 class Solution(NamedTuple):
-    """What the engine found, per sample.
+    """The result of the engine for every sample.
 
-    x: (B, n). y: (B, r), multipliers of l <= Cx <= u, positive at u and negative at l. Both NaN where not solved.
-    status: (B,) int, an index into `STATUS`. residual: (B,), worst relative violation of the KKT conditions (see
-    `foldopt.qp._program.residual`). units: those of the equilibrated program. violation: (B,), of an infeasible
-    program: the least t for which l - t <= Cx <= u + t has a solution, in its equilibrated rows' units. certificate:
-    (B, r), multipliers that prove it (C'y = 0 and the least of y'Cx over l <= Cx <= u is positive). ray: (B, n), a
-    direction along which an unbounded program falls for ever, else 0. known: sparse systems of the active rows, where
-    the polish ended with one.
+    x: (B, n). y: (B, r), the multipliers of l <= Cx <= u, positive at u and negative at l. Both are NaN in samples that
+    were not solved. status: (B,) int, an index into `STATUS`. residual: (B,), the largest relative violation of the KKT
+    conditions, see `foldopt.qp._program.residual`. units: the units of the equilibrated program. violation: (B,), in
+    infeasible samples the least t for which l - t <= Cx <= u + t has a solution, in the units of the equilibrated rows.
+    certificate: (B, r), in infeasible samples multipliers that prove it (C'y = 0, and y'Cx > 0 whenever
+    l <= Cx <= u). ray: (B, n), in unbounded samples a direction along which the objective falls forever, else 0. known:
+    the factored sparse systems of the active rows with which the polish ended, if any.
     """
 
     x: Tensor
@@ -60,12 +60,18 @@ class Solution(NamedTuple):
 
 
 def solve(program: Program, curvature: float = CURVATURE, front: Front | None = None) -> Solution:
-    """Solve programs: equilibrate, find a first point, polish; name the cause where that does not end in a solution.
+    """Solve a batch of programs: equilibrate, find a first point, polish; find the cause if there is no solution.
 
-    program: in the caller's units, float64; infinite bounds allowed. curvature: negative curvature of H that is put
-    down to rounding, relative to its largest entries in each row. front: finds the first point; None: `nearby`.
+    If multipliers are not unique, the result is strictly complementary: every row that can have a multiplier has one.
 
-    Multipliers that are not unique come back strictly complementary: a row that can carry one does.
+    Args:
+        program: the programs in the user's units, float64; bounds may be infinite.
+        curvature: the negative curvature of H that is attributed to rounding, relative to the largest entries in each
+            of its rows.
+        front: the solver that finds the first point; None: `nearby`.
+
+    Returns:
+        Solutions, statuses, and certificates where there is no solution.
     """
     finite = _finite(program)
     program = _cleaned(program, finite)
@@ -78,7 +84,7 @@ def solve(program: Program, curvature: float = CURVATURE, front: Front | None = 
     known: list[Known | None] = [None] * len(x)
     _minimize(scaled, units, todo, x, y, worst, known, front)
     left = todo[worst[todo] > SOLVED]
-    if len(left):  # another guess of the size of x may do
+    if len(left):  # try again with another guess of the size of x
         other = equilibrate(program.at(left), large=True)
         p, x_again, y_again = other.scaled(program.at(left)), x[left].clone(), y[left].clone()
         again = torch.full_like(worst[left], torch.inf)
@@ -123,7 +129,7 @@ def _minimize(
     known: list[Known | None],
     front: Front | None,
 ) -> None:
-    """Fill in the points, residuals and systems that `minimized` finds for some samples."""
+    """Write the points, residuals and systems that `minimized` finds for the samples `todo` into x, y, worst, known."""
     for group in patterns(scaled.equality[todo]):
         index = todo[group]
         program = scaled.at(index)
@@ -134,7 +140,7 @@ def _minimize(
 
 
 class Found(NamedTuple):
-    """x, y and relative residual of equilibrated programs, and the sparse systems that led there."""
+    """Points x and y of equilibrated programs, their relative residuals, and the sparse systems that led to them."""
 
     x: Tensor
     y: Tensor
@@ -143,9 +149,9 @@ class Found(NamedTuple):
 
 
 def minimized(program: Program, first: tuple[Tensor, Tensor] | None = None) -> Found:
-    """Return the best points of equilibrated convex programs with the same equalities.
+    """Return the best points found for equilibrated convex programs that have the same equality rows.
 
-    first: points (x, y) to begin with, NaN where there is none; None: those of `nearby`.
+    first: the points (x, y) to polish, NaN if a sample has none; None: those of `nearby`.
     """
     if not program.C.shape[1] and not numbers(program.H).any():
         stuck = (program.q != 0).any(1)
@@ -158,11 +164,11 @@ def minimized(program: Program, first: tuple[Tensor, Tensor] | None = None) -> F
 
 
 def is_convex(H: Matrix, tolerance: float = CURVATURE) -> Tensor:
-    """Return which H (B, n, n) have no negative curvature, (B,) bool, up to `tolerance` times their diagonal's size."""
+    """Return which H (B, n, n) are positive semidefinite, (B,) bool, up to `tolerance` times the size of H."""
     if not len(H):
         return torch.zeros(0, dtype=torch.bool, device=H.device)
     size = largest_in_columns(H.abs())
-    root = torch.where(size > 0, size, 1).rsqrt()  # as in an equilibration of H by itself
+    root = torch.where(size > 0, size, 1).rsqrt()  # equilibrates H
     shifted = rescaled(H, root, root)
     if isinstance(shifted, SparseMatrix):
         count = 1 if shifted.values.stride(0) == 0 else len(shifted)
@@ -179,7 +185,7 @@ def _finite(program: Program) -> Tensor:
 
 
 def _cleaned(program: Program, finite: Tensor) -> Program:
-    """Put zeros where a sample is not finite; drop bounds that are infinite, and rows that bound nothing."""
+    """Set samples that are not finite to zero; make huge bounds infinite, and drop the bounds of rows of zeros."""
     H, q, C, low, high = program
     if not finite.all():
         H, C = (where_samples(finite, part) for part in (H, C))
@@ -194,7 +200,7 @@ def _cleaned(program: Program, finite: Tensor) -> Program:
 
 
 def _cause(p: Program) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return for equilibrated programs that were not solved: status, certificate, least violation and ray."""
+    """Find out why equilibrated programs were not solved; return status, certificate, least violation and ray."""
     status = torch.full((len(p.q),), LIMIT, device=p.q.device)
     ray = torch.zeros_like(p.q)
     contradictory = (p.lower > p.upper) | (p.lower == torch.inf) | (p.upper == -torch.inf)
@@ -204,7 +210,7 @@ def _cause(p: Program) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     least, certificate = _least_violation(p._replace(lower=low, upper=high))
     reach = torch.cat([torch.where(part.isfinite(), part.abs(), 0) for part in (low, high)], 1)
     reach = reach.amax(1) if reach.shape[1] else torch.zeros_like(least)
-    reach = torch.where(reach > 0, reach, torch.inf)  # where every bound is 0, x = 0 will do
+    reach = torch.where(reach > 0, reach, torch.inf)  # if every bound is 0, x = 0 is feasible
     infeasible = contradictory.any(1) | (least > VIOLATION * reach)
     status[infeasible] = INFEASIBLE
     gap = torch.where(
@@ -225,9 +231,9 @@ def _cause(p: Program) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _least_violation(p: Program) -> tuple[Tensor, Tensor]:
-    """Return the least t with l - t <= Cx <= u + t, (B,), and multipliers (B, r) that prove it is the least.
+    """Return the least t with l - t <= Cx <= u + t, (B,), and multipliers (B, r) that prove that it is the least.
 
-    t is 0 where that could not be settled.
+    t is 0 in samples whose linear program was not solved.
     """
     _, r, n = p.C.shape
     if not r:
@@ -247,7 +253,7 @@ def _least_violation(p: Program) -> tuple[Tensor, Tensor]:
 
 
 def _rays(p: Program) -> Program:
-    """Return the linear program of the steepest ray: min q'd, Hd = 0, d in the recession cone, -1 <= d <= 1."""
+    """Return the linear programs that look for a ray: min q'd, Hd = 0, d in the recession cone, -1 <= d <= 1."""
     n = p.q.shape[1]
     zero, one = torch.zeros_like(p.q), torch.ones_like(p.q)
     low = torch.where(p.lower.isfinite(), 0, p.lower)

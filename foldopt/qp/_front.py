@@ -1,4 +1,4 @@
-"""What finds the first point of a program, to be polished: the own interior point, or any other solver."""
+"""Finds the first points of programs, which are then polished: by foldopt's interior point or any other solver."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ import torch
 from torch import Tensor
 
 from foldopt.qp._interior_point import interior_point
+from foldopt.qp._operations import rescaled
 from foldopt.qp._program import Program, Units
-from foldopt.qp.matrix import SparseMatrix, rescaled
+from foldopt.qp.matrix import SparseMatrix
 from foldopt.solvers.qp_solvers import QPSolver
 
 
 def nearby(program: Program, tol: float = 1e-10) -> tuple[Tensor, Tensor]:
-    """Return (x, y) near a solution of equilibrated programs, NaN where none was found.
+    """Return points (x, y) near solutions of equilibrated programs, NaN in samples where none was found.
 
-    Dense programs go to the own interior point, in a batch and to a relative KKT residual of `tol`; sparse ones to the
-    solvers that `QPSolver` chooses by itself, one by one.
+    Dense programs are solved as one batch by foldopt's interior point, to a relative KKT residual of `tol`. Sparse ones
+    are solved one after the other by the solvers that ``QPSolver()`` tries.
     """
     if isinstance(program.H, SparseMatrix):
         return one_by_one(_default(), program)
@@ -27,23 +28,23 @@ def nearby(program: Program, tol: float = 1e-10) -> tuple[Tensor, Tensor]:
 
 
 class Front:
-    """A solver that the user chose, for the programs of a layer.
+    """A solver that the user chose, together with starting points for the samples of a batch.
 
-    solver: gets equilibrated programs if it has a name, and the caller's own programs if it is a function. start: (B,
-    n), where a solver that can may begin, in the caller's units; None: wherever it likes.
+    solver: a solver chosen by name gets the equilibrated programs, a function gets the user's own programs. start:
+    (B, n) in the user's units, used by solvers that accept a starting point; None: there is none.
     """
 
     def __init__(self, solver: QPSolver, start: Tensor | None = None) -> None:
         self.solver, self.start = solver, start
 
     def at(self, samples: Tensor) -> Front:
-        """Return it for some samples of the batch."""
+        """Return the same solver with the starting points of some samples."""
         return Front(self.solver, None if self.start is None else self.start[samples])
 
     def __call__(self, scaled: Program, units: Units, samples: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (x, y) for some samples, in equilibrated units; NaN where none was found.
+        """Return points (x, y) for some samples, in equilibrated units; NaN where none was found.
 
-        scaled, units: of these samples. samples: their indices in the batch.
+        scaled: the equilibrated programs of these samples. units: their units. samples: their indices in the batch.
         """
         d, e, c = units
         start = None if self.start is None else self.start[samples]
@@ -61,7 +62,7 @@ class Front:
 
 
 def one_by_one(solver: QPSolver, program: Program, start: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Return what a solver answers to each program, (x, y); NaN where it has no answer."""
+    """Call a solver for each program; return the points (x, y), NaN where it has no answer."""
     x, y = torch.full_like(program.q, torch.nan), torch.full_like(program.lower, torch.nan)
     for i in range(len(x)):
         H, C = (_array(M, i) for M in (program.H, program.C))

@@ -1,4 +1,4 @@
-"""A batched interior point for quadratic programs with two-sided rows: the solver in front of the engine."""
+"""A batched interior point for quadratic programs with two-sided rows, the engine's own first solver."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import torch
 from torch import Tensor
 
 from foldopt.batched import lu_factor, matvec
+from foldopt.qp._operations import dense, numbers
 from foldopt.qp._program import TINY, Program
-from foldopt.qp.matrix import dense, numbers
 
-REGULARIZATION = 1e-9  # of the linear systems; the residuals are those of the program itself
-FRACTION = 0.995  # of the way to the boundary
-PATIENCE = 15  # iterations without progress
+REGULARIZATION = 1e-9  # added to the linear systems; residuals are computed without it
+FRACTION = 0.995  # of the longest step that stays inside
+PATIENCE = 15  # iterations without progress before a sample gives up
 
 
 class Iterate(NamedTuple):
-    """x (B, n), multipliers y (B, r) of l <= Cx <= u (positive at u), relative residual (B,)."""
+    """The points x (B, n), multipliers y (B, r) of l <= Cx <= u (positive at u), and relative residuals (B,)."""
 
     x: Tensor
     y: Tensor
@@ -25,12 +25,14 @@ class Iterate(NamedTuple):
 
 
 def interior_point(program: Program, *, tol: float = 1e-10, max_iter: int = 200) -> Iterate:
-    """Solve equilibrated programs, all with the same equality rows, by Mehrotra's predictor and corrector.
+    """Solve equilibrated programs that have the same equality rows by Mehrotra's predictor-corrector method.
 
-    Every sample has its own step lengths and leaves when its residual is below `tol` or stops falling. Linear systems
-    are reduced to x and the equalities, regularized, and refined once; dependent equalities do no harm. Nocedal and
-    Wright, Numerical Optimization (2006), 16.6; the weighted corrector is Colombo and Gondzio's (2008), the proximal
-    regularization as in PIQP (Schwan et al., 2023).
+    Every sample has its own step lengths, and leaves the batch when its residual is below `tol` or stops falling. The
+    linear systems are reduced to x and the equalities, regularized, and refined once, so that equalities may depend on
+    each other.
+
+    Source: Nocedal and Wright, Numerical Optimization (2006), section 16.6; Colombo and Gondzio (2008) for the weighted
+    corrector; PIQP (Schwan et al., 2023) for the proximal regularization.
     """
     B = len(program.q)
     out = Iterate(
@@ -39,7 +41,9 @@ def interior_point(program: Program, *, tol: float = 1e-10, max_iter: int = 200)
     run = _Run(program)
     left = torch.arange(B, device=program.q.device)
     idle = torch.zeros(B, dtype=torch.long, device=program.q.device)
-    done = torch.zeros(B, dtype=torch.bool, device=program.q.device)  # though still in `run`, for its company
+    done = torch.zeros(
+        B, dtype=torch.bool, device=program.q.device
+    )  # finished samples stay in `run` until half of them are
     for _ in range(max_iter + 1):
         now = run.measure()
         better = (now < out.residual[left]) & ~done[left]
@@ -60,7 +64,7 @@ def interior_point(program: Program, *, tol: float = 1e-10, max_iter: int = 200)
 
 
 class _Run:
-    """The iterates of the samples that are still running."""
+    """The iterates of the samples that are not finished."""
 
     x: Tensor
     nu: Tensor
@@ -92,7 +96,7 @@ class _Run:
         self.count = self.there.sum(1).clamp(min=1).to(limits)
 
     def keep(self, going: Tensor) -> None:
-        """Go on with some samples only."""
+        """Drop all samples but those in the mask `going` (B,)."""
         self.program = self.program.at(going)
         self._split()
         self._limits()
@@ -100,18 +104,18 @@ class _Run:
         self._residuals()
 
     def sides(self, v: Tensor) -> Tensor:
-        """Return v at the upper limits and -v at the lower ones."""
+        """Return (v, -v), for the upper and the lower limits; v alone if there are no lower limits."""
         return torch.cat([v, -v], 1) if self.two_sided else v
 
     def joined(self, w: Tensor) -> Tensor:
-        """Return the transpose of `sides`."""
+        """Apply the transpose of `sides`."""
         if not self.two_sided:
             return w
         upper, lower = w.chunk(2, 1)
         return upper - lower
 
     def multipliers(self) -> Tensor:
-        """Return y of all rows."""
+        """Return the multipliers y of all rows, (B, r)."""
         y = self.x.new_zeros(len(self.x), self.program.C.shape[1])
         y[:, self.e], y[:, self.i] = self.nu, self.joined(self.z)
         return y
@@ -167,7 +171,7 @@ class _Run:
         return dx, dnu
 
     def _start(self) -> None:
-        """Mehrotra's starting point: least squares, then shifted into the interior."""
+        """Set Mehrotra's starting point: a least-squares solution, moved into the interior."""
         p = self.program
         B, m = len(p.q), self.G.shape[1]
         self.x = torch.zeros_like(p.q)
@@ -191,7 +195,7 @@ class _Run:
         self.s, self.z = torch.where(self.there, s, 1.0), torch.where(self.there, z, 0.0)
 
     def advance(self) -> None:
-        """Take one step, of the residuals that `measure` left."""
+        """Take one predictor-corrector step; `measure` has computed the residuals."""
         ratio = self.ratio = self.z / (self.s + REGULARIZATION * self.z)
         half = ratio.shape[1] // 2
         self._factor(ratio[:, :half] + ratio[:, half:] if self.two_sided else ratio)
@@ -220,7 +224,7 @@ class _Run:
         return dx, dnu, torch.where(self.there, REGULARIZATION * dz - self.ri - moved, 0), dz
 
     def _lengths(self, ds: Tensor, dz: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the longest steps in [0, 1] of x and of y that keep the signs; a QP takes the same for both."""
+        """Return the longest primal and dual steps in [0, 1] that keep s and z positive, equal if H is not zero."""
         primal, dual = _longest(self.s, ds)[:, None], _longest(self.z, dz)[:, None]
         both = torch.minimum(primal, dual)
         quadratic = self.quadratic[:, None]

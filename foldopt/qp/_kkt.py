@@ -1,8 +1,8 @@
-"""Linear systems with the KKT matrix [[H, S'], [S, 0]] of equilibrated programs, singular ones among them.
+"""Linear systems with the KKT matrix K = [[H, S'], [S, 0]] of equilibrated programs, which may be singular.
 
-Rows of S may depend on each other and H may vanish on their null space: the matrix is then singular though the program
-is sound. `Shifted` finds a solution where there is one, for the steps that polish; `Spectral` knows the null space, for
-the derivative and its verdict. `Factored` does both for sparse matrices.
+S has the active rows. If they depend on each other, or H vanishes on their null space, K is singular although the
+program has a solution. `Shifted` finds a solution of K z = r if there is one; the polish uses it. `Spectral` also knows
+the null space of K; derivatives and verdicts use it. `Factored` does both for sparse matrices.
 """
 
 from __future__ import annotations
@@ -14,24 +14,28 @@ import torch
 from torch import Tensor
 
 from foldopt.batched import lu_factor, matvec
+from foldopt.qp._operations import Matrix, dense
 from foldopt.qp._sparse_kkt import SparseKKT
-from foldopt.qp.matrix import Matrix, SparseMatrix, dense
+from foldopt.qp.matrix import SparseMatrix
 
-SHIFT = 1e-8  # that makes the matrix regular; equilibrated, its entries are at most about 1
+SHIFT = 1e-8  # added to the diagonal to make K regular; the entries of K are at most about 1
 NULL = 1e-11  # eigenvalues below this times the largest count as zero
-SUSPECT = 1e9  # growth of a random right-hand side that says the matrix may be singular
+SUSPECT = 1e9  # K may be singular if solving enlarges a generic right-hand side by this factor
 REFINEMENTS = 6
 
 
 class Rows(NamedTuple):
-    """Chosen rows of C, gathered: places (B, s) into the rows, there (B, s) bool; a sample with fewer has blanks."""
+    """Rows of C that were chosen in each sample, gathered to the front.
+
+    places: (B, s), their indices. there: (B, s) bool, False in the blanks that fill up samples with fewer rows.
+    """
 
     places: Tensor
     there: Tensor
 
     @classmethod
     def of(cls, chosen: Tensor) -> Rows:
-        """Gather the rows chosen, (B, r) bool."""
+        """Gather the rows where `chosen` (B, r) is True."""
         if len(chosen) == 1:
             places = chosen.nonzero()[:, 1][None]
             return cls(places, torch.ones_like(places, dtype=torch.bool))
@@ -42,23 +46,23 @@ class Rows(NamedTuple):
         return cls(index, chosen.gather(1, index))
 
     def take(self, values: Tensor) -> Tensor:
-        """Return the chosen entries of (B, r), zero in blanks."""
+        """Return the chosen entries of values (B, r), zero in blanks."""
         return torch.where(self.there, values.gather(1, self.places), 0)
 
     def take_rows(self, C: Tensor) -> Tensor:
-        """Return the chosen rows of (B, r, n), zero in blanks."""
+        """Return the chosen rows of C (B, r, n), zero in blanks."""
         return C.gather(1, self.places[:, :, None].expand(-1, -1, C.shape[2])) * self.there[:, :, None]
 
     def put(self, values: Tensor, r: int) -> Tensor:
-        """Return (B, r) with the values at the chosen places and zero elsewhere."""
+        """Return the inverse of `take`: (B, r) with the values at the chosen rows and zero elsewhere."""
         out = values.new_zeros(len(values), r)
         return out.scatter_add(1, self.places, torch.where(self.there, values, 0))
 
 
 def probe(size: int, like: Tensor) -> Tensor:
-    """Return a vector (size,) that is in no special position, the same each time.
+    """Return a generic vector (size,), the same at every call.
 
-    Weyl's sequence, as vmap does not let random numbers be drawn, not even for tensors that it does not map.
+    It is a deterministic sequence (Weyl's), because torch.func.vmap does not allow random numbers.
     """
     k = torch.arange(1, size + 1, dtype=like.dtype, device=like.device)
     return torch.sin(0.7 * k * k)
@@ -74,7 +78,7 @@ def matrix(H: Tensor, S: Tensor, there: Tensor) -> Tensor:
 
 
 class Shifted:
-    """Dense K factored with +shift and -shift on the diagonal; solves are refined on K itself."""
+    """Dense K, factored with SHIFT added to the diagonal of H and -SHIFT below; refinement removes the shift."""
 
     def __init__(self, H: Tensor, S: Tensor, there: Tensor) -> None:
         self.K = matrix(H, S, there)
@@ -85,9 +89,10 @@ class Shifted:
         self.lu, self.pivots, _ = lu_factor(shifted)
 
     def solve(self, r: Tensor) -> Tensor:
-        """Return the small solution of K z = r, (B, N); where there is none, of the part of r that has one.
+        """Return a small solution of K z = r, (B, N); the part of r without a solution is ignored.
 
-        Each refinement takes the residual down by shift / eigenvalue; what it leaves lies in the null space.
+        Each refinement reduces the residual along an eigenvector by the factor shift / eigenvalue, so that the residual
+        that remains is in the null space.
         """
         z, left = self._refined(r)
         stuck = torch.linalg.vector_norm(left, dim=1) > 1e-9 * torch.linalg.vector_norm(r, dim=1)
@@ -114,7 +119,7 @@ class Shifted:
 
 
 class Spectral:
-    """Dense K by its LU factorization, or by its eigenvalues in the samples where it is singular."""
+    """Dense K, solved by LU factorization, and by its eigenvalues in the samples where it is singular."""
 
     def __init__(self, H: Tensor, S: Tensor, there: Tensor) -> None:
         self.n = H.shape[1]
@@ -132,7 +137,7 @@ class Spectral:
         return torch.linalg.lu_solve(self.lu, self.pivots, r[:, :, None])[:, :, 0]
 
     def solve(self, r: Tensor) -> Tensor:
-        """Return the solution of K z = r, (B, N), refined once; of least norm where K is singular."""
+        """Return the solution of K z = r, (B, N), refined once; the least-norm solution where K is singular."""
         z = self._regular(r)
         z = z + self._regular(r - matvec(self.K, z))
         if self.singular.any():
@@ -154,21 +159,21 @@ class Spectral:
         return out
 
     def null_basis(self) -> Tensor:
-        """Return an orthonormal basis of the null space, (B, N, N): columns of zeros beside its own."""
+        """Return an orthonormal basis of the null space, (B, N, N), in which the other columns are zero."""
         out = torch.zeros_like(self.K)
         if self.singular.any():
             out[self.singular] = self.vectors * self.zero[:, None, :]
         return out
 
     def null_vectors(self) -> Tensor:
-        """Return vectors that span the null space, (B, N, k); columns of zeros where K is regular."""
+        """Return vectors (B, N, k) that span the null space; the other columns are zero."""
         return self.null_basis()
 
 
 class Factored:
-    """Sparse K of every sample by itself, for both purposes; computed on the CPU.
+    """Sparse K, one sample after the other on the CPU, for the polish and for derivatives.
 
-    known: systems of the samples that are there already, by the rows that they are of.
+    known: systems of the samples that were factored before; used if they have the same rows.
     """
 
     def __init__(
@@ -186,11 +191,11 @@ class Factored:
                 self.parts.append(SparseKKT(H.to_scipy(i), C.to_scipy(i)[chosen]))
 
     def known(self, sample: int) -> Known:
-        """Return the system of a sample with the rows that it is of."""
+        """Return the factored system of a sample together with its rows."""
         return Known(self.rows.places[sample].cpu().numpy()[self.there[sample]], self.parts[sample])
 
     def solve(self, r: Tensor) -> Tensor:
-        """Return the small solution of K z = r, (B, N); where there is none, of the part of r that has one."""
+        """Return a small solution of K z = r, (B, N); the part of r without a solution is ignored."""
         return self._mapped(_small_solution, r)
 
     def null_part(self, r: Tensor) -> Tensor:
@@ -199,11 +204,11 @@ class Factored:
 
     @property
     def singular(self) -> Tensor:
-        """Which samples have a null space, (B,) bool."""
+        """The samples in which K is singular, (B,) bool."""
         return torch.tensor([part.singular for part in self.parts], device=self.rows.places.device)
 
     def null_vectors(self) -> Tensor:
-        """Return vectors of the null space, (B, N, k), that together are in no special position in it."""
+        """Return generic vectors of the null space, (B, N, k); see `SparseKKT.null_vectors`."""
         found = [torch.as_tensor(part.null_vectors()) for part in self.parts]
         out = torch.zeros(len(found), self.n + self.there.shape[1], found[0].shape[1], dtype=torch.float64)
         for i, vectors in enumerate(found):
@@ -211,7 +216,7 @@ class Factored:
         return out.to(self.rows.places.device)
 
     def places(self, sample: int) -> Tensor:
-        """Return where the numbers of a sample's own system are among N."""
+        """Return the indices, among the N of the batch, that belong to the sample's own system."""
         own = torch.as_tensor(self.there[sample].nonzero()[0])
         return torch.cat([torch.arange(self.n), self.n + own])
 
@@ -225,7 +230,7 @@ class Factored:
 
 
 class Known(NamedTuple):
-    """A factored system, and the rows of C that it is of."""
+    """A factored system, and the rows of C that it contains."""
 
     rows: Any
     system: SparseKKT
@@ -234,7 +239,7 @@ class Known(NamedTuple):
 def _small_solution(system: SparseKKT, r: Any) -> Any:
     z, left = system.solve(r)
     norm = system.np.linalg.norm
-    if norm(left) > 1e-9 * norm(r):  # what stagnates lies in the null space
+    if norm(left) > 1e-9 * norm(r):  # a residual that does not fall is in the null space
         r = r - left
         z, _ = system.solve(r)
     if system.known_singular:
@@ -243,15 +248,19 @@ def _small_solution(system: SparseKKT, r: Any) -> Any:
     return z
 
 
-def shifted(H: Matrix, C: Matrix, rows: Rows, known: Sequence[Known | None] | None = None) -> Shifted | Factored:
-    """Return K of some rows of C, for the steps that polish."""
+def polishing_system(
+    H: Matrix, C: Matrix, rows: Rows, known: Sequence[Known | None] | None = None
+) -> Shifted | Factored:
+    """Return K for some rows of C, for the polish."""
     if isinstance(H, SparseMatrix) and isinstance(C, SparseMatrix):
         return Factored(H, C, rows, known)
     return Shifted(dense(H), rows.take_rows(dense(C)), rows.there)
 
 
-def spectral(H: Matrix, C: Matrix, rows: Rows, known: Sequence[Known | None] | None = None) -> Spectral | Factored:
-    """Return K of some rows of C, for the derivative and its verdict."""
+def derivative_system(
+    H: Matrix, C: Matrix, rows: Rows, known: Sequence[Known | None] | None = None
+) -> Spectral | Factored:
+    """Return K for some rows of C, for derivatives and verdicts."""
     if isinstance(H, SparseMatrix) and isinstance(C, SparseMatrix):
         return Factored(H, C, rows, known)
     return Spectral(dense(H), rows.take_rows(dense(C)), rows.there)

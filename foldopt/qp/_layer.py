@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import threading
 import warnings
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,84 +13,106 @@ from foldopt._certificates import FoldInfo
 from foldopt._compat import untransformed
 from foldopt._fold import Implicit
 from foldopt._layer import FixedPointLayer
-from foldopt.errors import InfeasibleError, InputError, LimitError, NonconvexError, SolverError, UnboundedError
+from foldopt.errors import InputError
 from foldopt.linear_solve import LinearSolver
 from foldopt.qp._arguments import NAMES, Given, arguments
-from foldopt.qp._closest import shifted
-from foldopt.qp._engine import (
-    CURVATURE,
-    GOOD,
-    INFEASIBLE,
-    LIMIT,
-    NONCONVEX,
-    NOT_FINITE,
-    STATUS,
-    UNBOUNDED,
-    Solution,
-    solve,
-)
-from foldopt.qp._front import Front
-from foldopt.qp._program import Program
+from foldopt.qp._closest import shifted_to_feasible
+from foldopt.qp._duals import Duals
+from foldopt.qp._fold import QPFold
 from foldopt.qp._structure import Structure
-from foldopt.qp._systems import Schur
-from foldopt.qp.matrix import SparseMatrix, dense
 from foldopt.solvers.qp_solvers import QPSolver
-from foldopt.solvers.saddle import Saddle
-from foldopt.step import Tensors
-from foldopt.updates.newton import KKTNewton, NewtonState, Point
+from foldopt.updates.newton import KKTNewton
 
-PATTERNS = 4  # of sparse arguments, for which a layer keeps what it has made
-
-
-class Duals(NamedTuple):
-    """Multipliers of a QP, of the Lagrangian 1/2 x'Qx + p'x + G'(Gx - h) + A'(Ax - b) + bounds'x.
-
-    A: (B, k). G: (B, m) >= 0. bounds: (B, n), positive at an upper and negative at a lower bound; 0 without bounds.
-    """
-
-    A: Tensor
-    G: Tensor
-    bounds: Tensor
+PATTERNS = 4  # sparsity patterns whose folded layers are kept
 
 
 class QPLayer(nn.Module):
-    """A quadratic program as a layer: min 1/2 x'Qx + p'x subject to Gx <= h, Ax = b, lower <= x <= upper.
+    """A batch of convex quadratic programs as a differentiable layer.
 
-    ``QPLayer()(Q, p, G, h, A, b, lower=lower, upper=upper) -> x``, with the arguments of qpth's QPFunction in its
-    order. Solved in float64 to rounding, whatever the units of rows, variables and objective; the derivative is that of
-    one Newton step on the KKT conditions (`KKTNewton`), exact to rounding and certified per sample and cotangent.
+    For every sample of a batch the layer solves
+
+        minimize    1/2 x'Qx + p'x
+        subject to  Gx <= h,  Ax = b,  lower <= x <= upper
+
+    and the result x is differentiable with respect to Q, p, G, h, A, b, lower and upper. Q = 0 gives a linear program.
+    Call it as ``layer(Q, p, G, h, A, b, lower=lower, upper=upper)``, in the argument order of qpth's QPFunction.
+    `forward` describes these arguments; each may lack the batch dimension, and the constraints may be left out.
+
+    The solution is computed in float64. Newton steps polish it until the optimality (KKT) conditions hold to rounding,
+    relative to the terms of each row and column, so that the result does not depend on the units of the rows, the
+    variables and the objective. The layer then folds one Newton step on the KKT conditions. Its Jacobian Phi with
+    respect to the solution is 0, so that the backward pass, v' (I - Phi) = g' and then v' Psi (equations 26 and 27),
+    is one solve with the KKT matrix of the active constraints. Forward mode, second derivatives and the transforms of
+    `torch.func` work as well.
+
+    Two things may go wrong in a sample, and the layer checks both. The program may have no solution: see `on_failure`.
+    Or it has one, but the derivative that the backward pass asks for does not exist: see `degenerate`. No sample
+    changes the result of another. ``layer.last``, a `foldopt.FoldInfo`, has the certificates of the last call, one per
+    sample: ``status`` ("solved", "infeasible", "unbounded", "nonconvex", "limit reached", "not finite"), ``residual``
+    (the largest relative violation of the KKT conditions) and ``ok``; after a backward pass also ``verdict``
+    ("differentiable", "kink", "not unique", "dependent rows", "not solved").
 
     Args:
-        degenerate: what happens to samples that are solved but whose x has no derivative that the incoming gradient
-            asks for: "raise" (`KinkError`, `NotUniqueError`, `DependentRowsError`), "warn" (and go on as "one_sided"),
-            "one_sided" (the derivative of one of the smooth pieces that meet at a kink; of rows that depend on each
-            other, some independent ones carry), "least_norm" (rows that depend on each other share: exact for changes
-            that keep them consistent), "nan" or "zero" (the gradient of that sample). Where the solution is not unique,
-            "one_sided" and "least_norm" take the gradient's part along which it is.
-        on_failure: what happens to samples that are infeasible, unbounded, not convex or not solved: "raise" (each
-            cause its own error), "warn", or make their gradient "nan" or "zero"; x is NaN there.
-        return_duals: return ``(x, duals)``, a `Duals` of multipliers with their derivatives.
-        closest_feasible: "l1" or "l2": where no point satisfies the rows, shift h and b by the least violation in that
-            norm and solve for these, differentiably; the shifts are in ``layer.shifts``. None refuses such samples.
-            Bounds of the variables are kept.
-        solver: what finds the first point, which is then polished to rounding: None, the own interior point for dense
-            programs, PIQP or HiGHS with Clarabel behind them for sparse ones; the name of a solver that is installed
-            (`foldopt.solvers.qp_solvers.installed()`), or a function: see `QPSolver`. options: of a named solver.
-            warm_start: let it begin at the solutions of the last call, if that had the same shape; not all can.
-        linear_solver: as for `foldopt.fold`; there is nothing to solve, as Phi = 0. dtype: of the computation, float64.
+        rho: without effect; passing a number gives a DeprecationWarning.
+        degenerate: what the backward pass does in samples whose solution has no derivative along the incoming
+            gradient. There are three causes: a constraint that is active but has the multiplier 0 (a kink), several
+            solutions, and active constraints that depend linearly on each other. The choices are
 
-    Every argument may lack the batch dimension; the gradient of one that does is the sum over the batch. Either pair,
-    G, h or A, b, may be None or empty; lower and upper are numbers, (n,) or (B, n); where h, lower or upper is infinite
-    there is no bound. Q, G and A may be torch sparse tensors (COO, CSR, CSC), scipy sparse matrices or a
-    `foldopt.qp.matrix.SparseMatrix`; gradients come on their entries and in their layout, and if one of the three is
-    sparse none is made dense. Integers are converted to float64. x comes back in the dtype of the first floating
-    argument.
+            - "raise" (default): raise the error of the cause.
+            - "warn": warn, and continue as "one_sided" does.
+            - "one_sided": at a kink, use the derivative of one of the smooth pieces that meet there. Of dependent
+              constraints, use as many independent ones.
+            - "least_norm": the same at kinks. Dependent constraints share the gradient, which is exact for changes
+              that keep them consistent.
+            - "nan" or "zero": make the gradient of these samples NaN or zero.
 
-    ``layer.last`` holds per sample: ``status`` ("solved", "infeasible", ...), ``residual`` (worst relative violation of
-    the KKT conditions), ``solved``, and after a backward pass ``verdict`` ("differentiable", "kink", "not unique",
-    "dependent rows"). ``layer.fold`` is the folded layer of the state (x, y).
+            If there are several solutions, "one_sided" and "least_norm" use the part of the incoming gradient along
+            which the solution is unique.
+        on_failure: what to do with samples that are infeasible, unbounded or not convex, or that were not solved to
+            tolerance. Their x is NaN. "raise" (default) raises the error of the cause, and "warn" warns. "nan"
+            and "zero" make the gradient of these samples NaN or zero, without a warning.
+        return_duals: whether to return ``(x, duals)`` instead of x, where duals is a `foldopt.qp.Duals` of multipliers,
+            which are differentiable too. Default False.
+        closest_feasible: None (default), "l1" or "l2". With a norm, samples without a feasible point are solved with
+            the right-hand sides h and b moved by the smallest amount, in that norm, that makes the constraints
+            consistent. The moves are differentiated too, and are afterwards in ``layer.shifts`` as a pair (of h (B, m),
+            of b (B, k)). Bounds of the variables are not moved.
+        solver: what finds the first point, which is then polished. None (default) takes foldopt's batched interior
+            point for dense programs; sparse ones go to PIQP (linear ones to HiGHS), and to Clarabel where that fails.
+            A string names an installed solver, see `foldopt.solvers.qp_solvers.installed`. A function is called for
+            one sample at a time, as `foldopt.solvers.qp_solvers.QPSolver` describes.
+        options: options of the solver that `solver` names, as a dict from its own names to values. Default None.
+        warm_start: whether the solver starts at the solutions of the previous call if that had the same batch size and
+            number of variables. Needs `solver`; OSQP, SCS, ProxQP and DAQP make use of it. Default False.
+        linear_solver: solver of the backward equation, as in `foldopt.fold`. It changes nothing, because Phi = 0.
+        dtype: torch.float64 or None, which mean the same: the layer always computes in float64.
 
-    Raises InputError for arguments that do not fit, and the errors of the two policies.
+    Raises:
+        InputError: if an argument has a value that is not listed above, the solver or one of its options is unknown, or
+            `warm_start` is set without a solver.
+        MissingDependencyError: if the package of the named solver is not installed.
+        SolverError: if the named solver cannot solve even a program of two variables, for want of a licence perhaps.
+
+    Source: Amos and Kolter, OptNet (2017), for the problem and the order of the arguments; Kotary, Dinh and Fioretto,
+    Backpropagation of unrolled solvers with folded optimization (2023), for the derivative; Bambade et al., Leveraging
+    augmented-Lagrangian techniques for differentiating over infeasible quadratic programs in machine learning (2024),
+    for `closest_feasible`.
+
+    Examples:
+        Minimize 1/2 |x|^2 - 3 x_1 - 2 x_2 subject to x_1 + x_2 <= 2, and ask how x_1 depends on p.
+
+        >>> import torch
+        >>> from foldopt import QPLayer
+        >>> layer = QPLayer()
+        >>> p = torch.tensor([[-3.0, -2.0]], requires_grad=True)
+        >>> x = layer(torch.eye(2), p, torch.ones(1, 2), torch.tensor([2.0]))
+        >>> x.detach()
+        tensor([[1.5000, 0.5000]])
+        >>> x[:, 0].sum().backward()
+        >>> p.grad
+        tensor([[-0.5000,  0.5000]])
+        >>> layer.last.status, layer.last.verdict
+        (('solved',), ('differentiable',))
     """
 
     def __init__(
@@ -110,10 +131,14 @@ class QPLayer(nn.Module):
     ) -> None:
         super().__init__()
         if dtype not in (None, torch.float64):
-            raise InputError(f"dtype={dtype}: QPLayer computes in torch.float64 and answers in the caller's dtype.")
+            raise InputError(
+                f"dtype={dtype}: QPLayer computes in torch.float64 and answers in your dtype; leave it out."
+            )
         if rho is not None:
             warnings.warn(
-                "QPLayer has no penalty any more: rho changes nothing; leave it out.", DeprecationWarning, stacklevel=2
+                "QPLayer has no penalty parameter any more: rho has no effect; leave it out.",
+                DeprecationWarning,
+                stacklevel=2,
             )
         if closest_feasible not in (None, "l1", "l2"):
             raise InputError(f"closest_feasible={closest_feasible!r} is unknown; choose None, 'l1' or 'l2'.")
@@ -121,10 +146,12 @@ class QPLayer(nn.Module):
         self.solver = QPSolver(solver, options) if solver is not None or options is not None else None
         self.warm_start = warm_start
         if warm_start and self.solver is None:
-            raise InputError("warm_start=True needs solver=: the layer's own choice of solvers begins from scratch.")
+            raise InputError(
+                "warm_start=True needs solver=, such as 'osqp': the default solvers take no starting point."
+            )
         derivative = Implicit(linear_solver, degenerate)
-        self.fold = _QPFold(self.update, derivative, on_failure, self.solver, warm_start)
-        self._sparse: list[_QPFold] = []
+        self.fold = QPFold(self.update, derivative, on_failure, self.solver, warm_start)
+        self._sparse: list[QPFold] = []
         self._latest = [self.fold]
         self.return_duals, self.closest_feasible = return_duals, closest_feasible
         self.shifts: tuple[Tensor, Tensor] | None = None
@@ -134,15 +161,27 @@ class QPLayer(nn.Module):
 
     @property
     def last(self) -> FoldInfo | None:
-        """The certificates of the last call."""
+        """The certificates of the last call, a `foldopt.FoldInfo`; None before the first call."""
         return self._latest[0].last
 
     def folded(self, *args: Any) -> FixedPointLayer:
-        """Return the folded layer that a call with Q, p, G, h, A, b uses: sparse patterns have their own."""
+        """Return the folded layer that a call with these arguments uses.
+
+        Dense programs share one layer, ``layer.fold``; every sparsity pattern has its own. `foldopt.check` calls this.
+
+        Args:
+            *args: Q, p, G, h, A, b, lower and upper as for `forward`, by position; those at the end may be left out.
+
+        Returns:
+            The `foldopt.FixedPointLayer` of the state (x, multipliers).
+
+        Raises:
+            InputError: if an argument does not fit; see `forward`.
+        """
         return self._fold_for(arguments(*args, *[None] * (len(NAMES) - len(args))))
 
-    def _fold_for(self, given: Given) -> _QPFold:
-        """Return the folded layer of the arguments' patterns, a new one if there is none; `PATTERNS` are kept."""
+    def _fold_for(self, given: Given) -> QPFold:
+        """Return the folded layer of the arguments' sparsity patterns; the `PATTERNS` latest ones are kept."""
         if given.patterns is None:
             return self.fold
         with untransformed():
@@ -152,7 +191,7 @@ class QPLayer(nn.Module):
             structure = Structure(*given.patterns)
         derivative = self.fold.derivative
         newton = KKTNewton(derivative.degenerate, self.update.nan, structure)
-        fold = _QPFold(newton, derivative, self.fold.on_failure, self.solver, self.warm_start)
+        fold = QPFold(newton, derivative, self.fold.on_failure, self.solver, self.warm_start)
         self._sparse = [fold, *self._sparse[: PATTERNS - 1]]
         return fold
 
@@ -168,13 +207,47 @@ class QPLayer(nn.Module):
         lower: Tensor | None = None,
         upper: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Duals]:
-        """Return the solutions x (B, n), or (x, duals); see the class."""
+        """Solve the programs.
+
+        n is the number of variables, m that of inequalities and k that of equalities. Tensors, NumPy arrays and nested
+        lists of real numbers are accepted; integers are converted. An argument without the batch dimension is shared
+        by the whole batch, and its gradient is the sum over the samples.
+
+        Q, G and A may also be sparse: a torch tensor in COO, CSR or CSC layout, a SciPy matrix (a constant), or a
+        `foldopt.qp.SparseMatrix`. This needs the extra "qp". If one of the three is sparse, none is made dense, and
+        gradients come on the given entries, in the layout of the argument.
+
+        Args:
+            Q: (n, n) or (B, n, n), positive semidefinite. Only its symmetric part counts.
+            p: (n,) or (B, n), the linear cost.
+            G: (m, n) or (B, m, n). None or empty: no inequalities.
+            h: (m,) or (B, m). An infinite entry means that the row has no bound.
+            A: (k, n) or (B, k, n). None or empty: no equalities. Dependent rows are allowed if they are consistent.
+            b: (k,) or (B, k).
+            lower: lower bounds of the variables: a number, (n,) or (B, n). -inf or None: no bound.
+            upper: upper bounds of the variables: a number, (n,) or (B, n). inf or None: no bound.
+
+        Returns:
+            x (B, n), or ``(x, duals)`` if the layer was made with return_duals=True. B is 1 if no argument has a batch
+            dimension. The dtype is that of the first floating-point argument.
+
+        Raises:
+            InputError: if a shape, dtype or device does not fit, or an argument holds NaN (or inf, except in h, lower
+                and upper). The message names the argument.
+            InfeasibleError: if no point satisfies the constraints of some sample and on_failure="raise".
+            UnboundedError: if the objective of some sample has no lower bound and on_failure="raise".
+            NonconvexError: if Q has negative curvature in some sample and on_failure="raise".
+            LimitError: if a sample was not solved to tolerance and on_failure="raise".
+            KinkError: in the backward pass, if degenerate="raise" and the derivative is different on the two sides.
+            NotUniqueError: in the backward pass, if degenerate="raise" and several solutions disagree.
+            DependentRowsError: in the backward pass, if degenerate="raise" and active constraints depend on each other.
+        """
         given = arguments(Q, p, G, h, A, b, lower, upper)
         params, answer, fold = given.params, given.dtype, self._fold_for(given)
         fold.call.curvature = given.curvature
         if self.closest_feasible is not None:
             patterns = (None, None, None) if given.patterns is None else given.patterns[:3]
-            params, self.shifts = shifted(params, patterns, self.closest_feasible, QPLayer)
+            params, self.shifts = shifted_to_feasible(params, patterns, self.closest_feasible, QPLayer)
         self._latest[0] = fold
         x, y = fold(*params)
         if not self.return_duals:
@@ -183,159 +256,3 @@ class QPLayer(nn.Module):
         k, m = params[5].shape[-1], params[3].shape[-1]
         bounds = y[:, k + m :] if y.shape[1] > k + m else torch.zeros_like(x, dtype=answer)
         return x.to(answer), Duals(y[:, :k], y[:, k : k + m], bounds)
-
-
-class _QPFold(FixedPointLayer):
-    """The folded layer of (x, y), which knows why a sample has no solution."""
-
-    checks_finite = False  # `arguments` has looked at the parameters
-    derivative: Implicit
-
-    def __init__(
-        self,
-        update: KKTNewton,
-        derivative: Implicit,
-        on_failure: str,
-        solver: QPSolver | None,
-        warm_start: bool,
-    ) -> None:
-        super().__init__(self._solve, update, derivative, on_failure=on_failure)
-        self.newton, self.solver, self.warm_start = update, solver, warm_start
-        self.start: Tensor | None = None
-        self.call = _Call()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "call": None, "start": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__({**state, "call": _Call()})
-
-    def _solve(self, *params: Tensor) -> NewtonState:
-        program, k = self.newton.program(params), params[5].shape[-1]
-        x, d, y = torch.zeros_like(program.q), torch.ones_like(program.q), torch.zeros_like(program.lower)
-        status = torch.full((len(x),), GOOD, device=x.device)
-        residual = torch.zeros_like(x[:, 0])
-        saddle = self._saddle(program, bool(params[6].shape[-1] or params[7].shape[-1]))
-        left, found = torch.arange(len(x), device=x.device), None
-        if saddle is not None:
-            H, C = dense(program.H), dense(program.C)
-            d = H.diagonal(dim1=1, dim2=2).rsqrt().contiguous()
-            x, y, clear = saddle.minimize(H, program.q, C, program.upper, k)
-            left = (~clear).nonzero()[:, 0]
-        if len(left):
-            front = None if self.solver is None else Front(self.solver, self._begin(x)).at(left)
-            found = solve(program if len(left) == len(x) else program.at(left), self.call.curvature, front)
-            x[left], y[left], status[left], residual[left] = found.x, found.y, found.status, found.residual
-            d[left] = found.units.d
-            if (found.status != GOOD).any():
-                _explain(self.on_failure, status, found, program, left)
-        typical = torch.zeros_like(residual)
-        typical[left] = 1
-        x = program.landed(x, d, typical[:, None])
-        self._prepare(program, params, x, y, saddle, left, found)
-        self.call.found = status, residual
-        if self.warm_start:
-            self.start = x.detach().clone()
-        return x, y
-
-    def _saddle(self, program: Program, bounded: bool) -> Saddle | None:
-        """Return the fast path of small, regular, dense programs with the layer's own solver, where there is one."""
-        H, C = program.H, program.C
-        if bounded or self.solver is not None or isinstance(H, SparseMatrix) or isinstance(C, SparseMatrix):
-            return None
-        return Saddle.of(H, C) if program.upper.isfinite().all() else None
-
-    def _begin(self, x: Tensor) -> Tensor | None:
-        """Return where a warm start begins: the solutions of the last call if it had the shape of x (B, n)."""
-        start = self.start
-        return start if start is not None and start.shape == x.shape and start.device == x.device else None
-
-    def _prepare(
-        self,
-        program: Program,
-        params: Sequence[Tensor],
-        x: Tensor,
-        y: Tensor,
-        saddle: Saddle | None,
-        left: Tensor,
-        found: Solution | None,
-    ) -> None:
-        """Hand the step what is known of the solutions; where some sample has none it looks at them by itself."""
-        point = None
-        if found is not None:
-            if (found.status != GOOD).any():
-                return
-            part = program if len(left) == len(x) else program.at(left)
-            point = Point.of(
-                part, x[left], y[left], self.derivative.degenerate, found.units, found.residual, found.known
-            )
-        if saddle is not None and len(left) < len(x):
-            strong = (y != 0) | program.equality
-            strong[left] = False
-            point = Point.clear(
-                program, Schur.of(saddle, dense(program.H), strong), None if point is None else (left, point)
-            )
-        if point is not None:
-            self.newton.prepare((x, y), params, point, program.H if isinstance(program.H, Tensor) else None)
-
-    def certify(self, state: Tensors, stepped: Tensors) -> FoldInfo:
-        """Return the certificates that the engine gave; `_solve` has applied the policy."""
-        status, residual = self.call.found
-        return FoldInfo(residual, status == GOOD, tuple(STATUS[s] for s in status.tolist()))
-
-
-class _Call(threading.local):
-    """What one call of a layer passes on: samples' status and residual, and the curvature that counts as none."""
-
-    found: tuple[Tensor, Tensor]
-    curvature = CURVATURE
-
-
-def _explain(policy: str, status: Tensor, found: Solution, program: Program, left: Tensor) -> None:
-    """Raise or warn about the samples that were not solved, by cause."""
-    if policy in ("nan", "zero"):
-        return
-    failed = (status != GOOD).nonzero()[:, 0].tolist()
-    place = {int(i): j for j, i in enumerate(left.tolist())}
-    said, first = [], None
-    for code, (error, describe) in _CAUSES.items():
-        indices = (status == code).nonzero()[:, 0].tolist()
-        if indices:
-            first = first or error
-            at = place[indices[0]]
-            said.append(
-                f"{STATUS[code]} at {len(indices)} of {len(status)} samples, first {indices[:10]}: "
-                f"{describe(found, at)} at sample {indices[0]}"
-            )
-    message = (
-        "QPLayer found no solution: " + "; ".join(said) + ". Mend these programs, or choose on_failure='nan'|'zero'."
-    )
-    if policy == "raise":
-        raise (first or LimitError)(message, failed)
-    warnings.warn(message, RuntimeWarning, stacklevel=2)
-
-
-def _largest_entries(values: Tensor, name: str) -> str:
-    size, index = values.abs().topk(min(3, len(values)))
-    return ", ".join(f"{name}[{i}]" for i, v in zip(index.tolist(), size.tolist(), strict=True) if v > 1e-6 * size[0])
-
-
-_CAUSES: dict[int, tuple[type[SolverError], Callable[[Solution, int], str]]] = {
-    INFEASIBLE: (
-        InfeasibleError,
-        lambda found, at: (
-            f"every x violates a row by at least {float(found.violation[at]):.1e} (in units of its largest entry, "
-            "equilibrated)"
-        ),
-    ),
-    UNBOUNDED: (
-        UnboundedError,
-        lambda found, at: f"the objective falls for ever along a ray in {_largest_entries(found.ray[at], 'x')}",
-    ),
-    NONCONVEX: (NonconvexError, lambda found, at: "Q has negative curvature"),
-    NOT_FINITE: (LimitError, lambda found, at: "NaN or inf in its data"),
-    LIMIT: (
-        LimitError,
-        lambda found, at: f"the relative KKT residual stayed at {float(found.residual[at]):.1e}",
-    ),
-}

@@ -1,4 +1,4 @@
-"""From a solver's answer to the solution itself: Newton steps on the KKT conditions of a guessed active set."""
+"""Polishes a solver's answer to rounding: Newton steps on the KKT conditions of a guessed active set."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from torch import Tensor
 
 from foldopt.batched import matvec
 from foldopt.qp._front import nearby
-from foldopt.qp._kkt import Factored, Known, Rows, shifted
+from foldopt.qp._kkt import Factored, Known, Rows, polishing_system
+from foldopt.qp._operations import masked_rows
 from foldopt.qp._program import Program, residual
-from foldopt.qp.matrix import masked_rows
 
-EXACT = 1e-13  # relative KKT residual at which nothing is left to do
-STEPS = 5  # of Newton for a first guess of the active set
-ROUNDS = 3  # of a correction by the interior point
+EXACT = 1e-13  # relative KKT residual at which the polish ends
+STEPS = 5  # Newton steps for each first guess of the active set
+ROUNDS = 3  # corrections by quadratic programs
 
 
 class Point:
-    """The best point so far of every sample: x (B, n), y (B, r), relative KKT residual (B,).
+    """The best point found so far in every sample: x (B, n), y (B, r), relative KKT residual (B,).
 
-    known: the sparse system that led to each, None where there is none.
+    known: the factored sparse system that led to each point, or None.
     """
 
     def __init__(self, program: Program, x: Tensor, y: Tensor) -> None:
@@ -31,7 +31,7 @@ class Point:
     def offer(
         self, index: Tensor, program: Program, x: Tensor, y: Tensor, known: Sequence[Known | None] | None = None
     ) -> Tensor:
-        """Take the points of some samples where they are better; return their residuals."""
+        """Replace the points of the samples `index` where the new ones are better; return the new residuals."""
         now = residual(program, x, y)
         better = now < self.residual[index]
         rows = index[better]
@@ -43,12 +43,12 @@ class Point:
 
 
 def polish(program: Program, x: Tensor, y: Tensor, good: float = EXACT) -> Point:
-    """Return the best points that Newton steps from (x, y) reach, never worse ones.
+    """Return the best points that Newton steps from (x, y) reach; they are never worse than (x, y).
 
-    program: equilibrated. With w = Cx + y, the rows with w outside of [l, u] are active and the others have no
-    multiplier (semismooth Newton); where that first guess of the active set does not lead to a relative KKT residual
-    of `good`, guesses by the slack and by the multipliers follow. Each correction is the smallest one, which keeps the
-    signs of multipliers that are not unique.
+    The program has to be equilibrated. The method is semismooth Newton: with w = Cx + y, the rows with w outside [l, u]
+    are active, and the others have no multiplier. If this first guess of the active set does not lead to a relative
+    KKT residual of `good`, guesses by slacks and by multipliers follow. Each correction is the smallest one, so that
+    multipliers that are not unique keep their signs.
     """
     best = Point(program, x, y)
     for guess in _guesses(program, x, y):
@@ -63,7 +63,7 @@ Guess = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 def _guesses(program: Program, x: Tensor, y: Tensor) -> Iterator[Guess]:
-    """Return the guesses (active at u, active at l) of samples, in the order in which they are tried."""
+    """Yield the guesses (rows active at u, rows active at l) in the order in which they are tried."""
     z = matvec(program.C, x)
     size = matvec(program.C.abs(), x.abs()) + 1e-3 * x.abs().amax(1, keepdim=True)
 
@@ -100,7 +100,7 @@ def _newton(
         active = upper | lower | equality
         if before is None or not torch.equal(active, before):
             rows = Rows.of(active)
-            kkt = shifted(p.H, p.C, rows)
+            kkt = polishing_system(p.H, p.C, rows)
         before = active
         y = torch.where(active, y, 0)
         bound = torch.where(lower, p.lower, p.upper)
@@ -124,10 +124,13 @@ def _newton(
 
 
 def refine(best: Point, program: Program, good: float = EXACT) -> None:
-    """Improve points that `polish` left, by quadratic programs in a scaled correction (in place).
+    """Improve the points `best` in place where `polish` did not reach `good`.
 
-    Rows that clearly carry become equalities, rows clearly slack are dropped, the others stay: the interior point
-    resolves these to its relative accuracy of a small correction (Gleixner, Steffy and Wolter, 2016).
+    Each round solves quadratic programs for a scaled correction. Rows that clearly have a multiplier become equalities,
+    rows with a clear slack are dropped, and the others stay. The interior point solves for the small correction with
+    its usual relative accuracy, which is a high accuracy relative to x.
+
+    Source: Gleixner, Steffy and Wolter, Iterative refinement for linear programming (2016).
     """
     share = torch.full_like(best.residual, 1e-4)
     for _ in range(ROUNDS):
@@ -161,7 +164,7 @@ def refine(best: Point, program: Program, good: float = EXACT) -> None:
 
 
 def patterns(mask: Tensor) -> list[Tensor]:
-    """Return the samples (indices) of each distinct row of a mask (B, r)."""
+    """Group the samples by their row in a mask (B, r); return the indices of each group."""
     if not len(mask) or torch.equal(mask, mask[:1].expand_as(mask)):
         return [torch.arange(len(mask), device=mask.device)]
     _, group = torch.unique(mask, dim=0, return_inverse=True)

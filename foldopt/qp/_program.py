@@ -1,4 +1,4 @@
-"""A batch of quadratic programs min 1/2 x'Hx + q'x subject to l <= Cx <= u, its equilibration and its KKT residual."""
+"""Batches of quadratic programs min 1/2 x'Hx + q'x, l <= Cx <= u: their equilibration and their KKT residual."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from foldopt.batched import matvec
-from foldopt.qp.matrix import (
+from foldopt.qp._operations import (
     Matrix,
     largest_in_columns,
     largest_in_rows,
@@ -19,19 +19,20 @@ from foldopt.qp.matrix import (
     single_entries,
 )
 
-ROUNDS, SETTLED = 10, 0.05  # of equilibration; the factors of a round that are none
-INFINITE = 1e19  # a bound this far away, in units of its row, bounds nothing
+ROUNDS = 10  # rounds of equilibration
+SETTLED = 0.05  # equilibration ends when all factors of a round differ from 1 by less
+INFINITE = 1e19  # a bound of this size, relative to the largest entry of its row, counts as infinite
 TINY = 1e-300
-ROUNDING = 1e-9  # a right-hand side this small beside the largest is rounding in the data
-NOTHING = 1e-10  # an x this small, in units in which its size should be 1, counts as zero
-LANDING = 1e-12  # distance from a bound, relative to x, that is rounding
+ROUNDING = 1e-9  # right-hand sides this small beside the largest are attributed to rounding in the data
+NOTHING = 1e-10  # x counts as zero if it is this small in units in which its size should be 1
+ON_BOUND = 1e-12  # relative distance from a bound that is attributed to rounding
 
 
 class Program(NamedTuple):
-    """H (B, n, n) symmetric, q (B, n), C (B, r, n), lower l and upper u (B, r), float64; l = u is an equality.
+    """A batch of programs with H (B, n, n) symmetric, q (B, n), C (B, r, n), and l and u (B, r), in float64.
 
-    H and C are both dense tensors, or both a `foldopt.qp.matrix.SparseMatrix`. Bounds of the variables are rows with
-    one entry. Infinite l or u: no bound on that side.
+    H and C are both dense tensors, or both a `foldopt.qp.SparseMatrix`. A row with l = u is an equality. Bounds of the
+    variables are rows with one entry. An infinite l or u means that there is no bound on that side.
     """
 
     H: Matrix
@@ -42,23 +43,23 @@ class Program(NamedTuple):
 
     @property
     def equality(self) -> Tensor:
-        """Which rows are equalities, (B, r) bool."""
+        """The rows that are equalities, (B, r) bool."""
         return self.lower == self.upper
 
     def at(self, index: Tensor) -> Program:
-        """Return the programs of some samples."""
+        """Return the programs of the samples in `index`."""
         return Program(self.H[index], self.q[index], self.C[index], self.lower[index], self.upper[index])
 
     def detach(self) -> Program:
-        """Return the program without gradients."""
+        """Return the programs detached from autograd's graph."""
         H, q, C, lower, upper = self
         return Program(H.detach(), q.detach(), C.detach(), lower.detach(), upper.detach())
 
-    def landed(self, x: Tensor, d: Tensor, typical: Tensor) -> Tensor:
-        """Return x (B, n) put exactly on the bounds of single variables that it is on up to rounding.
+    def snapped_to_bounds(self, x: Tensor, d: Tensor, typical: Tensor) -> Tensor:
+        """Return x (B, n), set exactly to those bounds of single variables from which it differs by rounding only.
 
-        d: (B, n), the units of the variables, in which the error of x is relative to the largest. typical: (B, 1), the
-        size in these units that an x which is zero would have.
+        d: (B, n), the units of the variables; in these units rounding is relative to the largest entry of x. typical:
+        (B, 1), the size in these units that is assumed if x is zero.
         """
         if not self.C.shape[1]:
             return x
@@ -72,26 +73,26 @@ class Program(NamedTuple):
         largest = (x / d).abs().amax(1, keepdim=True)
         largest = torch.where(largest > NOTHING * typical, largest, typical)
         reach = here.abs() + bound.abs() + (d * largest).gather(1, at)
-        near = single & bound.isfinite() & ((here - bound).abs() <= LANDING * reach)
+        near = single & bound.isfinite() & ((here - bound).abs() <= ON_BOUND * reach)
         sample, row = near.nonzero(as_tuple=True)
         x = x.clone()
-        x[sample, at[sample, row]] = bound[sample, row] + 0.0  # and no -0
+        x[sample, at[sample, row]] = bound[sample, row] + 0.0  # turns -0 into 0
         return x
 
 
 class Units(NamedTuple):
-    """The units of an equilibrated program: x = d x', y = e y' / c, for d (B, n), e (B, r), c (B, 1), powers of 2."""
+    """The units of equilibrated programs: x = d x', y = e y' / c, with d (B, n), e (B, r) and c (B, 1) powers of 2."""
 
     d: Tensor
     e: Tensor
     c: Tensor
 
     def at(self, index: Tensor) -> Units:
-        """Return the units of some samples."""
+        """Return the units of the samples in `index`."""
         return Units(*(part[index] for part in self))
 
     def scaled(self, program: Program) -> Program:
-        """Return the program in these units."""
+        """Return the programs in these units."""
         d, e, c = self
         return Program(
             rescaled(program.H, c * d, d),
@@ -103,14 +104,17 @@ class Units(NamedTuple):
 
 
 def equilibrate(program: Program, large: bool = False) -> Units:
-    """Return the units in which the columns of [H; C] and the rows of C have a largest entry of about 1, and x too.
+    """Return units in which the columns of [H; C], the rows of C and x have a largest entry of about 1.
 
-    A bound of a single variable says nothing of that variable's unit and follows it. The cost is scaled by the columns
-    of H alone (by q in a linear program), so that neither a penalty in q nor a unit of the objective pushes H below
-    what the linear solves can tell from zero. The one number that is left free is set by the size that x will have:
-    that of equalities, else the lesser of what q and the bounds suggest. `large` is another guess: 1 where there are
-    equalities, else the larger of the two. Ruiz, A scaling algorithm to equilibrate both rows and columns norms in
-    matrices (2001), as in OSQP (Stellato et al., 2020, 5.1).
+    Rows that bound a single variable do not influence the unit of that variable; they are scaled afterwards. The
+    objective is scaled by the columns of H alone (by q in a linear program): neither a large penalty in q nor the unit
+    of the objective can then make H so small that the linear solves confuse it with zero. One common factor of d
+    remains free, and is set by the expected size of x: the median right-hand side of the equalities, else the smaller
+    of the sizes that q and the bounds suggest. With `large` it is another guess: 1 if there are equalities, else the
+    larger of the two sizes.
+
+    Source: Ruiz, A scaling algorithm to equilibrate both rows and columns norms in matrices (2001), as in OSQP
+    (Stellato et al., 2020, section 5.1).
     """
     H, q, C = program.H.abs(), program.q.abs(), program.C.abs()
     several = several_entries(C)
@@ -139,7 +143,7 @@ def equilibrate(program: Program, large: bool = False) -> Units:
         own = largest_in_rows(C, d)
         e = torch.where(~several & (own > TINY), 1 / own.clamp(min=TINY), e)
     ends = e * program.lower.abs(), e * program.upper.abs()
-    steep = (c * d * q).amax(1, keepdim=True)  # the size of x without rows, where H has entries of 1
+    steep = (c * d * q).amax(1, keepdim=True)  # the size of the unconstrained x, as H has entries of about 1
     steep = torch.where(numbers(H).any(1, keepdim=True), steep, 0)
     both = torch.cat([steep, _median(torch.cat(ends, 1))], 1)
     both = torch.where(both > TINY, both, both.amax(1, keepdim=True))
@@ -153,7 +157,7 @@ def equilibrate(program: Program, large: bool = False) -> Units:
 
 
 def _settled(factors: Tensor) -> bool:
-    """Whether all factors are 1 up to what rounding to powers of 2 does not see."""
+    """Return whether all factors are so near 1 that rounding to powers of 2 hides the difference."""
     return bool(((factors - 1).abs() < SETTLED).all())
 
 
@@ -162,10 +166,7 @@ def _inverse_root(size: Tensor) -> Tensor:
 
 
 def _median(sizes: Tensor) -> Tensor:
-    """Return the median of those sizes (B, k) that are finite and no rounding beside the largest, (B, 1).
-
-    0 if there are none.
-    """
+    """Return the median (B, 1) of the finite sizes (B, k) that are not negligible beside the largest; 0 if none are."""
     if not sizes.shape[1]:
         return sizes.new_zeros(len(sizes), 1)
     finite = torch.where(sizes.isfinite(), sizes, 0)
@@ -174,7 +175,7 @@ def _median(sizes: Tensor) -> Tensor:
 
 
 class Sizes(NamedTuple):
-    """What residuals are relative to at a point (x, y): see `sizes`. rows (B, r), columns (B, n), x (B, 1)."""
+    """The sizes by which residuals at a point are divided, see `sizes`: rows (B, r), columns (B, n), x (B, 1)."""
 
     rows: Tensor
     columns: Tensor
@@ -182,12 +183,12 @@ class Sizes(NamedTuple):
 
 
 def sizes(program: Program, x: Tensor, y: Tensor) -> Sizes:
-    """Return the sizes of the terms in each row of Cx and each column of Hx + q + C'y, and that of x.
+    """Return the size of the terms in each row of Cx and in each column of Hx + q + C'y, and the size of x.
 
-    They scale with the units of their row or column, so that what is relative to them does not depend on units. A
-    column is measured by the sums of absolute values in its three terms, but by no more than the largest of all terms:
-    huge multipliers that cancel would excuse everything. To be called with an equilibrated program: a row or column of
-    zeros is measured by the size of the others.
+    A size has the unit of its row or column, so that residuals relative to it do not depend on units. The size of a
+    column is the sum of the absolute values in its three terms, but at most the largest of all terms; otherwise huge
+    multipliers that cancel each other would hide any residual. The program has to be equilibrated, because a row or
+    column of zeros gets the size of the others.
     """
     absolute = x.abs()
     largest = absolute.amax(1, keepdim=True)
@@ -205,11 +206,11 @@ def sizes(program: Program, x: Tensor, y: Tensor) -> Sizes:
 
 
 def residual(program: Program, x: Tensor, y: Tensor) -> Tensor:
-    """Return the worst relative violation of the KKT conditions, (B,), of an equilibrated program at x and y (B, r).
+    """Return the largest relative violation of the KKT conditions of an equilibrated program at x and y (B, r), (B,).
 
-    y > 0 pushes against u, y < 0 against l. Feasibility is judged row by row, stationarity column by column (see
-    `sizes`), complementarity by the lesser of a row's slack and of its multiplier: their product would be small where
-    neither is.
+    A multiplier y > 0 belongs to u, y < 0 to l. Feasibility is measured row by row and stationarity column by column,
+    relative to `sizes`. The violation of complementarity is the smaller of a row's slack and its multiplier, because
+    their product can be small though neither of them is.
     """
     z = matvec(program.C, x)
     y = torch.where(program.upper.isfinite(), y, y.clamp(max=0))
@@ -232,7 +233,7 @@ def residual(program: Program, x: Tensor, y: Tensor) -> Tensor:
 
 
 def weight(C: Matrix, y: Tensor, columns: Tensor) -> Tensor:
-    """Return how much each row's multiplier matters, (B, r): in the column where it does most, relative to that."""
+    """Return the largest share of each row's multiplier in a column of the stationarity condition, (B, r)."""
     return y.abs() * largest_in_rows(C.abs(), 1 / columns) if C.shape[1] else y.abs()
 
 

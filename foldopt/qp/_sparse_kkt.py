@@ -1,8 +1,9 @@
-"""One large, sparse KKT system [[H, S'], [S, 0]]: factored with a shift, solved on the matrix itself.
+"""One large sparse KKT system K = [[H, S'], [S, 0]]: K is factored with a shift, and GMRES solves with K itself.
 
-The shifted matrix is quasidefinite, so that LDL' exists for every symmetric order of its rows (Vanderbei, Symmetric
-quasidefinite matrices, 1995) and fill decides alone. GMRES with these factors as a preconditioner takes the shift out
-again (Orban and Arioli, Iterative solution of symmetric quasi-definite linear systems, 2017). numpy and scipy inside.
+The shifted matrix is quasidefinite, so that an LDL' factorization exists for every symmetric order of its rows
+(Vanderbei, Symmetric quasidefinite matrices, 1995), and the order can be chosen for little fill. GMRES with these
+factors as a preconditioner removes the effect of the shift (Orban and Arioli, Iterative solution of symmetric
+quasi-definite linear systems, 2017). The arrays in this module are those of numpy and scipy.
 """
 
 from __future__ import annotations
@@ -12,16 +13,16 @@ from typing import Any
 from foldopt.errors import MissingDependencyError
 
 SHIFT, SMALL, COARSE, LARGEST_SHIFT = 1e-8, 1e-11, 1e-6, 1e-5
-STEPS = 40  # of GMRES
-EXACT = 1e-14  # relative residual at which nothing is left to do
-FAST = 1e-3  # by which a refinement has to take the residual down
-SOLVED, SINGULAR = 1e-11, 1e-3  # a residual between these comes from small eigenvalues: less shift may tell
-PROBES = 3  # vectors in no special position that look for a null space
-REGULAR = 1e-8  # relative residual of a solution for such a vector that says there is no null space
-PATIENCE = 60  # products with 1 - K / K_shifted, to find the null space
+STEPS = 40  # GMRES steps
+EXACT = 1e-14  # relative residual at which a solve ends
+FAST = 1e-3  # refinement continues as long as it reduces the residual by this factor
+SOLVED, SINGULAR = 1e-11, 1e-3  # relative residuals between these hint at small eigenvalues: use a smaller shift
+PROBES = 3  # generic vectors that are searched for parts in the null space
+REGULAR = 1e-8  # K is regular if it can be solved for a generic vector with this relative residual
+PATIENCE = 60  # products with I - K / K_shifted, to find the null space
 REFINEMENTS = 3  # of a solution
-GONE = 1e-10  # of a vector that is sifted: nothing of it lies in the null space
-PART = 1e-6  # of a vector in no special position: some of it lies in the null space
+GONE = 1e-10  # a vector that was filtered down to this part of its norm has no part in the null space
+PART = 1e-6  # a generic vector has at least this part in a null space
 
 
 def packages() -> tuple[Any, Any, Any]:
@@ -41,8 +42,10 @@ class SparseKKT:
     """K = [[H, S'], [S, 0]] of an equilibrated program, factored once for any number of right-hand sides.
 
     Args:
-        H: scipy matrix (n, n), symmetric, both triangles, positive semidefinite. S: scipy matrix (s, n).
-        shift: of the diagonal, + in the first n rows and - in the others; tenfold while a pivot has the wrong sign.
+        H: SciPy matrix (n, n) with both triangles, symmetric positive semidefinite.
+        S: SciPy matrix (s, n).
+        shift: added to the first n entries of the diagonal and subtracted from the others; it is multiplied by ten as
+            long as a pivot has the wrong sign.
     """
 
     def __init__(self, H: Any, S: Any, shift: float = SHIFT) -> None:
@@ -66,7 +69,7 @@ class SparseKKT:
         return self.np.concatenate([self.H @ x + self.St @ y, self.S @ x])
 
     def _factored(self) -> Any:
-        """Return what solves with the shifted matrix; where LDL' breaks down at every shift, its sparse LU."""
+        """Return the LDL' factorization of the shifted matrix, or its sparse LU if LDL' fails with every shift."""
         np, _, qdldl = packages()
         signs = np.concatenate([np.ones(self.n), -np.ones(self.s)])
         limit = LARGEST_SHIFT if self.shift >= SHIFT else self.shift
@@ -92,17 +95,17 @@ class SparseKKT:
         whole = self.upper + self.upper.T - sparse.diags(own)
         try:
             return splu(sparse.csc_matrix(whole), permc_spec="COLAMD")
-        except RuntimeError:  # singular to the last bit, at the largest shift: only if a number is not finite
+        except RuntimeError:  # with this shift SuperLU only fails if an entry is not finite
             if not np.isfinite(self.upper.data).all():
-                return _Nothing(np)
+                return _NotFinite(np)
             raise
 
     def solve(self, r: Any, tolerance: float = EXACT) -> tuple[Any, Any]:
-        """Return z (n + s,) with K z = r as far as there is one, and the residual r - K z that is left.
+        """Return z (n + s,) with K z = r, and the residual r - K z.
 
-        Where K is singular and r in its range, z is one of the solutions, nearly that of least norm; where r is not,
-        the residual stagnates at r's part outside of the range. Refinement does where the shift is small beside the
-        eigenvalues; else right-preconditioned GMRES, from zero.
+        If K is singular and r is in its range, z is nearly the solution of least norm. If r is not in the range, the
+        residual is the part of r outside it. Iterative refinement is enough if the shift is small beside the
+        eigenvalues; otherwise right-preconditioned GMRES starts from zero.
         """
         norm = self.np.linalg.norm
         size = before = norm(r)
@@ -125,7 +128,7 @@ class SparseKKT:
         return z, left
 
     def finer(self) -> SparseKKT:
-        """Return the same system with a smaller shift, which tells small eigenvalues from none."""
+        """Return the same system with a smaller shift, which separates small eigenvalues from zero."""
         if self.shift <= SMALL:
             return self
         if self._finer is None:
@@ -143,7 +146,7 @@ class SparseKKT:
         for k in range(steps):
             image = self.factors.solve(basis[k])
             w = self.times(image)
-            for _ in range(2):  # twice is enough
+            for _ in range(2):  # Gram-Schmidt, repeated once for orthogonality
                 for j, v in enumerate(basis):
                     share = v @ w
                     hessenberg[j, k] += share
@@ -168,17 +171,17 @@ class SparseKKT:
         return z, r - self.times(z), size
 
     def null_part(self, r: Any) -> Any:
-        """Return the part of r (n + s,) in the null space of K; zero where K is regular.
+        """Return the part of r (n + s,) in the null space of K; zero if K is regular.
 
-        Parts along eigenvectors whose eigenvalue is well below `COARSE` may be left as well.
+        It may also contain parts along eigenvectors with eigenvalues well below `COARSE`.
         """
-        return self._coarse()._sifted(r) if self.singular else self.np.zeros_like(r)
+        return self._coarse()._filtered(r) if self.singular else self.np.zeros_like(r)
 
     def null_vectors(self) -> Any:
-        """Return the parts of some vectors in no special position, (n + s, `PROBES`), in the null space.
+        """Return the parts in the null space of some generic vectors, (n + s, `PROBES`).
 
-        All are zero where K is regular. An entry is zero in all of them only where it is zero in the whole null space,
-        but for chance.
+        All are zero if K is regular. An entry that is zero in all of them is zero in the whole null space, except for
+        an unlikely coincidence.
         """
         if self._null is None:
             np = self.np
@@ -186,17 +189,17 @@ class SparseKKT:
             probe = np.sin(0.7 * k * k)
             _, left = self.solve(probe, REGULAR)
             self._null = np.zeros((len(k), PROBES))
-            if np.linalg.norm(left) > REGULAR * np.linalg.norm(probe):  # there are right-hand sides without a solution
+            if np.linalg.norm(left) > REGULAR * np.linalg.norm(probe):  # not every right-hand side has a solution
                 probes = (np.sin((0.7 + 0.1 * i) * k * k) for i in range(PROBES))
-                found = np.stack([self._coarse()._sifted(v) for v in probes], 1)
+                found = np.stack([self._coarse()._filtered(v) for v in probes], 1)
                 self._null = found if np.abs(found).max(initial=0) > PART else self._null
         return self._null
 
-    def _sifted(self, r: Any) -> Any:
-        """Return r - K K_shifted^-1 r, over and over, which leaves the part of r in the null space.
+    def _filtered(self, r: Any) -> Any:
+        """Replace r by r - K K_shifted^-1 r until only its part in the null space is left.
 
-        With a small shift that part would drown in the error of the factors, which is relative to what is divided by
-        the shift: so the shift is larger here, and the solution refined.
+        The errors of the factors are divided by the shift, and with a small shift they would hide that part. This is
+        called with a larger shift for that reason, and the solutions are refined.
         """
         norm, last = self.np.linalg.norm, r
         gone = GONE * norm(r)
@@ -211,7 +214,7 @@ class SparseKKT:
         return out
 
     def _shifted_solution(self, r: Any) -> Any:
-        """Return the solution of the system with its shift, refined."""
+        """Return the refined solution of the shifted system."""
         np = self.np
         z = self.factors.solve(r)
         for _ in range(REFINEMENTS):
@@ -223,24 +226,24 @@ class SparseKKT:
         return z
 
     def _coarse(self) -> SparseKKT:
-        """Return the same system with a larger shift, whose factors are more accurate."""
+        """Return the same system with a larger shift, which has more accurate factors."""
         if self._coarser is None:
             self._coarser = SparseKKT(self.H, self.S, max(self.shift, COARSE))
         return self._coarser
 
     @property
     def singular(self) -> bool:
-        """Whether K has a null space."""
+        """Whether K is singular."""
         return bool(self.null_vectors().any())
 
     @property
     def known_singular(self) -> bool:
-        """Whether a null space was looked for and found."""
+        """Whether K is known to be singular: the null space was computed and is not zero."""
         return self._null is not None and self.singular
 
 
-class _Nothing:
-    """What solves with a matrix of numbers that are not finite: it returns NaN."""
+class _NotFinite:
+    """The factors of a matrix with entries that are not finite: every solution is NaN."""
 
     def __init__(self, np: Any) -> None:
         self.np = np
@@ -250,7 +253,7 @@ class _Nothing:
 
 
 def positive_definite(H: Any, shift: float) -> bool:
-    """Whether H + shift I is positive definite, for a symmetric scipy matrix: whether all pivots of LDL' are."""
+    """Return whether H + shift I is positive definite (all pivots of LDL' are positive), for a symmetric SciPy H."""
     _, sparse, qdldl = packages()
     n = H.shape[0]
     matrix, diagonal, own = upper_triangle(sparse.csr_matrix(H), sparse.csr_matrix((0, n)))
@@ -263,10 +266,10 @@ def positive_definite(H: Any, shift: float) -> bool:
 
 
 def upper_triangle(H: Any, S: Any) -> tuple[Any, Any, Any]:
-    """Return the upper triangle of [[H, S'], [S, 0]] as a csc matrix, where its diagonal is, and H's diagonal there.
+    """Return the upper triangle of [[H, S'], [S, 0]] as a CSC matrix, the positions of its diagonal, and the diagonal.
 
-    H: csr (n, n), symmetric. S: csr (s, n), rows sorted. Every diagonal entry is there, also where it is zero, as the
-    last one of its column.
+    H: CSR (n, n), symmetric. S: CSR (s, n). All diagonal entries are stored, also zeros, each as the last one of its
+    column.
     """
     np, sparse, _ = packages()
     H.sort_indices()

@@ -1,6 +1,6 @@
-"""From the arguments of a quadratic program to the matrices of a `Program`.
+"""Makes the matrices H and C of a `Program` from the arguments Q, G and A of a quadratic program.
 
-Sparse arguments have patterns, found once, and values, which gradients reach.
+A sparse argument is split into its sparsity pattern, which is found once, and its values, which gradients reach.
 """
 
 from __future__ import annotations
@@ -19,27 +19,27 @@ LAYOUTS = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc)
 
 
 def is_sparse_argument(M: Any) -> bool:
-    """Whether M is a sparse matrix of any kind that `taken` understands, or of a kind that it refuses."""
+    """Return whether M is a sparse matrix, of a kind that `sparse_argument` accepts or refuses."""
     if isinstance(M, Tensor):
         return M.layout != torch.strided
     return isinstance(M, SparseMatrix) or (hasattr(M, "tocsr") and hasattr(M, "shape"))
 
 
-class Taken(NamedTuple):
-    """A matrix of the caller's: its pattern, and its values (nnz,), shared by the batch, or (B, nnz)."""
+class SparseArgument(NamedTuple):
+    """A matrix that the user passed: its sparsity pattern, and its values, (B, nnz) or shared by the batch (nnz,)."""
 
     pattern: Pattern
     values: Tensor
 
 
-def taken(name: str, M: Any, device: torch.device) -> Taken:
-    """Return the pattern and values of a matrix: torch sparse (COO, CSR, CSC), scipy sparse, `SparseMatrix` or dense.
+def sparse_argument(name: str, M: Any, device: torch.device) -> SparseArgument:
+    """Return the pattern and values of a torch sparse (COO, CSR, CSC), SciPy, `SparseMatrix` or dense matrix.
 
-    A gradient with respect to the values comes back to M in its own layout. A batch (B, m, n) of sparse matrices has
-    the entries of all its samples. Of a dense M that needs no gradient the zeros are left out. The pattern is of plain
-    tensors under transforms of torch.func too, so that a layer may keep it.
+    The gradient with respect to the values reaches M in its own layout. The pattern of a batch (B, m, n) is the union
+    over its samples. A dense M keeps its zeros only if it needs a gradient. Also under transforms of `torch.func` the
+    pattern consists of plain tensors, so that a layer may keep it.
 
-    Raises InputError for another layout, or numbers that are not real.
+    Raises InputError for another layout, another device, or numbers that are not real.
     """
     if isinstance(M, Tensor) and M.layout == torch.strided:
         found = _of_dense(M)
@@ -51,10 +51,10 @@ def taken(name: str, M: Any, device: torch.device) -> Taken:
         raise InputError(f"{name} is of dtype {values.dtype}, expected real numbers.")
     if values.device != device:
         raise InputError(f"{name} is on {values.device}, other arguments are on {device}; move them to one device.")
-    return Taken(found.pattern, values)
+    return SparseArgument(found.pattern, values)
 
 
-def _of_sparse(name: str, M: Any, device: torch.device) -> Taken:
+def _of_sparse(name: str, M: Any, device: torch.device) -> SparseArgument:
     if isinstance(M, SparseMatrix):
         return _of_pattern(name, M)
     if not isinstance(M, Tensor):
@@ -63,27 +63,29 @@ def _of_sparse(name: str, M: Any, device: torch.device) -> Taken:
         return _of_coo(name, M)
     if M.layout in LAYOUTS:
         return _of_compressed(name, M)
-    raise InputError(f"{name} is of layout {M.layout}, expected dense, sparse COO, CSR or CSC: {name}.to_sparse().")
+    raise InputError(
+        f"{name} is of layout {M.layout}, expected dense, sparse COO, CSR or CSC; pass {name}.to_sparse()."
+    )
 
 
-def _of_pattern(name: str, M: SparseMatrix) -> Taken:
+def _of_pattern(name: str, M: SparseMatrix) -> SparseArgument:
     (rows, columns, (m, n)), values = (M.pattern.rows, M.pattern.columns, M.pattern.shape), M.values
     count = len(rows)
     if values.dim() not in (1, 2) or values.shape[-1] != count or len(columns) != count:
         raise InputError(
             f"{name} has values of shape {tuple(values.shape)}, expected {(count,)} or (B, {count}): its pattern has "
-            f"{count} rows and {len(columns)} columns of entries."
+            f"{count} row and {len(columns)} column indices."
         )
     if ((rows < 0) | (rows >= m) | (columns < 0) | (columns >= n)).any():
         raise InputError(
-            f"{name} has an entry outside of its shape {(m, n)}; mend the rows and columns of its pattern."
+            f"{name} has an entry outside its shape {(m, n)}; correct the rows and columns of its pattern."
         )
     if not M.pattern.distinct:
-        raise InputError(f"{name} has two entries in one place; add them up.")
-    return Taken(M.pattern, values)
+        raise InputError(f"{name} has two entries in one position; add them up.")
+    return SparseArgument(M.pattern, values)
 
 
-def _of_scipy(name: str, M: Any, device: torch.device) -> Taken:
+def _of_scipy(name: str, M: Any, device: torch.device) -> SparseArgument:
     import numpy as np
 
     csr = M.tocsr()
@@ -95,10 +97,10 @@ def _of_scipy(name: str, M: Any, device: torch.device) -> Taken:
     rows = np.repeat(np.arange(csr.shape[0]), np.diff(csr.indptr))
     at, columns = (torch.as_tensor(part, dtype=torch.long, device=device) for part in (rows, csr.indices))
     values = torch.as_tensor(csr.data.astype(np.float64), device=device)
-    return Taken(Pattern(at, columns, (int(csr.shape[0]), int(csr.shape[1]))), values)
+    return SparseArgument(Pattern(at, columns, (int(csr.shape[0]), int(csr.shape[1]))), values)
 
 
-def _of_dense(M: Tensor) -> Taken:
+def _of_dense(M: Tensor) -> SparseArgument:
     m, n = M.shape[-2:]
     whole = M.requires_grad or wrapped_by_func(M) or batched_by_autograd(M)
     with untransformed():
@@ -109,10 +111,10 @@ def _of_dense(M: Tensor) -> Taken:
             kept = (there if M.dim() == 2 else there.any(0)).nonzero()[:, 0]
         pattern = Pattern(kept // max(n, 1), kept % max(n, 1), (m, n))
     flat = M.flatten(-2)
-    return Taken(pattern, flat if whole else flat[..., kept])
+    return SparseArgument(pattern, flat if whole else flat[..., kept])
 
 
-def _of_coo(name: str, M: Tensor) -> Taken:
+def _of_coo(name: str, M: Tensor) -> SparseArgument:
     if M.dense_dim() or M.dim() not in (2, 3):
         raise InputError(
             f"{name} of shape {tuple(M.shape)} has {M.sparse_dim()} sparse and {M.dense_dim()} dense dimensions; "
@@ -121,11 +123,11 @@ def _of_coo(name: str, M: Tensor) -> Taken:
     M = M if M.is_coalesced() else M.coalesce()
     indices, values = M.indices(), M.values()
     if M.dim() == 2:
-        return Taken(Pattern(indices[0], indices[1], (M.shape[0], M.shape[1])), values)
+        return SparseArgument(Pattern(indices[0], indices[1], (M.shape[0], M.shape[1])), values)
     return _united(indices[0], indices[1], indices[2], values, M.shape)
 
 
-def _of_compressed(name: str, M: Tensor) -> Taken:
+def _of_compressed(name: str, M: Tensor) -> SparseArgument:
     if M.dense_dim() or M.dim() not in (2, 3):
         raise InputError(f"{name} has shape {tuple(M.shape)}, expected a sparse (m, n) or (B, m, n).")
     values: Tensor = _Values.apply(M)
@@ -149,19 +151,19 @@ def _of_compressed(name: str, M: Tensor) -> Taken:
     order = None if by_rows else torch.argsort(rows * n + columns)
     if order is not None:
         rows, columns, values = rows[order], columns[order], values[..., order]
-    return Taken(Pattern(rows, columns, (m, n)), values)
+    return SparseArgument(Pattern(rows, columns, (m, n)), values)
 
 
-def _united(sample: Tensor, rows: Tensor, columns: Tensor, values: Tensor, shape: torch.Size) -> Taken:
-    """Return matrices of a batch in the pattern that all their entries together have."""
+def _united(sample: Tensor, rows: Tensor, columns: Tensor, values: Tensor, shape: torch.Size) -> SparseArgument:
+    """Return the matrices of a batch in the union of their sparsity patterns."""
     batch, m, n = shape
     places, at = torch.unique(rows * n + columns, return_inverse=True)
     pattern = Pattern(places // n, places % n, (m, n))
-    return Taken(pattern, values.new_zeros(batch, len(places)).index_put((sample, at), values))
+    return SparseArgument(pattern, values.new_zeros(batch, len(places)).index_put((sample, at), values))
 
 
 class _Values(torch.autograd.Function):
-    """The values of a compressed sparse tensor; torch's own `values()` has no second derivative there."""
+    """The values of a CSR or CSC tensor, with all derivatives; torch's `values()` has no second derivative."""
 
     @staticmethod
     def forward(M: Tensor) -> Tensor:
@@ -177,7 +179,7 @@ class _Values(torch.autograd.Function):
 
 
 class _Filled(torch.autograd.Function):
-    """A compressed sparse tensor like another one with these values."""
+    """A CSR or CSC tensor with the pattern of another one and these values."""
 
     @staticmethod
     def forward(values: Tensor, like: Tensor) -> Tensor:
@@ -199,10 +201,10 @@ class _Filled(torch.autograd.Function):
 
 
 class Structure:
-    """The patterns of Q, G and A, and how their values make the matrices H and C of a `Program`.
+    """Makes programs from sparse Q, G and A of fixed sparsity patterns.
 
-    bounded: whether the variables have bounds. H is the symmetric part of Q; the rows of C are those of A, of G, then
-    the bounds.
+    H is the symmetric part of Q; the rows of C are those of A, then those of G, then the bounds of the variables.
+    bounded: whether the variables have bounds.
     """
 
     def __init__(self, Q: Pattern, G: Pattern, A: Pattern, bounded: bool) -> None:
@@ -221,12 +223,12 @@ class Structure:
         )
 
     def suits(self, Q: Pattern, G: Pattern, A: Pattern, bounded: bool) -> bool:
-        """Whether it is that of these patterns."""
+        """Return whether these are its patterns."""
         pairs = zip(self.own, (Q, G, A), strict=True)
         return bounded == self.bounded and all(a is b or a.same_as(b) for a, b in pairs)
 
     def program(self, *params: Tensor) -> Program:
-        """Return a QP, of Q, p, G, h, A, b, lower, upper, as l <= Cx <= u; Q, G and A: values (nnz,) or (B, nnz)."""
+        """Return the program of Q, p, G, h, A, b, lower, upper, where Q, G and A are values (nnz,) or (B, nnz)."""
         Q, p, G, h, A, b, lower, upper = params
         B = max((len(t) for t in params if t.dim() == 2), default=1)
         n, m, k = p.shape[-1], h.shape[-1], b.shape[-1]
@@ -259,9 +261,9 @@ def program_of(
     *,
     symmetric: Tensor | None = None,
 ) -> Program:
-    """Return a QP as a program l <= Cx <= u: rows of A, of G, then the bounds of the variables if there are any.
+    """Return the program of dense arguments. The rows of C are those of A, of G, then the bounds if there are any.
 
-    symmetric: the symmetric part of Q, if it is known; of Q's shape or expanded over the batch.
+    symmetric: the symmetric part of Q if it was computed before, of Q's shape or expanded over the batch.
     """
     dims = ((Q, 3), (p, 2), (G, 3), (h, 2), (A, 3), (b, 2), (lower, 2), (upper, 2))
     B = max((len(t) for t, dim in dims if t.dim() == dim), default=1)
@@ -285,7 +287,7 @@ def program_of(
 
 
 class _SymmetricPart(torch.autograd.Function):
-    """The symmetric part of Q, known beforehand, for uses of it that only return symmetric gradients."""
+    """The symmetric part of Q, which was computed before; valid where the gradient that comes back is symmetric."""
 
     @staticmethod
     def forward(Q: Tensor, part: Tensor) -> Tensor:
@@ -301,5 +303,5 @@ class _SymmetricPart(torch.autograd.Function):
 
 
 def symmetrized(Q: Tensor) -> Tensor:
-    """Return the symmetric part of Q, which is all that x'Qx knows of it."""
+    """Return the symmetric part of Q, which alone determines x'Qx."""
     return Q if torch.equal(Q, Q.mT) else (Q + Q.mT) / 2

@@ -1,4 +1,4 @@
-"""The KKT systems of solved programs on their strongly active rows: what derivatives are solved with."""
+"""The KKT systems of solved programs on their strongly active rows, with which derivatives are computed."""
 
 from __future__ import annotations
 
@@ -9,26 +9,27 @@ import torch
 from torch import Tensor
 
 from foldopt.batched import matvec
-from foldopt.qp._kkt import Known, Rows, spectral
+from foldopt.qp._kkt import Known, Rows, derivative_system
+from foldopt.qp._operations import Matrix, joined, masked_rows, outer, split
 from foldopt.qp._program import Program, Units
 from foldopt.qp._sparse_kkt import SparseKKT, packages
-from foldopt.qp.matrix import Matrix, Pattern, SparseMatrix, joined, masked_rows, outer, split
+from foldopt.qp.matrix import Pattern, SparseMatrix
 from foldopt.solvers.saddle import Saddle, block_factor, block_solve
 
 ROUNDING = 1e-13
-TINY_MOVE = 1e-6  # of a row along a unit vector, relative to its entries, that counts as none
+TINY_MOVE = 1e-6  # change of a row along a unit vector, relative to its entries, that counts as zero
 
 
 class System(Protocol):
-    """Solves [[H, S'], [S, 0]] (a, c) = (r1, r2) for S the strong rows; c (B, r) is zero in the others."""
+    """Solves [[H, S'], [S, 0]] (a, c) = (r1, r2), where S has the strongly active rows; c is 0 in the others."""
 
     def solve(self, r1: Tensor, r2: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (a, c) for r1 (B, n) and r2 (B, r), whose entries off the strong rows are not looked at."""
+        """Return a (B, n) and c (B, r) for r1 (B, n) and r2 (B, r); only the strong rows of r2 are used."""
         ...
 
 
 class Schur(NamedTuple):
-    """By the Schur complement of a positive definite H in the strong rows, which are independent."""
+    """Solves by the Schur complement, for a positive definite H and independent strong rows."""
 
     saddle: Saddle
     strong: Tensor
@@ -37,7 +38,7 @@ class Schur(NamedTuple):
 
     @classmethod
     def of(cls, saddle: Saddle, H: Tensor, strong: Tensor) -> Schur:
-        """Factor the block of the strong rows; in units in which H and the Schur complement have a diagonal of ones."""
+        """Factor the strong rows of the Schur complement, in units in which it and H have a diagonal of ones."""
         d, e = (part.diagonal(dim1=1, dim2=2).rsqrt() for part in (H, saddle.M))
         return cls(saddle, strong, block_factor(saddle.M, strong), Units(d, e, torch.ones_like(d[:, :1])))
 
@@ -50,9 +51,9 @@ class Schur(NamedTuple):
 
 
 class Equilibrated:
-    """By the KKT matrix in equilibrated units, singular ones among them.
+    """Solves with the KKT matrix in equilibrated units, which may be singular.
 
-    known: sparse systems of the samples that are there already.
+    known: sparse systems of the samples that were factored before.
     """
 
     def __init__(
@@ -60,42 +61,42 @@ class Equilibrated:
     ) -> None:
         self.units, self.strong = units, strong
         self.rows = Rows.of(strong)
-        self.kkt = spectral(scaled.H, scaled.C, self.rows, known)
+        self.kkt = derivative_system(scaled.H, scaled.C, self.rows, known)
 
     def gathered(self, r1: Tensor, r2: Tensor) -> Tensor:
-        """Return a right-hand side in the matrix's units, (B, N)."""
+        """Return the right-hand side (B, N) in equilibrated units."""
         d, e, c = self.units
         return torch.cat([c * d * r1, self.rows.take(e * r2)], 1)
 
     def spread(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Return a solution in the caller's units."""
+        """Return a solution z (B, N) as (a, c) in the user's units."""
         d, e, c = self.units
         n = d.shape[1]
         return d * z[:, :n], e * self.rows.put(z[:, n:], e.shape[1]) / c
 
     def solve(self, r1: Tensor, r2: Tensor) -> tuple[Tensor, Tensor]:
-        """See `System`; the solution of least norm, in equilibrated units, where there are many."""
+        """See `System`; of several solutions, the one of least norm in equilibrated units."""
         return self.spread(self.kkt.solve(self.gathered(r1, r2)))
 
 
 class Restrained(Protocol):
-    """A system whose x is not unique: of all solutions a, the one that moves some other rows least."""
+    """A system with several solutions a; it returns the one that changes some other rows of C least."""
 
     def solve(self, r1: Tensor, r2: Tensor) -> tuple[Tensor, Tensor]:
-        """See `System`; what it solves with in backward mode is its transpose in forward mode."""
+        """See `System`. In backward mode it solves with the transpose of what it solves with in forward mode."""
         ...
 
     def found(self, r: Tensor) -> Tensor:
-        """Return the solution z (B, N) of a gathered right-hand side."""
+        """Return the solution z (B, N) for a right-hand side r (B, N) in equilibrated units."""
         ...
 
     def on(self, base: Equilibrated) -> Restrained:
-        """Return the same for a system of fewer rows that imply the others."""
+        """Return the same for a system with fewer rows, which imply the others."""
         ...
 
 
 def restrained(base: Equilibrated, scaled: Program, others: Tensor) -> Restrained:
-    """Return the system of `base` that moves the rows in the mask `others` (B, r) least."""
+    """Return the system `base`, restrained so that its solutions change the rows in the mask `others` (B, r) least."""
     rows = masked_rows(scaled.C, others)
     if isinstance(scaled.H, SparseMatrix) or isinstance(rows, SparseMatrix):
         return SparselyRestrained(base, scaled, others)
@@ -105,7 +106,7 @@ def restrained(base: Equilibrated, scaled: Program, others: Tensor) -> Restraine
 class Projected(NamedTuple):
     """`Restrained` for dense matrices.
 
-    base: the system. projection: (B, n, n), takes a solution to that one, in the base's units.
+    base: the system. projection: (B, n, n), maps any solution a to the restrained one, in the units of `base`.
     """
 
     base: Equilibrated
@@ -113,7 +114,7 @@ class Projected(NamedTuple):
 
     @classmethod
     def of(cls, base: Equilibrated, rows: Tensor, basis: Tensor) -> Projected:
-        """rows: (B, r, n), zero but for those that are to move least. basis: (B, n, N), of what x may move by."""
+        """Restrain the rows (B, r, n), zero in the others; basis (B, n, N) spans the directions in which x may move."""
         seen = rows @ basis
         seen = torch.where(seen.abs() > TINY_MOVE * rows.abs().sum(2, keepdim=True), seen, 0)
         inverse = torch.linalg.pinv(seen.mT @ seen, rtol=1e-12, hermitian=True)
@@ -136,7 +137,7 @@ class Projected(NamedTuple):
 
 
 class SparselyRestrained:
-    """`Restrained` for sparse matrices: min 1/2 |t|^2 subject to K z = r, W a = t, a KKT system of its own."""
+    """`Restrained` for sparse matrices: the KKT system of min 1/2 |t|^2 subject to K z = r, W a = t."""
 
     def __init__(self, base: Equilibrated, scaled: Program, others: Tensor) -> None:
         self.base, self.scaled, self.others = base, scaled, others
@@ -180,7 +181,7 @@ class SparselyRestrained:
 
 
 class Mended(NamedTuple):
-    """One system for a batch but for some samples, which have their own."""
+    """A system for a batch in which the samples `others` have a system of their own."""
 
     most: System
     others: Tensor
@@ -196,11 +197,11 @@ class Mended(NamedTuple):
 def solved(
     system: System, H: Matrix, C: Matrix, r1: Tensor, r2: Tensor, scale: tuple[Tensor, Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Return (a, c) of `System` as a function of everything, differentiable to any order.
+    """Return the solution (a, c) of `System` as a function of H, C, r1 and r2, differentiable to any order.
 
-    H, C: of the program that the system is of. The gradient of H is that of its symmetric part. scale: what a (B, n)
-    and c (B, r) are added to, if known. Beside it they are rounding at a solution, and so are the first derivatives
-    with respect to H and C, which are then left out.
+    H, C: the matrices of the system's program. The gradient of H is symmetric. scale: the vectors to which a (B, n) and
+    c (B, r) will be added, if known. At a solution a and c are rounding errors beside these, and so are the first
+    derivatives with respect to H and C, which are then left out.
     """
     (pattern_H, H_values), (pattern_C, C_values) = split(H), split(C)
     patterns = pattern_H, pattern_C
@@ -209,7 +210,7 @@ def solved(
 
 
 def _beside(change: Tensor, value: Tensor) -> bool:
-    """Whether a change is rounding beside a value, in every sample."""
+    """Return whether a change is negligible beside a value in every sample."""
     if not change.numel():
         return True
     return bool((change.abs().amax(1) <= ROUNDING * value.abs().amax(1)).all())
@@ -251,7 +252,7 @@ class _Solve(torch.autograd.Function):
 
 
 def products(H: Matrix, C: Matrix, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return Hx, Cx and C'y for symmetric H (B, n, n) and C (B, r, n); the gradient of H is symmetric."""
+    """Return Hx, Cx and C'y for a symmetric H (B, n, n) and C (B, r, n); the gradient of H is symmetric."""
     (pattern_H, H_values), (pattern_C, C_values) = split(H), split(C)
     found: tuple[Tensor, Tensor, Tensor] = _Products.apply((pattern_H, pattern_C), H_values, C_values, x, y)
     return found

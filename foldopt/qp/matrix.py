@@ -1,11 +1,7 @@
-"""The matrices of quadratic programs: dense tensors (B, m, n), or `SparseMatrix` ones, whose batch shares one pattern.
-
-Every function here takes either kind, so that the engine is written once.
-"""
+"""Batches of sparse matrices with one sparsity pattern, as an argument of `foldopt.QPLayer`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -14,53 +10,64 @@ from torch import Tensor
 
 from foldopt.qp._sparse_kkt import packages
 
-__all__ = [
-    "Matrix",
-    "Pattern",
-    "SparseMatrix",
-    "assembled",
-    "column",
-    "compact",
-    "dense",
-    "diagonal",
-    "identity",
-    "joined",
-    "largest_in_columns",
-    "largest_in_rows",
-    "masked_rows",
-    "matmul",
-    "numbers",
-    "outer",
-    "rescaled",
-    "selected_rows",
-    "several_entries",
-    "single_entries",
-    "split",
-    "where_samples",
-    "zeros",
-]
+__all__ = ["Pattern", "SparseMatrix"]
 
 
 class Pattern:
-    """Where a sparse matrix (m, n) has entries: rows and columns (nnz,), int64, each place at most once."""
+    """The sparsity pattern of a matrix: the positions that may hold nonzeros.
+
+    Args:
+        rows: (nnz,) int64, the row of each entry.
+        columns: (nnz,) int64, the column of each entry. No position may occur twice; the order is free.
+        shape: the shape (m, n) of the matrix.
+
+    Examples:
+        >>> from foldopt.qp import Pattern
+        >>> pattern = Pattern(torch.tensor([0, 1, 1]), torch.tensor([0, 0, 2]), (2, 3))
+        >>> pattern.transposed.shape
+        (3, 2)
+    """
 
     def __init__(self, rows: Tensor, columns: Tensor, shape: tuple[int, int]) -> None:
         self.rows, self.columns, self.shape = rows, columns, shape
 
     @classmethod
     def identity(cls, n: int, device: torch.device) -> Pattern:
-        """Return the diagonal of a matrix (n, n)."""
+        """Return the pattern of a diagonal matrix.
+
+        Args:
+            n: its number of rows and columns.
+            device: where the indices are stored.
+
+        Returns:
+            The pattern, of shape (n, n).
+        """
         at = torch.arange(n, device=device)
         return cls(at, at, (n, n))
 
     @classmethod
     def none(cls, shape: tuple[int, int], device: torch.device) -> Pattern:
-        """Return a matrix without entries."""
+        """Return the pattern of a matrix of zeros.
+
+        Args:
+            shape: the shape (m, n) of the matrix.
+            device: where the indices are stored.
+
+        Returns:
+            The pattern, without entries.
+        """
         empty = torch.zeros(0, dtype=torch.long, device=device)
         return cls(empty, empty, shape)
 
     def same_as(self, other: Pattern) -> bool:
-        """Whether the other has the same entries in the same order."""
+        """Return whether another pattern has the same shape and the same positions in the same order.
+
+        Args:
+            other: the pattern to compare with.
+
+        Returns:
+            True if both are the same.
+        """
         return (
             self.shape == other.shape
             and len(self.rows) == len(other.rows)
@@ -70,20 +77,20 @@ class Pattern:
 
     @cached_property
     def distinct(self) -> bool:
-        """Whether no place has two entries."""
+        """Whether no position occurs twice."""
         place = torch.sort(self.rows * self.shape[1] + self.columns).values
         return bool((place[1:] != place[:-1]).all())
 
     @cached_property
     def transposed(self) -> Pattern:
-        """Return the pattern of the transpose, its entries in the same order."""
+        """The pattern of the transpose, with its entries in the same order."""
         return Pattern(self.columns, self.rows, (self.shape[1], self.shape[0]))
 
     @cached_property
     def by_rows(self) -> tuple[Any, Any, Any]:
-        """Return as numpy arrays the order of the entries by row and column, their columns and where each row begins.
+        """The pattern in compressed rows, as three numpy arrays: order, columns, row pointers.
 
-        The order is None where the entries are in it.
+        The order sorts the entries by row and column; it is None if they are sorted.
         """
         import numpy as np
 
@@ -97,9 +104,26 @@ class Pattern:
 
 
 class SparseMatrix:
-    """A batch of sparse matrices (B, m, n) with one pattern: values (B, nnz).
+    """A batch of sparse matrices (B, m, n) that share one sparsity pattern.
 
-    It has of a tensor's methods those that the engine uses. As an argument of `QPLayer` it may have values (nnz,).
+    Pass it to `foldopt.QPLayer` as Q, G or A. It works where torch's sparse tensors do not, as inside the transforms of
+    `torch.func`, and gradients reach `values`. It has the few methods of a tensor that the engine uses.
+
+    Args:
+        pattern: the positions of the entries.
+        values: (B, nnz), the entries of each sample in the order of the pattern; (nnz,) for one matrix that the whole
+            batch shares.
+
+    Examples:
+        The gradient of x_1 + x_2, where x minimizes 1/2 (q_1 x_1^2 + q_2 x_2^2) - x_1 - x_2, with respect to q:
+
+        >>> from foldopt.qp import Pattern, SparseMatrix
+        >>> q = torch.tensor([1.0, 2.0], requires_grad=True)
+        >>> Q = SparseMatrix(Pattern(torch.tensor([0, 1]), torch.tensor([0, 1]), (2, 2)), q)
+        >>> x = foldopt.QPLayer()(Q, torch.tensor([-1.0, -1.0]))
+        >>> x.sum().backward()
+        >>> q.grad
+        tensor([-1.0000, -0.2500])
     """
 
     def __init__(self, pattern: Pattern, values: Tensor) -> None:
@@ -107,22 +131,22 @@ class SparseMatrix:
 
     @property
     def shape(self) -> torch.Size:
-        """The shape (B, m, n); (m, n) with values (nnz,)."""
+        """The shape: (B, m, n), or (m, n) if the values are (nnz,)."""
         return torch.Size((*self.values.shape[:-1], *self.pattern.shape))
 
     @property
     def device(self) -> torch.device:
-        """Where the values are."""
+        """The device of the values."""
         return self.values.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the values."""
+        """The dtype of the values."""
         return self.values.dtype
 
     @property
     def mT(self) -> SparseMatrix:  # noqa: N802  # as torch calls it
-        """The transposes."""
+        """The transposed matrices; they share the values."""
         return SparseMatrix(self.pattern.transposed, self.values)
 
     def __len__(self) -> int:
@@ -132,21 +156,38 @@ class SparseMatrix:
         return SparseMatrix(self.pattern, self.values[samples])
 
     def abs(self) -> SparseMatrix:
-        """Return the absolute values."""
+        """Return the matrices of absolute values."""
         return SparseMatrix(self.pattern, self.values.abs())
 
     def detach(self) -> SparseMatrix:
-        """Return it without gradient."""
+        """Return the matrices detached from autograd's graph."""
         return SparseMatrix(self.pattern, self.values.detach())
 
     def matvec(self, x: Tensor) -> Tensor:
-        """Return the products with x (B, n) or (B, n, k), (B, m) or (B, m, k)."""
+        """Return the matrix-vector products.
+
+        Args:
+            x: (B, n), or (B, n, k) for k vectors in each sample.
+
+        Returns:
+            (B, m) or (B, m, k).
+        """
         values = self.values if x.dim() == 2 else self.values[:, :, None]
         terms = values * x.index_select(1, self.pattern.columns)
         return terms.new_zeros(len(terms), self.pattern.shape[0], *x.shape[2:]).index_add(1, self.pattern.rows, terms)
 
     def to_scipy(self, sample: int) -> Any:
-        """Return one sample as a scipy CSR matrix."""
+        """Return the matrix of one sample as a SciPy CSR matrix, without explicit zeros.
+
+        Args:
+            sample: its position in the batch.
+
+        Returns:
+            A ``scipy.sparse.csr_matrix`` (m, n).
+
+        Raises:
+            MissingDependencyError: if SciPy or qdldl is not installed.
+        """
         _, sparse, _ = packages()
         order, columns, starts = self.pattern.by_rows
         values = self.values[sample].detach().cpu().numpy()
@@ -155,194 +196,3 @@ class SparseMatrix:
             out = out.copy()  # the pattern is shared
             out.eliminate_zeros()
         return out
-
-
-Matrix = Tensor | SparseMatrix
-
-
-def dense(M: Matrix) -> Tensor:
-    """Return M, which is a dense tensor where this is called."""
-    if isinstance(M, SparseMatrix):
-        raise TypeError("a dense tensor was expected, not a SparseMatrix")
-    return M
-
-
-def numbers(M: Matrix) -> Tensor:
-    """Return all entries of each sample, (B, k)."""
-    return M.values if isinstance(M, SparseMatrix) else M.flatten(1)
-
-
-def matmul(M: Matrix, x: Tensor) -> Tensor:
-    """Return the products M x for x (B, n, k)."""
-    return M.matvec(x) if isinstance(M, SparseMatrix) else M @ x
-
-
-def split(M: Matrix) -> tuple[Pattern | None, Tensor]:
-    """Return the pattern, None if M is dense, and the tensor that holds M's numbers: what `joined` takes."""
-    return (M.pattern, M.values) if isinstance(M, SparseMatrix) else (None, M)
-
-
-def joined(pattern: Pattern | None, tensor: Tensor) -> Matrix:
-    """Return the matrix of a pattern, None if it is dense, and its numbers."""
-    return tensor if pattern is None else SparseMatrix(pattern, tensor)
-
-
-def outer(pattern: Pattern | None, left: Tensor, right: Tensor) -> Tensor:
-    """Return the numbers of left right' in a pattern, for left (B, m, k) and right (B, n, k)."""
-    if pattern is None:
-        return left @ right.mT
-    return (left.index_select(1, pattern.rows) * right.index_select(1, pattern.columns)).sum(2)
-
-
-def rescaled(M: Matrix, left: Tensor, right: Tensor) -> Matrix:
-    """Return diag(left) M diag(right), for left (B, m) and right (B, n)."""
-    if isinstance(M, SparseMatrix):
-        p = M.pattern
-        return SparseMatrix(p, left.index_select(1, p.rows) * M.values * right.index_select(1, p.columns))
-    return left[:, :, None] * M * right[:, None, :]
-
-
-def where_samples(mask: Tensor, M: Matrix, other: Tensor | float = 0.0) -> Matrix:
-    """Return M with zeros in the samples that are not in the mask (B,), or with the diagonal `other` there."""
-    if isinstance(M, SparseMatrix):
-        fill = 0.0 if other == 0.0 else torch.where(M.pattern.rows == M.pattern.columns, other, 0.0).to(M.values)
-        return SparseMatrix(M.pattern, torch.where(mask[:, None], M.values, fill))
-    fill = other * torch.eye(M.shape[1], dtype=M.dtype, device=M.device) if other != 0.0 else 0.0
-    return torch.where(mask[:, None, None], M, fill)
-
-
-def masked_rows(M: Matrix, mask: Tensor) -> Matrix:
-    """Return M with zeros in the rows that are not in the mask (B or 1, m)."""
-    if isinstance(M, SparseMatrix):
-        return SparseMatrix(M.pattern, torch.where(mask.index_select(1, M.pattern.rows), M.values, 0))
-    return torch.where(mask[:, :, None], M, 0)
-
-
-def largest_in_rows(M: Matrix, weights: Tensor | None = None) -> Tensor:
-    """Return the largest entry times weight, weights (B, n) >= 0, in every row of M >= 0, (B, m); at least 0."""
-    if isinstance(M, SparseMatrix):
-        p = M.pattern
-        terms = M.values if weights is None else M.values * weights.index_select(1, p.columns)
-        return _largest(terms, p.rows, p.shape[0])
-    if not M.shape[2]:
-        return M.new_zeros(M.shape[:2])
-    return (M if weights is None else M * weights[:, None, :]).amax(2)
-
-
-def largest_in_columns(M: Matrix, weights: Tensor | None = None) -> Tensor:
-    """Return the largest entry times weight, weights (B, m) >= 0, in every column of M >= 0, (B, n); at least 0."""
-    if isinstance(M, SparseMatrix):
-        return largest_in_rows(M.mT, weights)
-    if not M.shape[1]:
-        return M.new_zeros(len(M), M.shape[2])
-    return (M if weights is None else M * weights[:, :, None]).amax(1)
-
-
-def _largest(terms: Tensor, at: Tensor, size: int) -> Tensor:
-    out = terms.new_zeros(len(terms), size)
-    return out.scatter_reduce(1, at.expand(len(terms), -1), terms, "amax")
-
-
-def single_entries(M: Matrix) -> tuple[Tensor, Tensor, Tensor]:
-    """Return which rows have exactly one entry that is not zero, (B, m) bool, and the column and value of that entry.
-
-    Where all samples are the same tensor, a dense M is looked at once and B is 1. In other rows the column is any, the
-    value 1.
-    """
-    if isinstance(M, SparseMatrix):
-        p, there = M.pattern, (M.values != 0)
-        zero = torch.zeros(len(M), p.shape[0], dtype=torch.long, device=M.device)
-        single = zero.index_add(1, p.rows, there.long()) == 1
-        at = zero.index_add(1, p.rows, torch.where(there, p.columns, 0))
-        value = M.values.new_zeros(len(M), p.shape[0]).index_add(1, p.rows, M.values)
-        return single, torch.where(single, at, 0), torch.where(single, value, 1.0)
-    C = M[:1] if M.stride(0) == 0 else M
-    single = (C != 0).sum(2) == 1
-    at = C.abs().argmax(2)
-    return single, at, torch.where(single, C.gather(2, at[:, :, None])[:, :, 0], 1.0)
-
-
-def several_entries(M: Matrix) -> Tensor:
-    """Return which rows have more than one entry that is not zero, (B, m) bool."""
-    if isinstance(M, SparseMatrix):
-        zero = torch.zeros(len(M), M.shape[1], dtype=torch.long, device=M.device)
-        return zero.index_add(1, M.pattern.rows, (M.values != 0).long()) > 1
-    return (M != 0).sum(2) > 1
-
-
-def assembled(blocks: Sequence[Sequence[Matrix | None]]) -> Matrix:
-    """Return a matrix of blocks, all dense or all sparse; None is a block of zeros."""
-    heights = [next(M.shape[1] for M in row if M is not None) for row in blocks]
-    widths = [next(M.shape[2] for M in column if M is not None) for column in zip(*blocks, strict=True)]
-    some = [M for row in blocks for M in row if M is not None]
-    first = some[0]
-    if isinstance(first, SparseMatrix):
-        rows, columns, values, top = [], [], [], 0
-        batch = max(len(M) for M in some)
-        for row, height in zip(blocks, heights, strict=True):
-            left = 0
-            for M, width in zip(row, widths, strict=True):
-                if isinstance(M, SparseMatrix):
-                    rows.append(M.pattern.rows + top)
-                    columns.append(M.pattern.columns + left)
-                    values.append(M.values.expand(batch, -1))
-                left += width
-            top += height
-        pattern = Pattern(torch.cat(rows), torch.cat(columns), (sum(heights), sum(widths)))
-        return SparseMatrix(pattern, torch.cat(values, 1))
-    batch = len(first)
-    made = [
-        [M if isinstance(M, Tensor) else first.new_zeros(batch, h, w) for M, w in zip(row, widths, strict=True)]
-        for row, h in zip(blocks, heights, strict=True)
-    ]
-    return torch.cat([torch.cat(row, 2) for row in made], 1)
-
-
-def zeros(like: Matrix, m: int, n: int) -> Matrix:
-    """Return matrices of zeros (B, m, n) of the kind of `like`."""
-    if isinstance(like, SparseMatrix):
-        return SparseMatrix(Pattern.none((m, n), like.device), like.values[:, :0])
-    return like.new_zeros(len(like), m, n)
-
-
-def identity(like: Matrix, n: int, times: float = 1.0) -> Matrix:
-    """Return multiples of the identity, (B, n, n), of the kind of `like`."""
-    if isinstance(like, SparseMatrix):
-        return SparseMatrix(Pattern.identity(n, like.device), like.values.new_full((len(like), n), times))
-    return (times * torch.eye(n, dtype=like.dtype, device=like.device)).expand(len(like), n, n)
-
-
-def diagonal(like: Matrix, entries: Tensor) -> Matrix:
-    """Return diagonal matrices with these entries (B, n), of the kind of `like`."""
-    if isinstance(like, SparseMatrix):
-        return SparseMatrix(Pattern.identity(entries.shape[1], like.device), entries)
-    return torch.diag_embed(entries)
-
-
-def column(like: Matrix, values: Tensor) -> Matrix:
-    """Return matrices with a single column of values, (B, m), of the kind of `like`."""
-    if isinstance(like, SparseMatrix):
-        at = torch.arange(values.shape[1], device=values.device)
-        return SparseMatrix(Pattern(at, torch.zeros_like(at), (values.shape[1], 1)), values)
-    return values[:, :, None]
-
-
-def selected_rows(M: Matrix, rows: Tensor) -> Matrix:
-    """Return some rows (k,) int64 of matrices, (B, k, n), the same of every sample."""
-    if isinstance(M, SparseMatrix):
-        p = M.pattern
-        place = torch.full((p.shape[0],), -1, dtype=torch.long, device=M.device)
-        place[rows] = torch.arange(len(rows), device=M.device)
-        kept = (place[p.rows] >= 0).nonzero()[:, 0]
-        pattern = Pattern(place[p.rows[kept]], p.columns[kept], (len(rows), p.shape[1]))
-        return SparseMatrix(pattern, M.values[:, kept])
-    return M[:, rows]
-
-
-def compact(M: Matrix) -> Tensor:
-    """Return one sample's matrices (1, k, n) as a dense (k, n'), without columns of zeros: products MM' are kept."""
-    if isinstance(M, SparseMatrix):
-        used, at = torch.unique(M.pattern.columns, return_inverse=True)
-        out = M.values.new_zeros(M.pattern.shape[0], len(used))
-        return out.index_put((M.pattern.rows, at), M.values[0])
-    return M[0]

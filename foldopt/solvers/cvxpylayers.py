@@ -1,4 +1,7 @@
-"""cvxpylayers: a convex program in cone form, solved and differentiated by diffcp (Agrawal et al., 2019)."""
+"""cvxpylayers: a convex program in cone form, solved and differentiated by diffcp.
+
+Source: Agrawal et al., Differentiable convex optimization layers (2019).
+"""
 
 from __future__ import annotations
 
@@ -17,13 +20,29 @@ SOLVE_METHODS = {"SCS": "SCS", "CLARABEL": "Clarabel"}
 
 
 class ConeLayer:
-    """A CvxpyLayer in which one bad sample does not spoil a batch; ``layer(*parameters) -> x``.
+    """A CvxpyLayer of cvxpylayers in which one bad sample does not spoil its batch.
 
-    problem, parameters, variables: of cvxpy; the first variable is the solution. solver: "SCS" or "CLARABEL".
-    solver_args: further arguments of that solver.
+    ``layer(*parameters)`` returns the solutions. A batch in which the solver fails is solved again one by one. Samples
+    that fail alone come out as NaN, and gradients that hold NaN become zero; `failures` counts both.
 
-    A batch in which the solver fails is solved again one by one; samples that fail alone return NaN, those whose
-    gradient is NaN get zero, and `failures` counts both. Raises MissingDependencyError without cvxpylayers.
+    Args:
+        problem: a cvxpy problem that is DPP.
+        parameters: its parameters, in the order of the layer's arguments.
+        variables: its variables; the layer returns the first.
+        solver: "CLARABEL" (the default) or "SCS".
+        solver_args: further arguments of that solver; default none.
+
+    Raises:
+        InputError: the solver is unknown.
+        MissingDependencyError: cvxpylayers is not installed.
+
+    Examples:
+        >>> import cvxpy
+        >>> x, c = cvxpy.Variable(2), cvxpy.Parameter(2)
+        >>> problem = cvxpy.Problem(cvxpy.Minimize(cvxpy.sum_squares(x - c)), [x <= 1])
+        >>> layer = foldopt.solvers.cvxpylayers.ConeLayer(problem, [c], [x])
+        >>> [round(value, 4) for value in layer(torch.tensor([[0.5, 2.0]], dtype=torch.float64))[0].tolist()]
+        [0.5, 1.0]
     """
 
     def __init__(
@@ -49,7 +68,7 @@ class ConeLayer:
         self._failure, self.failures = diffcp.SolverError, 0
 
     def __call__(self, *parameters: Tensor) -> Tensor:
-        """Return the solutions for the parameters, (B, n), in float64 on their device; diffcp works on the CPU."""
+        """Return the solutions, (B, n), in float64 on the device of the parameters; diffcp works on the CPU."""
         values = [value.to("cpu", torch.float64).view_as(value) for value in parameters]
         batched = [value.dim() > dim for value, dim in zip(values, self._dims, strict=True)]
         for value, each in zip(values, batched, strict=True):
@@ -66,11 +85,13 @@ class ConeLayer:
         return solutions.to(parameters[0].device)
 
     def _solve(self, *values: Tensor) -> Tensor:
+        """Return the solutions of a batch; diffcp's error if a sample fails."""
         recording = torch.is_grad_enabled() and any(value.requires_grad for value in values)
         backward = {"n_jobs_backward": 1} if recording else {}
         return self._layer(*values, solver_args={**self._arguments, **backward})[0]
 
     def _alone(self, *row: Tensor) -> Tensor:
+        """Return the solution of one sample, NaN if the solver fails."""
         try:
             return self._solve(*row)
         except self._failure:
@@ -78,7 +99,7 @@ class ConeLayer:
             return torch.full((1, self._size), torch.nan, dtype=torch.float64)
 
     def _sound(self, gradient: Tensor) -> Tensor:
-        """Make gradients that hold NaN zero and count them."""
+        """Make gradients that hold NaN zero, and count them."""
         sound = gradient.isfinite().all(1)
         self.failures += int((~sound).sum())
         return torch.where(sound[:, None], gradient, 0.0)

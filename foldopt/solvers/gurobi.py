@@ -1,4 +1,4 @@
-"""Gurobi as a forward black box: one cached model per problem, solved sample by sample, multipliers returned."""
+"""Gurobi as a forward black box: one model per problem, kept and solved sample by sample, with multipliers."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ PARAMETERS = {
     "BarQCPConvTol": 1e-10,
 }
 SIZE_LIMIT = 10010
-NO_LICENSE = (10009, 10022, 10023, 10028)  # none found or left, no network to its server, refused by it
+NO_LICENSE = (10009, 10022, 10023, 10028)  # none found or free, licence server not reached, refused by it
 LICENSE_VARIABLES = {
     "GRB_WLSACCESSID": "WLSAccessID",
     "GRB_WLSSECRET": "WLSSecret",
@@ -51,12 +51,28 @@ REMEDY = (
 class GurobiQCQP:
     """Minimize q'x subject to Ax = b, Gx <= h and 0.5 x'Q_j x + r_j'x <= s_j with Gurobi, for a batch of q.
 
-    The constraints are fixed, the model is built at the first call and only its objective changes afterwards.
+    The constraints are fixed: the model is built at the first call, and later calls change only its objective. The
+    variables are free; bounds are rows of G. Tensors are on the CPU.
 
     Args:
-        n: number of variables (free; state bounds in G). A: (p, n). b: (p,). G: (m, n). h: (m,).
-        quadratic: Q (k, n, n) positive semidefinite, r (k, n), s (k,). tensors on the CPU.
-        parameters: Gurobi parameters, on top of tight tolerances, one thread and no output.
+        n: number of variables.
+        A: (p, n); None, the default, for no equalities.
+        b: (p,); given together with A.
+        G: (m, n); None, the default, for no linear inequalities.
+        h: (m,); given together with G.
+        quadratic: the tuple (Q, r, s) of the quadratic constraints: Q (k, n, n) positive semidefinite, r (k, n), s
+            (k,); default None.
+        parameters: Gurobi parameters, which override `PARAMETERS` (tight tolerances, one thread, no output); default
+            none.
+
+    Raises:
+        InputError: shapes do not fit.
+
+    Examples:
+        >>> G, h = torch.cat([torch.eye(2), -torch.eye(2)]), torch.tensor([1.0, 1.0, 0.0, 0.0])
+        >>> solver = foldopt.solvers.gurobi.GurobiQCQP(2, G=G, h=h)
+        >>> solver(torch.tensor([[-1.0, 2.0]])).x
+        tensor([[1., 0.]], dtype=torch.float64)
     """
 
     def __init__(
@@ -85,11 +101,21 @@ class GurobiQCQP:
         return {**self.__dict__, "_model": None}
 
     def __call__(self, q: Tensor) -> Solution:
-        """Return the solutions for q (B, n), float64 on its device; `residual` is not measured (NaN).
+        """Return the solutions for a batch of objectives.
 
-        Raises InfeasibleError, UnboundedError or SolverError with the batch indices, except inside of a layer, which
-        certifies every sample: there ok is False and the rest NaN. Raises MissingDependencyError where gurobipy is not
-        installed.
+        Args:
+            q: (B, n).
+
+        Returns:
+            The solutions, float64 on the device of q; `residual` is not measured (NaN). Inside a layer, which certifies
+            every sample itself, samples that Gurobi did not solve are NaN with ok = False instead of an error.
+
+        Raises:
+            InputError: q is not (B, n).
+            InfeasibleError: the samples listed have no feasible point.
+            UnboundedError: the samples listed are unbounded.
+            SolverError: Gurobi failed otherwise, gave no licence, or has no multipliers.
+            MissingDependencyError: gurobipy is not installed.
         """
         if q.dim() != 2 or q.shape[1] != self.n:
             raise InputError(f"q has shape {tuple(q.shape)}, expected (B, {self.n}).")
@@ -152,9 +178,19 @@ class GurobiQCQP:
 
 
 class GlobalSolution(NamedTuple):
-    """What a global solver found, float64: x (B, n), its value and a bound that no point is below, (B,) each.
+    """The result of a global solver, float64.
 
-    timed_out: (B,) bool, stopped at the time limit, with x the best point until then.
+    Attributes:
+        x: best point, (B, n).
+        value: its objective, (B,).
+        bound: number that no feasible point is below, (B,).
+        timed_out: (B,) bool, whether the time limit stopped the search; x is then the best point so far.
+
+    Examples:
+        >>> one = torch.ones(1, dtype=torch.float64)
+        >>> solution = foldopt.solvers.gurobi.GlobalSolution(one[:, None], one, one, one > 1)
+        >>> solution.value - solution.bound
+        tensor([0.], dtype=torch.float64)
     """
 
     x: Tensor
@@ -166,9 +202,20 @@ class GlobalSolution(NamedTuple):
 class GurobiNonconvexQP:
     """Minimize 0.5 x'Hx + q'x subject to Ax = b, 0 <= x <= 1 to global optimality with Gurobi, for a batch of q.
 
+    Tensors are on the CPU.
+
     Args:
-        H: (n, n) symmetric, any signs. A: (p, n). b: (p,). tensors on the CPU. time_limit: seconds per instance.
-        parameters: Gurobi parameters, on top of a relative gap of 1e-6, one thread and no output.
+        H: (n, n), symmetric, of any signs.
+        A: (p, n).
+        b: (p,).
+        time_limit: seconds per sample.
+        parameters: Gurobi parameters, which override a relative gap of 1e-6, one thread and no output; default none.
+
+    Examples:
+        >>> H, A, b = -torch.eye(2), torch.zeros(0, 2), torch.zeros(0)
+        >>> solver = foldopt.solvers.gurobi.GurobiNonconvexQP(H, A, b, time_limit=10)
+        >>> solver(torch.zeros(1, 2)).value
+        tensor([-1.], dtype=torch.float64)
     """
 
     def __init__(
@@ -184,11 +231,20 @@ class GurobiNonconvexQP:
         return {**self.__dict__, "_model": None}
 
     def __call__(self, q: Tensor) -> GlobalSolution:
-        """Return the solutions for q (B, n), on its device.
+        """Return the solutions for a batch of objectives.
 
-        Raises InfeasibleError or SolverError with the batch indices, the latter also where the time limit came before
-        any point was found; inside of a layer, which certifies every sample, these are NaN instead. Raises
-        MissingDependencyError where gurobipy is not installed.
+        Args:
+            q: (B, n).
+
+        Returns:
+            The solutions, on the device of q. Inside a layer, which certifies every sample itself, samples that Gurobi
+            did not solve are NaN instead of an error.
+
+        Raises:
+            InputError: q is not (B, n).
+            InfeasibleError: the samples listed have no feasible point.
+            SolverError: Gurobi failed otherwise, found no point within the time limit, or gave no licence.
+            MissingDependencyError: gurobipy is not installed.
         """
         if q.dim() != 2 or q.shape[1] != self.n:
             raise InputError(f"q has shape {tuple(q.shape)}, expected (B, {self.n}).")
@@ -229,6 +285,7 @@ class GurobiNonconvexQP:
 
 
 def _model(gp: Any, problem: GurobiQCQP | GurobiNonconvexQP) -> Any:
+    """Return a new Gurobi model with the problem's parameters."""
     try:
         model = gp.Model(env=_environment(os.getpid()))
     except gp.GurobiError as error:
@@ -240,9 +297,9 @@ def _model(gp: Any, problem: GurobiQCQP | GurobiNonconvexQP) -> Any:
 
 @functools.cache
 def _environment(process: int) -> Any:
-    """Return the environment of a process, one for all its models, as a licence may count them.
+    """Return the Gurobi environment of a process; all its models share one, because a licence may count environments.
 
-    The licence is the one of gurobi.lic, where Gurobi finds it, or of LICENSE_VARIABLES.
+    The licence is that of gurobi.lic, where Gurobi finds it, or that of LICENSE_VARIABLES.
     """
     named: dict[str, Any] = {
         LICENSE_VARIABLES[name]: value for name, value in os.environ.items() if name in LICENSE_VARIABLES
@@ -255,6 +312,7 @@ def _environment(process: int) -> Any:
 
 
 def _gurobipy() -> Any:
+    """Return the package gurobipy, or raise MissingDependencyError."""
     try:
         import gurobipy
     except ImportError as error:
@@ -265,6 +323,7 @@ def _gurobipy() -> Any:
 
 
 def _explained(error: Exception, problem: GurobiQCQP | GurobiNonconvexQP) -> SolverError:
+    """Return the error that says what an error of Gurobi means."""
     code = getattr(error, "errno", None)
     if code == SIZE_LIMIT:
         return SolverError(
@@ -277,12 +336,13 @@ def _explained(error: Exception, problem: GurobiQCQP | GurobiNonconvexQP) -> Sol
 
 
 def _report(failed: dict[int, list[int]], gp: Any) -> None:
-    """Raise what the samples that were not solved call for; in a layer only where someone stopped Gurobi."""
+    """Raise the error of the samples that were not solved; inside a layer, only if someone interrupted Gurobi."""
     if failed and (gp.GRB.INTERRUPTED in failed or not nonfinite_allowed()):
         raise _failure(failed, gp)
 
 
 def _failure(failed: dict[int, list[int]], gp: Any) -> SolverError:
+    """Return the error of the samples that were not solved, grouped by status."""
     names = {getattr(gp.GRB.Status, name): name for name in dir(gp.GRB.Status) if name.isupper()}
     indices = sorted(index for group in failed.values() for index in group)
     what = ", ".join(f"{names.get(status, status)} at {group[:10]}" for status, group in failed.items())

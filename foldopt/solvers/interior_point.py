@@ -16,10 +16,20 @@ QuadraticConstraints = tuple[Tensor, Tensor, Tensor]
 
 
 class Solution(NamedTuple):
-    """What the solver found, per sample.
+    """The result of a solver of quadratic programs, per sample.
 
-    x: (B, n). equality_dual: (B, p). inequality_dual: (B, k + m) >= 0, the quadratic constraints first.
-    iterations: (B,) int. ok: (B,) bool, the scaled KKT residual is under tolerance. residual: (B,), that residual.
+    Attributes:
+        x: solution, (B, n).
+        equality_dual: multipliers of the equalities, (B, p).
+        inequality_dual: multipliers of the inequalities, (B, k + m), at least 0, the quadratic constraints first.
+        iterations: (B,) int.
+        ok: (B,) bool, whether the scaled KKT residual is within tolerance.
+        residual: that residual, (B,).
+
+    Examples:
+        >>> solution = foldopt.solvers.interior_point.solve_qcqp(torch.eye(1), torch.tensor([[-2.0]]))
+        >>> solution.ok
+        tensor([True])
     """
 
     x: Tensor
@@ -44,19 +54,37 @@ def solve_qcqp(
 ) -> Solution:
     """Minimize 0.5 x'Hx + q'x subject to Ax = b, Gx <= h and 0.5 x'Q_j x + r_j'x <= s_j, for every sample.
 
+    A primal-dual interior point: Mehrotra's predictor-corrector with one step length per sample. The corrector is
+    weighted by the predictor's step; without this weight it cycles on badly centred iterates. Infeasible, unbounded and
+    numerically failing samples come back with ok = False and leave the others alone. Every argument but q may lack its
+    batch dimension, and is then shared.
+
     Args:
-        H: (B, n, n), positive semidefinite. q: (B, n). A: (B, p, n). b: (B, p). G: (B, m, n). h: (B, m).
-        quadratic: Q (B, k, n, n) positive semidefinite, r (B, k, n), s (B, k).
-            Every argument but q may lack the batch dimension, or be None where optional.
-        tol: largest KKT residual, relative to the data and the iterate, that counts as solved.
-        max_iter: cap of Newton steps.
+        H: (B, n, n), symmetric and positive semidefinite.
+        q: (B, n).
+        A: (B, p, n); None, the default, for no equalities.
+        b: (B, p); given together with A.
+        G: (B, m, n); None, the default, for no linear inequalities.
+        h: (B, m); given together with G.
+        quadratic: the tuple (Q, r, s) of the quadratic constraints: Q (B, k, n, n) positive semidefinite, r (B, k, n),
+            s (B, k); None, the default, for none.
+        tol: largest KKT residual of a solved sample, relative to the data and the iterate; default 1e-10.
+        max_iter: largest number of Newton steps; default 60.
 
-    Returns float64 results. Infeasible, unbounded or numerically failing samples come back with ok=False and leave the
-    others alone. Mehrotra's predictor-corrector with one step length per sample (Nocedal and Wright, ch. 16 and 19),
-    the corrector weighted by the predictor's step, without which it cycles on badly centred iterates (Colombo and
-    Gondzio, 2008).
+    Returns:
+        The solution, in float64.
 
-    Raises InputError for shapes that do not fit.
+    Raises:
+        InputError: shapes do not fit, or only one of A and b, or of G and h, is given.
+
+    Source: Nocedal and Wright, Numerical Optimization (2006), chapters 16 and 19; Colombo and Gondzio, Further
+    development of multiple centrality correctors (2008).
+
+    Examples:
+        >>> G, h = torch.tensor([[1.0]]), torch.tensor([1.0])
+        >>> solution = foldopt.solvers.interior_point.solve_qcqp(torch.eye(1), torch.tensor([[-2.0]]), G=G, h=h)
+        >>> round(solution.x.item(), 6), round(solution.inequality_dual.item(), 6)
+        (1.0, 1.0)
     """
     H, q, A, b, G, h, (Q, r, s) = _prepare(H, q, A, b, G, h, quadratic)
     B, n = q.shape
@@ -106,7 +134,7 @@ def solve_qcqp(
             mu = gap / (k + m)
             a = torch.minimum(_longest(lam, dlam), _longest(slack, ds))
             mu_affine = ((lam + a[:, None] * dlam) * (slack + a[:, None] * ds)).sum(1) / (k + m)
-            floor = 0.01 * tol * dual_scale * size / (k + m)  # complementarity must not run ahead of feasibility
+            floor = 0.01 * tol * dual_scale * size / (k + m)  # keeps complementarity from converging before feasibility
             centre = ((mu_affine / mu) ** 3 * mu).maximum(floor)[:, None]
             dx, dnu, dlam, ds = newton.direction(rd, rp, ri, lam * slack + a[:, None] * dlam * ds - centre)
         fraction = 0.995 if k + m else 1.0
@@ -119,7 +147,7 @@ def solve_qcqp(
 
 
 class _Newton:
-    """The Newton system of one iterate, reduced to (x, nu) and factored once for predictor and corrector."""
+    """The Newton system of one iterate, reduced to (x, nu), and factored once for predictor and corrector."""
 
     def __init__(self, H: Tensor, A: Tensor, J: Tensor, lam: Tensor, slack: Tensor) -> None:
         self.J, self.lam, self.slack, self.n = J, lam, slack, H.shape[1]
@@ -149,14 +177,39 @@ def _longest(value: Tensor, change: Tensor) -> Tensor:
 
 
 def largest(a: Tensor) -> Tensor:
-    """Return the largest absolute entry of each row of a (B, n), 0 where n = 0."""
+    """Return the largest absolute entry of each row.
+
+    Args:
+        a: (B, n); n may be 0.
+
+    Returns:
+        (B,), 0 if n is 0.
+
+    Examples:
+        >>> foldopt.solvers.interior_point.largest(torch.tensor([[1.0, -3.0]]))
+        tensor([3.])
+    """
     return a.abs().amax(1) if a.shape[1] else a.new_zeros(len(a))
 
 
 def unit(H: Tensor, q: Tensor, b: Tensor, h: Tensor) -> Tensor:
-    """Return the size of x in which each program is solved, (B, 1): a power of 2 where its data are small, else 1.
+    """Return the unit of x in which each program should be solved: a power of 2 if its data are small, otherwise 1.
 
-    Residuals are relative to 1 + |x|, so that without it programs in small units would seem solved where they are not.
+    Residuals are relative to 1 + |x|, so programs in small units would otherwise seem solved before they are.
+
+    Args:
+        H: (B, n, n).
+        q: (B, n).
+        b: (B, p).
+        h: (B, m).
+
+    Returns:
+        (B, 1).
+
+    Examples:
+        >>> q, none = torch.tensor([[2.0**-20]]), torch.zeros(1, 0)
+        >>> foldopt.solvers.interior_point.unit(torch.eye(1)[None], q, none, none) == 2.0**-20
+        tensor([[True]])
     """
     with torch.no_grad():
         curvature = H.flatten(1).abs().amax(1)
@@ -175,7 +228,7 @@ def _prepare(
     h: Tensor | None,
     quadratic: QuadraticConstraints | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, QuadraticConstraints]:
-    """Cast to float64, fill absent constraints with empty ones, expand over the batch, check shapes."""
+    """Cast to float64, replace absent constraints by empty ones, expand over the batch, and check shapes."""
     if q.dim() != 2:
         raise InputError(f"q has shape {tuple(q.shape)}, expected (B, n).")
     q = q.double()

@@ -1,4 +1,7 @@
-"""Batched quadratic programs, differentiated through their KKT system on the active set (Amos and Kolter, 2017)."""
+"""A batched solver of dense quadratic programs, differentiated through the KKT system of the active set.
+
+Source: Amos and Kolter, OptNet (2017).
+"""
 
 from __future__ import annotations
 
@@ -11,20 +14,32 @@ from foldopt.batched import lu_factor, matvec
 from foldopt.errors import InputError
 from foldopt.solvers.interior_point import largest, solve_qcqp, unit
 
-__all__ = ["PIVOTS", "TOLERANCE", "QPParts", "QPSolution", "solve_qp"]
+__all__ = ["TOLERANCE", "QPSolution", "solve_qp"]
 
 QPParts = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 TOLERANCE = 1e-9
-PIVOTS = 10  # to settle what the interior point leaves undecided
+PIVOTS = 10  # changes of the active set that are tried where the interior point leaves it undecided
 
 
 class QPSolution(NamedTuple):
-    """Primal x (B, n), multipliers nu (B, p) and lam (B, m) >= 0; active (B, m) bool, ok and singular (B,) bool.
+    """The solutions of a batch of quadratic programs min 1/2 x'Hx + q'x, Ax = b, Gx <= h.
 
-    ok is False where no point with a small KKT residual was found; x, nu and lam are NaN there, and so is the
-    derivative unless the cotangent is zero.
-    singular marks samples whose KKT matrix is singular (ties, dependent active constraints): their multipliers and
-    derivatives are those of least norm.
+    Attributes:
+        x: (B, n), the minimizers.
+        nu: (B, p), the multipliers of the equalities.
+        lam: (B, m), the multipliers of the inequalities, at least 0.
+        active: (B, m) bool, the inequalities that hold with equality and carry the derivative.
+        ok: (B,) bool, whether a point with a small KKT residual was found. Where it is False x, nu and lam are NaN, and
+            so is the gradient unless the incoming gradient is 0.
+        singular: (B,) bool, whether the KKT matrix is singular (ties, or dependent active constraints). The multipliers
+            and derivatives of these samples are those of least norm.
+
+    Examples:
+        >>> from foldopt.solvers.qp import solve_qp
+        >>> H, q, A, b = torch.eye(2)[None], torch.tensor([[-3.0, -1.0]]), torch.zeros(1, 0, 2), torch.zeros(1, 0)
+        >>> found = solve_qp(H, q, A, b, torch.ones(1, 1, 2), torch.tensor([[2.0]]))
+        >>> found.x, found.lam, found.ok
+        (tensor([[2., 0.]]), tensor([[1.]]), tensor([True]))
     """
 
     x: Tensor
@@ -38,17 +53,41 @@ class QPSolution(NamedTuple):
 def solve_qp(
     H: Tensor, q: Tensor, A: Tensor, b: Tensor, G: Tensor, h: Tensor, active: Tensor | None = None
 ) -> QPSolution:
-    """Solve min 0.5 x'Hx + q'x subject to Ax = b, Gx <= h for every sample, differentiably.
+    """Solve min 1/2 x'Hx + q'x subject to Ax = b, Gx <= h for every sample of a batch.
+
+    The active set is guessed, or found by an interior point, and the KKT system on it then gives the solution to
+    rounding. Gradients of any order reach H, q, A, b, G and h through the same system, with the active set held fixed;
+    at an active constraint with the multiplier 0 this is one of the one-sided derivatives. `foldopt.QPLayer` solves
+    more general programs and says which derivatives do not exist; this function is the small solver inside
+    `foldopt.projections.polyhedron` and SQP.
 
     Args:
-        H: (B, n, n), symmetric positive semidefinite. q: (B, n).
-        A: (B, p, n). b: (B, p). G: (B, m, n). h: (B, m). p or m may be 0. All of one floating dtype.
-        active: (B, m) bool, a guess of the active inequalities. Where the point it determines satisfies the KKT
-            conditions it is the solution and costs one factorization; the others go through an interior point
-            whose active set is then polished the same way.
+        H: (B, n, n), symmetric positive semidefinite.
+        q: (B, n).
+        A: (B, p, n); p may be 0.
+        b: (B, p).
+        G: (B, m, n); m may be 0.
+        h: (B, m). All tensors have the same floating-point dtype.
+        active: (B, m) bool, a guess of the active inequalities; None (default) guesses that none is active. A guess
+            that is right costs one factorization. The other samples are solved by an interior point.
 
-    Gradients flow to H, q, A, b, G and h, to any order, with the active set held fixed: at a weakly active
-    constraint that is one of the one-sided derivatives. Raises InputError for shapes that do not fit.
+    Returns:
+        Solutions, multipliers, active sets and flags.
+
+    Raises:
+        InputError: if a shape does not fit q.
+
+    Source: Amos and Kolter, OptNet (2017).
+
+    Examples:
+        >>> from foldopt.solvers.qp import solve_qp
+        >>> q = torch.tensor([[-3.0, -2.0]], requires_grad=True)
+        >>> none = torch.zeros(1, 0, 2), torch.zeros(1, 0)
+        >>> x = solve_qp(torch.eye(2)[None], q, *none, torch.ones(1, 1, 2), torch.tensor([[2.0]])).x
+        >>> x.detach()
+        tensor([[1.5000, 0.5000]])
+        >>> torch.autograd.grad(x[0, 0], q)
+        (tensor([[-0.5000,  0.5000]]),)
     """
     _check(H, q, A, b, G, h)
     if active is None:
@@ -61,10 +100,10 @@ def solve_qp(
 
 
 def _unit_of_cost(H: Tensor, q: Tensor, b: Tensor, h: Tensor) -> Tensor:
-    """Return the size of the cost in which each program is solved, (B, 1): a power of 2 where it is far from 1, else 1.
+    """Return the unit of the objective in which each program is solved, (B, 1): 1, or a power of 2 if H is far from 1.
 
-    The KKT matrix has H beside A and G: where H is far larger or smaller than these, it would seem singular. H that is
-    tiny beside q decides nothing and is left as it is.
+    The KKT matrix has H beside A and G, so that it would seem singular if H were much larger or smaller than these. If
+    H is tiny beside q it has no influence on the solution, and the unit stays 1.
     """
     with torch.no_grad():
         curvature = H.flatten(1).abs().amax(1)
@@ -87,7 +126,10 @@ def _check(H: Tensor, q: Tensor, A: Tensor, b: Tensor, G: Tensor, h: Tensor) -> 
 
 
 def _kkt_matrix(H: Tensor, A: Tensor, G: Tensor, active: Tensor) -> Tensor:
-    """Return [[H, A', (SG)'], [A, 0, 0], [SG, 0, I - S]], S the active inequalities: inactive multipliers are 0."""
+    """Return [[H, A', (SG)'], [A, 0, 0], [SG, 0, I - S]], where S selects the active inequalities.
+
+    The corner I - S makes the multipliers of the others 0.
+    """
     p, m = A.shape[1], G.shape[1]
     SG = G * active[:, :, None]
     corner = torch.diag_embed(torch.cat([torch.zeros_like(A[:, :, 0]), (~active).to(H.dtype)], 1))
@@ -96,7 +138,7 @@ def _kkt_matrix(H: Tensor, A: Tensor, G: Tensor, active: Tensor) -> Tensor:
 
 
 class _Factor(NamedTuple):
-    """An LU factorization of K, with the pseudo-inverse for the samples where K is singular."""
+    """An LU factorization of the KKT matrices, and the pseudo-inverse in the samples where they are singular."""
 
     lu: Tensor
     pivots: Tensor
@@ -143,10 +185,11 @@ def _candidate(
 
 
 def _pivoted(data: QPParts, guess: Tensor) -> tuple[list[Tensor], Tensor]:
-    """Return [x, nu, lam, whether that is the solution, whether K is singular] and the active set, from a guess of it.
+    """Correct a guess of the active set; return [x, nu, lam, whether solved, whether K is singular] and the set.
 
-    An interior point leaves nearly degenerate constraints undecided. The point that a set determines tells which of
-    them to drop (multiplier not positive) and which to add (violated); what does not settle keeps the guess.
+    An interior point leaves nearly degenerate constraints undecided. The point that a set determines tells which
+    constraints to drop (their multiplier is not positive) and which to add (they are violated). If that does not
+    settle, the guess is kept.
     """
     *best, factor = _candidate(*data, guess)
     best.append(factor.singular)
@@ -173,9 +216,9 @@ def _rows(data: QPParts, index: Tensor) -> QPParts:
 
 
 class _KKT(torch.autograd.Function):
-    """Forward: active-set guess, else interior point and polish. Backward: one solve with the same KKT matrix.
+    """Forward: the guessed active set, else an interior point and a polish. Backward: a solve with the KKT matrix.
 
-    Its factorization is kept where the guess was right in every sample.
+    If the guess was right in every sample, the backward pass uses the factorization of the forward pass.
     """
 
     @staticmethod
@@ -216,7 +259,7 @@ class _KKT(torch.autograd.Function):
         known = len(lu) > 0 and not singular.any()
         factor = _Factor(lu, pivots, singular, None) if known else _Factor.of(_kkt_matrix(H, A, G, active).detach())
         w = factor.solve(g.detach())
-        if torch.is_grad_enabled():  # for the second order
+        if torch.is_grad_enabled():  # a second derivative may follow
             w = _LinearSolve.apply(_kkt_matrix(H, A, G, active), g, factor, w)
         if not ok.all():
             w = torch.where((ok | (g == 0).all(1))[:, None], w, torch.nan)
@@ -238,7 +281,7 @@ def _outer(a: Tensor, b: Tensor) -> Tensor:
 
 
 class _LinearSolve(torch.autograd.Function):
-    """w = K^-1 g for symmetric K with a given factorization; its derivative solves with the same one."""
+    """w = K^-1 g for a symmetric K that is already factored; the derivative solves with the same factorization."""
 
     @staticmethod
     def forward(K: Tensor, g: Tensor, factor: _Factor, w: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
-"""Any solver of quadratic programs in front: one program at a time, NumPy and SciPy arrays in and out.
+"""Solvers of other packages for quadratic programs; one program at a time, as NumPy arrays and SciPy matrices.
 
 PIQP (Schwan, Jiang, Kuhn and Jones, 2023), HiGHS (Huangfu and Hall, 2018) and Clarabel (Goulart and Chen, 2024) are
-called directly, with bounds and two-sided rows where the solver has them; all others through qpsolvers (Caron et al.).
+called directly, with bounds and two-sided rows if the solver has them. All others are called through the package
+qpsolvers (Caron et al.).
 """
 
 from __future__ import annotations
@@ -15,21 +16,10 @@ from typing import Any
 from foldopt.errors import FoldoptError, InputError, MissingDependencyError, SolverError
 from foldopt.solvers.bounded import Answer, Bounded
 
-__all__ = [
-    "CVXOPT_OPTIONS",
-    "DIRECT",
-    "ENOUGH",
-    "GROUPS",
-    "MAX_BYTES",
-    "PACKAGES",
-    "TIGHT",
-    "WARM",
-    "QPSolver",
-    "installed",
-]
+__all__ = ["TIGHT", "QPSolver", "installed"]
 
-LINEAR, QUADRATIC = ("highs", "clarabel"), ("piqp", "clarabel")  # the solvers that None tries in turn
-PACKAGES = {"piqp": "piqp", "clarabel": "clarabel", "highs": "highspy"}  # of the solvers called directly
+LINEAR, QUADRATIC = ("highs", "clarabel"), ("piqp", "clarabel")  # the solvers that solver=None tries, in this order
+PACKAGES = {"piqp": "piqp", "clarabel": "clarabel", "highs": "highspy"}  # of the solvers that are called directly
 TIGHT: dict[str, dict[str, Any]] = {
     "piqp": {"eps_abs": 1e-12, "eps_rel": 1e-12},
     "clarabel": {"tol_feas": 1e-9, "tol_gap_abs": 1e-9, "tol_gap_rel": 1e-9, "max_iter": 400},
@@ -47,26 +37,42 @@ TIGHT: dict[str, dict[str, Any]] = {
     "cvxopt": {"feastol": 1e-9, "abstol": 1e-9, "reltol": 1e-9, "maxiters": 200},
     "ecos": {"feastol": 1e-10, "abstol": 1e-10, "reltol": 1e-10, "max_iters": 200},
 }
-ENOUGH = 1e-9  # relative residuals at which PIQP may stop short of its tolerance: no other solver is as good
-WARM = ("osqp", "scs", "proxqp", "daqp")  # of qpsolvers' those that begin where they are told
+ENOUGH = 1e-9  # relative residuals that are accepted from PIQP though its tolerance is tighter
+WARM = ("osqp", "scs", "proxqp", "daqp")  # the solvers of qpsolvers that can be given a starting point
 CVXOPT_OPTIONS = ("abstol", "feastol", "kktreg", "maxiters", "refinement", "reltol")
-GROUPS = ("open-source-solvers", "wheels-only")  # extras of qpsolvers that are no solver
-MAX_BYTES = 4 * 2**30  # of the matrices of a solver that takes dense ones only
+GROUPS = ("open-source-solvers", "wheels-only")  # extras of qpsolvers that are groups of solvers
+MAX_BYTES = 4 * 2**30  # largest dense matrices that are made of sparse ones for a solver without sparse matrices
 
 
 class QPSolver:
-    """A solver of quadratic programs, chosen by name; it keeps no state between programs and can be pickled.
+    """A solver for one program min 1/2 x'Hx + q'x subject to lower <= Cx <= upper at a time, chosen by its name.
+
+    `foldopt.QPLayer` makes one of its arguments `solver` and `options`. It keeps nothing between programs and can be
+    pickled. A named solver is tried on a program of two variables when it is chosen, so that a missing licence or a
+    wrong option is noticed before training.
 
     Args:
-        solver: None, a name, or a function. None takes HiGHS for linear programs and PIQP for all others, at tight
-            tolerances, and Clarabel where these fail. A name is one of `installed()`; quadprog and ECOS need a
-            positive definite H, CVXOPT independent equalities. A function gets (H, q, C, lower, upper) as they are and
-            returns x, or (x, y) in the signs of `Answer`, or None where it finds no solution; without y the
-            multipliers are zero.
-        options: the named solver's own, in place of the tight ones in TIGHT.
+        solver: None, a name or a function. None (default) takes HiGHS for linear programs and PIQP for all others, with
+            tight tolerances, and Clarabel if these fail. A name is one of those that `installed` lists; quadprog and
+            ECOS need a positive definite H, CVXOPT independent equalities. A function is called as
+            ``solver(H, q, C, lower, upper)`` with the arrays of `__call__` and returns x, or ``(x, y)`` with
+            multipliers y (positive at upper, negative at lower, so that Hx + q + C'y = 0), or None if it finds no
+            solution. If it returns x alone, the multipliers are taken to be 0.
+        options: options of the named solver, as a dict from its own names to values. They replace the tight ones in
+            `TIGHT`. Default None.
 
-    Raises InputError for an unknown name or wrong options, MissingDependencyError where a package is not installed and
-    SolverError where the solver cannot even solve a program of two variables (it may miss its licence).
+    Raises:
+        InputError: if the name or an option is unknown, or options are given without a name.
+        MissingDependencyError: if a package that the solver needs is not installed; the message says how to install it.
+        SolverError: if the solver cannot solve a program of two variables, for want of a licence perhaps.
+
+    Examples:
+        >>> import numpy as np
+        >>> from foldopt.solvers.qp_solvers import QPSolver
+        >>> solver = QPSolver("piqp")
+        >>> answer = solver(np.eye(2), np.array([-3.0, -2.0]), np.ones((1, 2)), np.array([-np.inf]), np.array([2.0]))
+        >>> answer.x.round(6), answer.y.round(6)
+        (array([1.5, 0.5]), array([1.5]))
     """
 
     def __init__(self, solver: str | Callable[..., Any] | None = None, options: dict[str, Any] | None = None) -> None:
@@ -89,21 +95,32 @@ class QPSolver:
 
     @property
     def name(self) -> str:
-        """The name of the solver or of the function; "default" for the chain of solver=None."""
+        """The name of the solver or of the function; "default" for solver=None."""
         if self.solver is None:
             return "default"
         return self.solver if isinstance(self.solver, str) else getattr(self.solver, "__name__", repr(self.solver))
 
     def __call__(self, H: Any, q: Any, C: Any, lower: Any, upper: Any, start: Any = None) -> Answer | None:
-        """Solve one program; None where the solver has no x to offer, whatever the reason.
+        """Solve one program.
 
-        An exception of a named solver becomes a warning, so that one program does not stop a batch; one of a function
-        is raised.
+        An exception of a named solver becomes a RuntimeWarning, so that one program does not stop a batch. An exception
+        of a function is raised.
 
         Args:
-            H: (n, n) symmetric, both triangles, dense or a scipy matrix; convex, with entries of about 1. q: (n,).
-            C: (r, n) dense or a scipy matrix, without duplicate entries. lower, upper: (r,), infinite where a row has
-            no bound; equal in an equality. start: (n,) or None, where a solver that can begins.
+            H: (n, n), a NumPy array or SciPy matrix with both triangles; symmetric positive semidefinite, with entries
+                of about 1.
+            q: (n,).
+            C: (r, n), a NumPy array or SciPy matrix without duplicate entries.
+            lower: (r,). -inf: no bound.
+            upper: (r,). inf: no bound. Equal to `lower` in an equality.
+            start: (n,), where solvers that accept a starting point begin; None (default): anywhere.
+
+        Returns:
+            The answer with x, the multipliers y, and whether the solver reached its tolerance; None if it has no x.
+
+        Raises:
+            InputError: if a function returns arrays of the wrong shape, NaN or inf, or the program is too large for a
+                solver of dense matrices.
         """
         if callable(self.solver):
             return _checked(self.name, self.solver(H, q, C, lower, upper), len(q), len(lower))
@@ -122,7 +139,16 @@ class QPSolver:
 
 
 def installed() -> list[str]:
-    """Return the names of all solvers that are installed here, those of qpsolvers among them."""
+    """Return the names of all installed solvers, including those that the package qpsolvers finds.
+
+    Returns:
+        The names in alphabetical order; each is a valid `solver` of `QPSolver` and of `foldopt.QPLayer`.
+
+    Examples:
+        >>> from foldopt.solvers.qp_solvers import installed
+        >>> "piqp" in installed()
+        True
+    """
     direct = {name for name, package in PACKAGES.items() if importlib.util.find_spec(package)}
     if not importlib.util.find_spec("qpsolvers"):
         return sorted(direct)
@@ -141,7 +167,7 @@ def _piqp(program: Bounded, options: dict[str, Any], start: Any) -> Answer | Non
     solver.setup(p.H, p.q, p.A, p.b, p.G, p.below, p.above, p.low, p.high)
     status, result = solver.solve(), solver.result
     if status == piqp.PIQP_INVALID_SETTINGS:
-        raise InputError(f"options={options}: solver='piqp' calls them invalid.")
+        raise InputError(f"options={options}: solver='piqp' refuses them as invalid.")
     info = result.info
     close = max(info.primal_res_rel, info.dual_res_rel, info.duality_gap_rel) < ENOUGH
     found = status == piqp.PIQP_SOLVED or close
@@ -181,7 +207,7 @@ def _highs(program: Bounded, options: dict[str, Any], start: Any) -> Answer | No
     import scipy.sparse as sp
 
     p = program
-    solver = highspy._core._Highs()  # its subclass Highs prints a banner
+    solver = highspy._core._Highs()  # the public class highspy.Highs prints a banner
     solver.setOptionValue("output_flag", False)
     for name, value in options.items():
         if solver.setOptionValue(name, value) != highspy.HighsStatus.kOk:
@@ -220,7 +246,7 @@ def _by_qpsolvers(name: str, program: Bounded, options: dict[str, Any], start: A
         if size > MAX_BYTES:
             raise InputError(
                 f"solver={name!r} takes dense matrices only, {size / 1e9:.1f} GB for this program of {len(p.q)} "
-                f"variables: more than {MAX_BYTES / 1e9:.1f} GB. Take a solver of sparse ones, such as 'piqp'."
+                f"variables: more than {MAX_BYTES / 1e9:.1f} GB. Take a solver of sparse matrices, such as 'piqp'."
             )
         matrices = [None if part is None else part.toarray() for part in matrices]
     elif not p.sparse and name not in qpsolvers.dense_solvers:
@@ -245,7 +271,7 @@ def _solve(name: str, program: Bounded, options: dict[str, Any], start: Any) -> 
 
 
 def _attempt(name: str, program: Bounded, options: dict[str, Any], start: Any) -> Answer | None:
-    """Return what `_solve` does; None, with a warning, where the solver raises."""
+    """Return the result of `_solve`; if the solver raises an exception, warn and return None."""
     try:
         return _solve(name, program, options, start)
     except (FoldoptError, MemoryError):
@@ -256,7 +282,7 @@ def _attempt(name: str, program: Bounded, options: dict[str, Any], start: Any) -
 
 
 def _checked(name: str, returned: Any, n: int, r: int) -> Answer | None:
-    """Return as an Answer what a user's function returned."""
+    """Check what a user's function returned, and return it as an `Answer`."""
     import numpy as np
 
     if returned is None:
@@ -274,7 +300,7 @@ def _checked(name: str, returned: Any, n: int, r: int) -> Answer | None:
 
 
 def _require_installed(name: str) -> None:
-    """Raise unless SciPy, the solver, and qpsolvers where it is called through that, are there."""
+    """Raise unless the solver, SciPy and (for a solver that is called through it) qpsolvers are installed."""
     needed = ("scipy", PACKAGES.get(name, "qpsolvers"))
     missing = [package for package in needed if not importlib.util.find_spec(package)]
     if missing:
@@ -293,7 +319,7 @@ def _require_installed(name: str) -> None:
 
 
 def _require_working(name: str, options: dict[str, Any]) -> None:
-    """Raise unless the solver solves a program of two variables, and takes these options with it."""
+    """Raise unless the solver solves a program of two variables, without and with these options."""
     import numpy as np
     import scipy.sparse as sp
 
@@ -331,7 +357,7 @@ def _is_refused(name: str, program: Bounded, options: dict[str, Any]) -> bool:
 
 
 def _is_known(name: str, option: str) -> bool:
-    """Whether a solver has this option, for those that ignore others without a word; True for the rest."""
+    """Return whether a solver has this option; True for solvers that refuse unknown options themselves."""
     if name == "cvxopt":
         return option in CVXOPT_OPTIONS
     if name == "qpalm":

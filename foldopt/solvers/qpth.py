@@ -1,4 +1,7 @@
-"""The quadratic program of qpth (Amos and Kolter, OptNet, 2017), with correct sums and optional equalities."""
+"""qpth, the differentiable solver of quadratic programs of OptNet, with correct sums and optional equalities.
+
+Source: Amos and Kolter, OptNet (2017).
+"""
 
 from __future__ import annotations
 
@@ -13,22 +16,52 @@ __all__ = ["qp_function", "solve_qpth"]
 
 
 def qp_function() -> Any:
-    """Return qpth's QPFunction. Raises MissingDependencyError without qpth."""
+    """Return the class QPFunction of qpth.
+
+    Returns:
+        The class.
+
+    Raises:
+        MissingDependencyError: qpth is not installed.
+
+    Examples:
+        >>> foldopt.solvers.qpth.qp_function().__name__
+        'QPFunction'
+    """
     try:
         from qpth.qp import QPFunction
     except ImportError as error:
         raise MissingDependencyError(
             "qpth is not installed; install it with: pip install 'foldopt[qpth]'. foldopt.QPLayer and foldopt.f_pgd_b "
-            "need nothing."
+            "need no extra package."
         ) from error
     return QPFunction
 
 
 def solve_qpth(*parts: Tensor, eps: float, max_iter: int) -> Tensor:
-    """Solve the program (Q, p, G, h, A, b) with qpth, (B, n); shapes as for `foldopt.QPLayer`, Q positive definite.
+    """Solve quadratic programs with qpth, differentiably.
 
-    qpth averages the gradient of what a batch shares, so it is given one of each per sample. eps, max_iter: its own
-    tolerance and cap of iterations. It does not tell which samples it solved, and has no second derivative.
+    qpth returns the batch mean as the gradient of an argument without a batch dimension, so every argument is expanded
+    over the batch first. It does not report which samples it solved, and has no second derivative.
+
+    Args:
+        *parts: Q, p, G, h, A and b, of the shapes of `foldopt.QPLayer`; Q is positive definite.
+        eps: tolerance of its interior point.
+        max_iter: largest number of its iterations.
+
+    Returns:
+        x, (B, n).
+
+    Raises:
+        InputError: shapes do not fit.
+        MissingDependencyError: qpth is not installed.
+
+    Examples:
+        >>> none = torch.zeros(0, 1), torch.zeros(0)
+        >>> program = torch.eye(1), torch.tensor([[-2.0]]), torch.eye(1), torch.ones(1), *none
+        >>> x = foldopt.solvers.qpth.solve_qpth(*(part.double() for part in program), eps=1e-12, max_iter=30)
+        >>> round(x.item(), 6)
+        1.0
     """
     Q, p, G, h, A, b = (part.contiguous() for part in batched_qp(*parts))
     none = p.new_zeros(0)

@@ -1,4 +1,4 @@
-"""Update steps U(x, c), one file each: differentiable code whose fixed point is the solution."""
+"""Update steps U(x, c): differentiable code whose fixed point is the solution. Each is in a file of its own."""
 
 from foldopt.updates.admm import ADMM
 from foldopt.updates.dual_proximal_gradient import DualProximalGradient

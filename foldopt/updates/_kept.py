@@ -1,4 +1,4 @@
-"""What has been found out about some tensors, kept for as long as they are the same."""
+"""A result computed from tensors, kept for as long as these are unchanged."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from torch import Tensor
 
 from foldopt._compat import version
 
+__all__ = ["Kept"]
+
 
 class Kept(NamedTuple):
-    """What was found, and the tensors that it belongs to as they were."""
+    """A result, and the tensors with their versions from which it was computed."""
 
     found: Any
     tensors: tuple[Tensor, ...]
@@ -18,13 +20,13 @@ class Kept(NamedTuple):
 
     @classmethod
     def of(cls, found: Any, *tensors: Tensor) -> Kept | None:
-        """Return what was found about these tensors; None for inference tensors, which keep no version."""
+        """Keep a result of these tensors; None for inference tensors, which have no version."""
         if any(t.is_inference() for t in tensors):
             return None
         return cls(found, tuple(t.detach() for t in tensors), tuple(version(t) for t in tensors))
 
     def suits(self, *tensors: Tensor) -> bool:
-        """Whether these are the same memory, not written to since."""
+        """Return whether these tensors share the same memory, not written to since."""
         return len(tensors) == len(self.tensors) and all(
             not t.is_inference()
             and (t.data_ptr(), version(t), t.dtype, t.shape, t.stride())

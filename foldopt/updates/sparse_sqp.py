@@ -13,10 +13,11 @@ from foldopt.batched import matvec
 from foldopt.errors import InputError
 from foldopt.qp._activity import activity, complemented
 from foldopt.qp._kkt import Factored, probe
+from foldopt.qp._operations import numbers, rescaled
 from foldopt.qp._program import Program, equilibrate, residual, sizes
 from foldopt.qp._sparse_kkt import SparseKKT, packages
 from foldopt.qp._systems import Equilibrated, solved
-from foldopt.qp.matrix import SparseMatrix, numbers, rescaled
+from foldopt.qp.matrix import SparseMatrix
 from foldopt.solvers.interior_point import largest
 from foldopt.updates._kept import Kept
 from foldopt.updates.newton import Judge, Point

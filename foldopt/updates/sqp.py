@@ -14,9 +14,9 @@ from foldopt.batched import lu_factor, matvec
 from foldopt.errors import InputError
 from foldopt.qp._activity import activity, complemented
 from foldopt.qp._kkt import Spectral, probe
+from foldopt.qp._operations import dense
 from foldopt.qp._program import Program, equilibrate, residual, sizes
 from foldopt.qp._systems import System, solved
-from foldopt.qp.matrix import dense
 from foldopt.solvers.interior_point import largest
 from foldopt.solvers.qp import QPSolution, _kkt_matrix, solve_qp
 from foldopt.updates._kept import Kept

@@ -181,6 +181,8 @@ def test_unroll_unfold_and_fold_agree():
     assert set(distances) == {"unfold", "lfpi", "unroll"}
     assert max(distances.values()) < 1e-12
     assert agreement(layer, *problem(), iterations=3)["lfpi"] > 1e-3
+    with pytest.raises(InputError, match="iterations=1: expected a whole number of at least 2"):
+        agreement(layer, *problem(), iterations=1)
 
 
 def test_stepsizes_change_the_work_not_the_answer():

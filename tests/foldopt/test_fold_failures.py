@@ -79,7 +79,7 @@ NAN[1, 0] = torch.nan
         (lambda: foldopt.fold(torch.sqrt, None), "update=None is not callable"),
         (lambda: ok_layer(on_failure="ignore"), "on_failure='ignore' is unknown; choose one of"),
         (lambda: ok_layer(linear_solver="lu"), "linear_solver='lu' is unknown"),
-        (lambda: ok_layer(tol=-1.0), "tol=-1.0: the fixed-point tolerance"),
+        (lambda: ok_layer(tol=-1.0), "tol=-1.0: expected a number above 0"),
         (lambda: ok_layer(dtype=torch.int64), "dtype=torch.int64 is not a floating-point type"),
         (
             lambda: foldopt.unroll(torch.sqrt, heron, iterations=0),

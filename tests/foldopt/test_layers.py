@@ -1,14 +1,15 @@
 """The ready layers: programs given by functions, and projected gradient on a polyhedron."""
 
+import inspect
 import sys
 
 import pytest
 import torch
 
 import foldopt
-from foldopt import NLPLayer, QPLayer, f_fdpg, f_pgd_a, f_pgd_b
+from foldopt import NLPLayer, QPLayer, f_fdpg, f_pgd_a, f_pgd_b, f_sqp
 from foldopt.errors import FixedPointError, InputError, KinkError, MissingDependencyError
-from foldopt.layers import ADMMLayer
+from foldopt.layers import ADMMLayer, FDPGLayer
 from foldopt.prox import soft_threshold
 from tests.foldopt.programs import (
     F64,
@@ -220,6 +221,16 @@ def pgd(make, **options):
         **options,
     )
     return lambda Q, *rest: layer((Q + Q.mT) / 2, *rest)
+
+
+@pytest.mark.parametrize("make", [f_fdpg, f_pgd_a, f_pgd_b, f_sqp, ADMMLayer, FDPGLayer])
+def test_layers_name_every_option_of_fold(make):
+    shown, options = inspect.signature(make).parameters, inspect.signature(foldopt.fold).parameters
+    names = [name for name, option in options.items() if option.kind is option.KEYWORD_ONLY]
+    assert len(names) == 6
+    assert set(names) <= set(shown)
+    assert all(shown[name].default == options[name].default for name in names if name != "dtype")
+    assert shown["dtype"].default == (None if make in (f_fdpg, FDPGLayer) else torch.float64)
 
 
 @pytest.mark.parametrize(("make", "rel"), [(f_pgd_a, 1e-3), (f_pgd_b, 1e-6)])

@@ -1,4 +1,4 @@
-"""QPLayer where qpth is used: argument by argument, shared and batched, large, degenerate, infeasible; and peers."""
+"""QPLayer in the uses of qpth: every argument, shared and batched, large, degenerate and infeasible programs."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def agree(mine, other):
 @pytest.mark.parametrize("linear_solver", ["auto", "direct", "gmres"])
 @pytest.mark.parametrize("rows", ROWS)
 def test_the_qp_layer_against_the_kkt_system(linear_solver, rows):
-    """Which has no number to tune: there is nothing left for the linear solver to do."""
+    """Phi is 0, so that the linear solver has nothing to do."""
     data = quadratic_programs(**ROWS[rows])
     x = foldopt.QPLayer(linear_solver=linear_solver)(*data)
     expected = solve_by_kkt(*data)
@@ -46,14 +46,14 @@ def test_redundant_constraints_change_no_gradient(linear_solver):
         layer = foldopt.QPLayer(linear_solver=linear_solver)
         x = layer(eye, p, G, h.to(F64), ones, ones[:, 0])
         gradients.append(torch.autograd.grad(x, p, g)[0])
-    assert int((x.detach() > 1e-9).sum(1).min()) == 1  # vertices, where x = 1 is active, among them
+    assert int((x.detach() > 1e-9).sum(1).min()) == 1  # some samples are at vertices, where x = 1 is active
     assert layer.last.backward.ok.all()
     assert set(layer.last.verdict) == {"differentiable"}
     torch.testing.assert_close(gradients[1], gradients[0], rtol=0, atol=1e-12)
 
 
 def test_the_qp_layer_against_qpth_given_expanded_arguments():
-    """qpth takes the mean where the batch shares an argument, so it is given one of each per sample."""
+    """qpth averages the gradient of a shared argument, so it gets a copy of each argument per sample."""
     qpth = pytest.importorskip("qpth.qp")
     data = quadratic_programs(B=32)
     g = torch.randn(32, 8, generator=torch.Generator().manual_seed(1), dtype=F64)
@@ -115,7 +115,7 @@ def test_a_weakly_active_constraint_is_a_kink():
 
 
 def test_the_qp_layer_against_cvxpylayers():
-    """Which takes a square root of Q, so its gradient with respect to Q is not compared."""
+    """cvxpylayers takes a square root of Q, so the gradient with respect to Q is not compared."""
     pytest.importorskip("cvxpylayers")
     import cvxpy as cp
     from cvxpylayers.torch import CvxpyLayer
@@ -146,7 +146,7 @@ def test_the_qp_layer_against_cvxpylayers():
 @pytest.mark.parametrize("batched", [True, False], ids=["batched", "shared"])
 @pytest.mark.parametrize("argument", range(6), ids=ARGUMENTS)
 def test_the_gradient_of_each_argument_by_itself(argument, batched, rows):
-    """As qpth's own tests do: one argument requires grad, and central differences along 20 directions judge it."""
+    """As in qpth's tests, one argument requires grad and is compared with differences along 20 directions."""
     data = [t.detach() for t in quadratic_programs(B=10, **ROWS[rows])]
     value = data[argument]
     single = 2 if argument in (0, 2, 4) else 1
@@ -172,7 +172,7 @@ def test_the_gradient_of_each_argument_by_itself(argument, batched, rows):
 
 
 def test_bounds_are_met_exactly_and_an_infinite_one_is_none():
-    """A logarithm of x is what users take next."""
+    """Users often take the logarithm of x next."""
     eye = torch.eye(3, dtype=F64)
     p = torch.tensor([[0.0, 1.0, 1.0], [1e5, -1e-4, 1e-4]], dtype=F64, requires_grad=True)
     x = foldopt.QPLayer()(eye, p, None, None, torch.ones(1, 3), torch.ones(1), lower=torch.zeros(3))

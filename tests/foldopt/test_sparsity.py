@@ -77,8 +77,8 @@ def test_the_places_may_be_given(kind):
     [
         (sp.identity(9), sp.identity(9), np.ones((1, 9)), "sparsity= misses entries of the Hessian"),
         (LINE + sp.identity(9), sp.identity(9), np.eye(1, 9), "sparsity= misses entries of the Hessian"),
-        (sp.identity(8), sp.identity(8), np.ones((1, 8)), "is of 8 variables, 1 equalities and 8 inequalities, but"),
-        (LINE, sp.identity(9), None, "is of 9 variables, 0 equalities and 9 inequalities, but the program has 9, 1"),
+        (sp.identity(8), sp.identity(8), np.ones((1, 8)), "has 8 variables, 1 equalities and 8 inequalities, but"),
+        (LINE, sp.identity(9), None, "has 9 variables, 0 equalities and 9 inequalities, but the program has 9, 1"),
     ],
 )
 def test_places_that_do_not_fit_are_refused(hessian, inequalities, equalities, message):

@@ -56,7 +56,7 @@ def test_warm_start_knows_samples_by_their_indices():
 
 
 def test_warm_start_refuses_what_it_cannot_use():
-    with pytest.raises(InputError, match="does not start from anything"):
+    with pytest.raises(InputError, match="cannot start from a given v"):
         ls.WarmStart(ls.Direct())
     solver = ls.WarmStart(ls.GMRES())
     phi, g = phi_with_radius(0.5)

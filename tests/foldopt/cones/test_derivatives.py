@@ -1,4 +1,4 @@
-"""First and second derivatives of the projections on cones, and where there are none."""
+"""First and second derivatives of the projections on cones, and points without a derivative."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def smooth(name, distance):
     cone, d = CONES[name]
     v = torch.cat([3 * normal(6, 400, d), kinds_of_points(d)])
     if name in ("power 0.7", "dual power"):
-        v = v[v[:, 2].abs() > 0.1]  # at z = 0 there need not be a second derivative, and differences are slow
+        v = v[v[:, 2].abs() > 0.1]  # at z = 0 a second derivative need not exist, and differences converge slowly
     return v[~cone.kinks(v, distance)]
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from foldopt.cones import ProductCone
-from foldopt.cones.interior_point import (
+from foldopt.cones._interior_point import (
     INFEASIBLE,
     LIMIT,
     NOT_FINITE,
@@ -32,7 +32,7 @@ def times(M, x):
 
 
 def solvable(B, n, dims, seed, rank):
-    """Programs made from a solution (x, z, s)."""
+    """Programs constructed from a known solution (x, z, s)."""
     cone = ProductCone(dims)
     A, x, v = normal(seed, B, cone.size, n), normal(seed + 1, B, n), normal(seed + 2, B, cone.size)
     s, p = cone.split(v)
@@ -130,7 +130,7 @@ def test_integer_programs_end_as_clarabels_do(n, dims):
             assert (dual.project(y) - y).abs().max() < 1e-12 * (1 + y.abs().max())
             assert x.isnan().all()
         elif found.status[i] == UNBOUNDED:
-            assert "Infeasible" in status, i  # there may be a ray and no point at once
+            assert "Infeasible" in status, i  # a program may have a ray and be infeasible
             assert torch.maximum((P[i] @ x).abs().max(), (A[i] @ x + s).abs().max()) < 1e-7
             assert (q[i] @ x).item() == pytest.approx(-1)
             assert (cone.project(s) - s).abs().max() < 1e-12 * (1 + s.abs().max())

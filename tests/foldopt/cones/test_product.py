@@ -89,7 +89,7 @@ def test_copies_and_nothing_at_all():
         ({"exp": 1.5}, r'dims\["exp"\] has 1.5'),
         ({"soc": [3, 2.5]}, r'dims\["soc"\] has 2.5'),
         ({"psd": [True]}, r'dims\["psd"\] has True'),
-        ({"pow": [1.0]}, r"alpha=1.0: expected a number between 0 and 1"),
+        ({"pow": [1.0]}, r"alpha=1.0: expected a number strictly between 0 and 1"),
     ],
 )
 def test_sizes_that_are_none(dims, message):

@@ -1,4 +1,4 @@
-"""Projections on cones: a generic solver's, those of 330 digits, and what characterises projections at any scale."""
+"""Projections on cones against a generic solver, against 330 digits, and by their characterization at any scale."""
 
 import itertools
 import random

@@ -1,4 +1,4 @@
-"""Cones and points for their tests, and projections that know nothing of foldopt: a generic solver, and mpmath."""
+"""Cones and points for the tests, and projections computed without foldopt: by a generic solver and by mpmath."""
 
 import importlib
 import math

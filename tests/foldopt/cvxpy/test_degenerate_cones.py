@@ -1,4 +1,4 @@
-"""Small cone programs with integer data, where ties and flat spots are common, beside one-sided differences."""
+"""Small cone programs with integer data, often degenerate, against one-sided differences."""
 
 from collections import Counter
 

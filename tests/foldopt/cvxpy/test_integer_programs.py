@@ -1,4 +1,4 @@
-"""Degenerate quadratic programs with integer data, written in CVXPY, beside what is exactly true of them."""
+"""Degenerate quadratic programs with integer data, written in CVXPY, against exact arithmetic."""
 
 from collections import Counter
 

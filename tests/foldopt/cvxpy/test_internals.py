@@ -1,17 +1,17 @@
-"""The names of CVXPY that are not public and that `foldopt.cvxpy` stands on: run this on a new release first."""
+"""The private names of CVXPY that `foldopt.cvxpy` uses: run this first on a new release of CVXPY."""
 
 import cvxpy as cp
 import numpy as np
 import pytest
 
-from foldopt.cvxpy.canonical import Form
+from foldopt.cvxpy._canonical import Target
 
 
 @pytest.fixture(scope="module")
 def canonicalized():
     A, x = cp.Parameter((2, 3)), cp.Variable(3)
     problem = cp.Problem(cp.Minimize(cp.sum_squares(x) + cp.norm(A @ x)), [A @ x >= 1])
-    data, chain, inverse = problem.get_problem_data(Form(), enforce_dpp=True)
+    data, chain, inverse = problem.get_problem_data(Target(), enforce_dpp=True)
     return problem, data["param_prob"], chain, inverse
 
 
@@ -32,7 +32,7 @@ def canonicalized():
     ],
 )
 def test_the_parametrized_program_has(name, canonicalized):
-    assert hasattr(canonicalized[1], name), f"ParamConeProg.{name} is gone: see foldopt/cvxpy/canonical.py"
+    assert hasattr(canonicalized[1], name), f"ParamConeProg.{name} is gone: see foldopt/cvxpy/_canonical.py"
 
 
 def test_the_reduced_maps_hold_a_matrix_and_a_pattern(canonicalized):
@@ -47,12 +47,12 @@ def test_the_reduced_maps_hold_a_matrix_and_a_pattern(canonicalized):
 
 @pytest.mark.parametrize("name", ["zero", "nonneg", "soc", "psd", "exp"])
 def test_cone_dimensions_have(name, canonicalized):
-    assert hasattr(canonicalized[1].cone_dims, name), f"ConeDims.{name} is gone: see foldopt/cvxpy/canonical.py"
+    assert hasattr(canonicalized[1].cone_dims, name), f"ConeDims.{name} is gone: see foldopt/cvxpy/_canonical.py"
 
 
 @pytest.mark.parametrize("name", ["compose_var_id_map", "compose_param_id_map", "invert", "get"])
 def test_chains_have(name, canonicalized):
-    assert hasattr(canonicalized[2], name), f"Chain.{name} is gone: see foldopt/cvxpy/canonical.py"
+    assert hasattr(canonicalized[2], name), f"Chain.{name} is gone: see foldopt/cvxpy/_canonical.py"
 
 
 @pytest.mark.parametrize("solver", ["CLARABEL", "SCS", "OSQP"])
@@ -61,11 +61,11 @@ def test_solvers_have_what_is_called_and_asked(solver):
 
     interface = {**defines.SOLVER_MAP_CONIC, **defines.SOLVER_MAP_QP}[solver]
     for name in ("solve_via_data", "invert", "VAR_ID"):
-        assert hasattr(interface, name), f"{solver}: {name} is gone: see foldopt/cvxpy/solver.py"
+        assert hasattr(interface, name), f"{solver}: {name} is gone: see foldopt/cvxpy/_solver.py"
     if solver in defines.SOLVER_MAP_CONIC:
         names = "supports_quad_obj", "SUPPORTED_CONSTRAINTS", "EXP_CONE_ORDER", "PSD_TRIANGLE_KIND", "PSD_SQRT2_SCALING"
         for name in names:
-            assert hasattr(interface, name), f"{solver}: {name} is gone: see foldopt/cvxpy/solver.py"
+            assert hasattr(interface, name), f"{solver}: {name} is gone: see foldopt/cvxpy/_solver.py"
 
 
 def test_rows_come_as_all_t_then_all_z_and_the_signs_are_those_of_formatted_programs():
@@ -80,7 +80,7 @@ def test_rows_come_as_all_t_then_all_z_and_the_signs_are_those_of_formatted_prog
         S + cp.diag(x[:2]) >> 0,
     ]
     problem = cp.Problem(cp.Minimize(cp.sum(x) + cp.trace(S)), constraints)
-    from foldopt.cvxpy.canonical import canonicalize
+    from foldopt.cvxpy._canonical import canonicalize
 
     own = canonicalize(problem, [], [x])
     theirs, _, _ = problem.get_problem_data("CLARABEL")

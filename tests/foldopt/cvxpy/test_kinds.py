@@ -10,7 +10,7 @@ from experiments.benchmark.cvxpy_kinds import KINDS, kind
 from foldopt.errors import DependentRowsError, KinkError, NotUniqueError
 
 SECOND_ORDER = ("portfolio", "quadratic program", "logistic", "geometric", "nearest semidefinite", "log utility")
-OTHER_CONES = (  # that foldopt's own interior point does not take
+OTHER_CONES = (  # cones that foldopt's interior point does not support
     *("logistic", "soft top k", "maximum entropy", "geometric", "log utility"),
     *("nearest semidefinite", "semidefinite at zero", "matrix completion", "weighted geometric mean"),
 )
@@ -97,8 +97,8 @@ def test_sparse_systems_give_the_same_gradient_and_verdict(name, monkeypatch):
     k = kind(name)
     answers = []
     for largest in (300, 0):
-        monkeypatch.setattr("foldopt.conic.systems.DENSE", largest)
-        monkeypatch.setattr("foldopt.conic.newton.DENSE", largest)
+        monkeypatch.setattr("foldopt._conic.systems.DENSE", largest)
+        monkeypatch.setattr("foldopt._conic.newton.DENSE", largest)
         values = tensors(k)
         layer = layer_of(k, degenerate="nan")
         answers.append(torch.autograd.grad(weighted(k, layer(*values)), values))

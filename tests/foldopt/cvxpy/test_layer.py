@@ -22,7 +22,7 @@ F64 = torch.float64
 
 
 def ball(**options):
-    """The point of a ball of radius r around 0 that is farthest in the direction c, where that has a bound."""
+    """The point of the ball of radius r that is farthest in the direction c."""
     c, r, x = cp.Parameter(3, name="c"), cp.Parameter(name="r"), cp.Variable(3, name="x")
     return foldopt.CvxpyLayer(cp.Problem(cp.Maximize(c @ x), [cp.norm(x) <= r]), [c, r], [x], **options)
 
@@ -117,7 +117,7 @@ def test_a_kink_that_the_cotangent_does_not_see_is_none():
     x, z = cp.Parameter(2), cp.Variable(2)
     layer = foldopt.CvxpyLayer(cp.Problem(cp.Minimize(cp.sum_squares(z - x)), [cp.norm(z) <= 5]), [x], [z])
     point = torch.tensor([3.0, 4], dtype=F64, requires_grad=True)
-    along = torch.tensor([4.0, -3], dtype=F64)  # along the circle both pieces have the derivative 1
+    along = torch.tensor([4.0, -3], dtype=F64)  # along the circle both sides have the same derivative, 1
     (gradient,) = torch.autograd.grad(layer(point)[0] @ along, point)
     torch.testing.assert_close(gradient, along)
     assert layer.last.verdict == ("differentiable",)
@@ -201,13 +201,13 @@ REFUSED = {
     "not convex": (cp.Minimize(cp.sum(cp.sqrt(x)) + p @ x), [x], {}, "not convex .DCP. because of.*NLPLayer"),
     "DQCP": (cp.Minimize(cp.ceil(x[0]) + 0 * p[0]), [x], {}, "quasiconvex .DQCP."),
     "maximize convex": (cp.Maximize(cp.sum_squares(x - p)), [x], {}, "not convex"),
-    "parameter": (cp.Minimize(cp.sum_squares(x - p)), [x], {"parameters": [p, pp]}, "names s, which the problem does"),
+    "parameter": (cp.Minimize(cp.sum_squares(x - p)), [x], {"parameters": [p, pp]}, "has s, which the problem does"),
     "no parameter": (cp.Minimize(cp.sum_squares(x - p)), [x], {"parameters": []}, "parameters= lacks p"),
-    "variable": (cp.Minimize(cp.sum_squares(x - p)), [n], {}, "variables= names n, which is neither"),
+    "variable": (cp.Minimize(cp.sum_squares(x - p)), [n], {}, "variables= has n, which is neither"),
     "no variable": (cp.Minimize(cp.sum_squares(x - p)), [], {}, "variables= is empty"),
     "solver": (cp.Minimize(cp.sum_squares(x - p)), [x], {"solver": "NONE"}, "solver='NONE' is not installed.*CLARABEL"),
-    "cones": (cp.Minimize(cp.norm(x - p)), [x], {"solver": "OSQP"}, "takes no such cones .*soc"),
-    "own cones": (cp.Minimize(cp.sum(cp.exp(x - p))), [x], {"solver": "foldopt"}, r"has \['exp'\]: take another"),
+    "cones": (cp.Minimize(cp.norm(x - p)), [x], {"solver": "OSQP"}, "does not support the cones .*soc"),
+    "own cones": (cp.Minimize(cp.sum(cp.exp(x - p))), [x], {"solver": "foldopt"}, r"has \['exp'\]; choose another"),
     "own options": (
         cp.Minimize(cp.norm(x - p)),
         [x],

@@ -1,15 +1,15 @@
 import numpy as np
 import torch
 
+from foldopt._conic.form import Form, Program
+from foldopt._conic.systems import Jacobian, System
 from foldopt.cones import Exponential, SecondOrder
-from foldopt.conic.form import Form, Program
-from foldopt.conic.systems import Jacobian, System
 
 F64 = torch.float64
 
 
 def program(seed, m):
-    """Three programs with a dense P (2, 2) and A (m, 2) and one second-order cone of all rows."""
+    """Three programs with dense P (2, 2) and A (m, 2), in which all rows form one second-order cone."""
     draw = np.random.default_rng(seed)
     square = np.tile(np.arange(2), 2), np.array([0, 2, 4])
     tall = np.tile(np.arange(m), 2), np.array([0, m, 2 * m])

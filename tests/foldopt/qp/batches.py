@@ -1,4 +1,4 @@
-"""Batches of which some samples fail or are degenerate, for the tests of the policies of the QP layer."""
+"""Batches in which some samples fail or are degenerate, for the tests of the QP layer's policies."""
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ WEIGHT = [1.0, 2.0, 4.0]
 
 
 def regular(seed, upper=2.0):
-    """Three variables, a row, an equality and bounds; strictly complementary."""
+    """A strictly complementary program in three variables with a row, an equality and bounds."""
     draws = np.random.default_rng(seed)
     R = draws.normal(size=(3, 3))
     Q, p, G = R @ R.T + 0.5 * I3, 2 * draws.normal(size=3), draws.normal(size=(1, 3))
@@ -32,7 +32,7 @@ FAILURES = {
 
 
 def with_failures(causes, dtype):
-    """Return a batch of 7 with a failure at 2, and the second of `causes` at 5; and the places of the failures."""
+    """Return a batch of 7 with the first of `causes` at 2 and the second at 5, and the indices of the failures."""
     programs, places = [regular(i) for i in range(7)], (2, 5)[: len(causes)]
     for place, cause in zip(places, causes, strict=True):
         programs[place] = FAILURES[cause][0]

@@ -1,4 +1,4 @@
-"""Small programs on which QP layers fail without a word, each with its right value or its true cause.
+"""Small programs on which QP layers fail silently, each with its right value or its true cause.
 
 The values are derived by hand and confirmed by `programs.truth`, which shares nothing with foldopt.
 """
@@ -49,7 +49,7 @@ RIGHT = {
     "0'x = 0, inside": (Program(I2, [-2, -1], -I2, Z2, np.zeros((1, 2)), [0]), [2, 1], [1, 2], [-1, -2]),
     "0'x <= 0": (Program(I2, [-2, -1], np.concatenate([-I2, np.zeros((1, 2))]), Z3), [2, 1], [1, 2], [-1, -2]),
     "an equality and its double": (
-        Program(I2, [-2, -1], -I2, Z2, [[1, 2], [2, 4]], [1, 2]),  # x_2 = 0 carries 1
+        Program(I2, [-2, -1], -I2, Z2, [[1, 2], [2, 4]], [1, 2]),  # the bound x_2 = 0 has the multiplier 1
         [1, 0],
         [1, 2],
         Z2,
@@ -57,7 +57,7 @@ RIGHT = {
     "an equality given twice, at a vertex where a bound carries nothing": (
         Program(I2, [-2, -1], -I2, Z2, np.ones((2, 2)), [1, 1]),
         [1, 0],
-        [1, 1],  # the sum is fixed, so this weight has a derivative where others have none
+        [1, 1],  # the sum is fixed, so that its derivative exists and others do not
         Z2,
     ),
     "more equalities than variables": (
@@ -102,7 +102,7 @@ RIGHT = {
         )
         for penalty in (1e2, 1e4, 1e6, 1e7, 1e8, 1e10)
     },
-    # x_3 and x_4 share what the two rows leave
+    # x_3 and x_4 share the rest equally
     **{
         f"two rows times {s:.0e}": (
             Program(
@@ -180,7 +180,7 @@ TIES = {
         [3, 3, -1],
         [1, 0, 0],
     ),
-    "a flat direction beside a curved one": (  # x_2 is anywhere, and x_1 does not ask where
+    "a flat direction beside a curved one": (  # x_2 is free and has no influence on x_1
         Program(np.diag([1, 0]), [-1, 0], lower=[-5, -1], upper=[5, 1]),
         [0, 0],
         [1, 1],

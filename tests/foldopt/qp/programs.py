@@ -1,4 +1,4 @@
-"""Quadratic programs for the tests of the QP layer, and their truth without a line of foldopt.
+"""Quadratic programs for the tests of the QP layer, and their truth, computed without foldopt.
 
 A program is min 1/2 x'Qx + p'x subject to Gx <= h, Ax = b, lower <= x <= upper. `truth` solves it with Clarabel, makes
 the answer exact by a least-squares solve on its active rows, asks one linear program (HiGHS) which active rows can
@@ -26,7 +26,7 @@ def _empty(*shape):
 
 @dataclass
 class Program:
-    """One quadratic program in numpy; a part that is None does not exist."""
+    """One quadratic program in numpy; parts that are None are left out."""
 
     Q: np.ndarray
     p: np.ndarray
@@ -48,7 +48,7 @@ class Program:
         return len(self.p)
 
     def rows(self):
-        """Return C, low, high of low <= Cx <= high, each row of norm 1 (or 0): those of G, of A, and the bounds."""
+        """Return C, low, high of low <= Cx <= high: the rows of G, of A and the bounds, each of norm 1 (or 0)."""
         n, inf = self.n, np.inf
         parts = [(np.zeros((0, n)), np.zeros(0), np.zeros(0))]
         if self.G is not None:
@@ -67,22 +67,22 @@ class Program:
         return C[bounds], low[bounds], high[bounds]
 
     def moved(self, **steps):
-        """Return the program with each named part moved by its step."""
+        """Return the program with a step added to each named part."""
         return replace(self, **{name: getattr(self, name) + step for name, step in steps.items()})
 
 
 @dataclass
 class Truth:
-    """A solution x, the rows that are active there, and the derivative in p."""
+    """A solution x, the rows that are active there, and the derivative with respect to p."""
 
     status: str
     program: Program
     x: np.ndarray | None = None
-    strong: np.ndarray | None = None  # active rows of which some multiplier is not zero
-    weak: np.ndarray | None = None  # active rows of which every multiplier is zero
+    strong: np.ndarray | None = None  # active rows that can have a nonzero multiplier
+    weak: np.ndarray | None = None  # active rows whose multiplier is always zero
 
     def verdict(self, g, tol=1e-7):
-        """Return what the derivative of g'x in p is, and the derivative (None where there is none)."""
+        """Return the verdict on the derivative of g'x with respect to p, and the derivative or None."""
         Q = self.program.Q
         N = null_space(self.strong, len(self.x))
         w, V = np.linalg.eigh(N.T @ Q @ N)
@@ -132,7 +132,7 @@ class Truth:
 
 
 def null_space(C, n):
-    """Return an orthonormal basis of {v: Cv = 0}, rows of C at size one first."""
+    """Return an orthonormal basis of {v: Cv = 0}, after scaling the rows of C to size 1."""
     size = np.linalg.norm(C, axis=1) if len(C) else np.zeros(0)
     C = C[size > 0] / size[size > 0, None]
     if not len(C):
@@ -142,7 +142,7 @@ def null_space(C, n):
 
 
 def clarabel(program, tol=1e-11):
-    """Return (status, x, y): y of the rows C, positive at high and negative at low."""
+    """Return (status, x, y) with the multipliers y of the rows of C, positive at high and negative at low."""
     solver = pytest.importorskip("clarabel")
     sp = pytest.importorskip("scipy.sparse")
     C, low, high = program.rows()
@@ -183,7 +183,7 @@ def residual(program, x, y):
 
 
 def exact(program, x, y, tol=1e-11):
-    """Return x and y at rounding: least-squares solves on guesses at the active rows, judged by their residual."""
+    """Return x and y to rounding: the best of several least-squares solves, on guesses of the active rows."""
     lstsq = pytest.importorskip("scipy.linalg").lstsq
     C, low, high = program.rows()
     best = residual(program, x, y), x, y
@@ -217,7 +217,7 @@ def exact(program, x, y, tol=1e-11):
 
 
 def active(program, x, tol=1e-8):
-    """Return the active rows in two parts: those that some multiplier carries, those that none does."""
+    """Return the active rows that can have a multiplier, and those that cannot."""
     linprog = pytest.importorskip("scipy.optimize").linprog
     C, low, high = program.rows()
     z = C @ x
@@ -229,7 +229,7 @@ def active(program, x, tol=1e-8):
     E, k = C[equal], len(W)
     strong = np.zeros(k, bool)
     if k:
-        # max sum t: E'a + W'(w + t) = -g s, w >= 0, 0 <= t <= 1, s >= 1: the scaled multipliers of most support
+        # max sum t: E'a + W'(w + t) = -g s, w >= 0, 0 <= t <= 1, s >= 1: multipliers with the most nonzeros, scaled
         cost = np.concatenate([np.zeros(len(E) + k), -np.ones(k), [0.0]])
         rows = np.concatenate([E.T, W.T, W.T, g[:, None]], 1)
         bounds = [(None, None)] * len(E) + [(0, None)] * k + [(0, 1)] * k + [(1, None)]
@@ -241,7 +241,7 @@ def active(program, x, tol=1e-8):
 
 
 def truth(program):
-    """Return the program's status and, where it is solved, its solution and active rows."""
+    """Return the program's status and, if it is solved, its solution and active rows."""
     assert np.linalg.eigvalsh(program.Q).min(initial=0) >= -1e-12 * np.abs(program.Q).max(initial=0)
     status, x, y = clarabel(program)
     if status != "solved":
@@ -251,7 +251,7 @@ def truth(program):
 
 
 def stacked(programs, dtype=F64):
-    """Return the arguments of a batch, by name; a part that all lack is left out."""
+    """Return the arguments of a batch by name, without the parts that no program has."""
     found = {}
     for name in ARGUMENTS:
         parts = [getattr(program, name) for program in programs]
@@ -269,7 +269,7 @@ def symmetric(Q):
 
 
 def close(found, expected, rtol=1e-9, atol=None):
-    """Compare to `rtol` of the largest entry (1e-12 where that is 0), unless `atol` is given."""
+    """Compare with the tolerance `atol`; default: `rtol` times the largest entry (1e-12 if that is 0)."""
     expected = torch.as_tensor(np.asarray(expected), dtype=found.dtype)
     atol = (rtol * float(expected.abs().max()) or 1e-12) if atol is None else atol
     torch.testing.assert_close(found, expected.view_as(found), rtol=0, atol=atol)

@@ -1,4 +1,4 @@
-"""Calls of the QP layer with its arguments by name, and these arguments in sparse matrices of every layout."""
+"""Helpers of the QP tests: they call the layer by argument names, and convert arguments to every sparse layout."""
 
 import torch
 
@@ -21,7 +21,7 @@ def arguments(program, dtype=F64):
 
 
 def sparse(M, layout, at=None):
-    """Return M (m, n) or (B, m, n) with the entries `at` (m, n) bool, by default those that are not zero somewhere."""
+    """Return M (m, n) or (B, m, n) in a sparse layout, with entries where `at` is True; default: its nonzeros."""
     at = (M != 0 if M.dim() == 2 else (M != 0).any(0)) if at is None else at
     rows, columns = at.nonzero(as_tuple=True)
     values = M[..., rows, columns].clone()
@@ -42,12 +42,12 @@ def sparse(M, layout, at=None):
 
 
 def all_sparse(args, layout="coo"):
-    """Return the arguments with sparse matrices."""
+    """Return the arguments with Q, G and A converted to sparse matrices."""
     return args | {name: sparse(args[name], layout) for name in MATRICES if name in args}
 
 
 def leaf(M):
-    """Return M as a leaf that requires a gradient, and the tensor that this gradient belongs to."""
+    """Return M in a form that requires a gradient, and the leaf tensor whose gradient it is."""
     if isinstance(M, SparseMatrix):
         values = M.values.detach().clone().requires_grad_()
         return SparseMatrix(M.pattern, values), values
@@ -56,7 +56,7 @@ def leaf(M):
 
 
 def asked(args, weight, wrt=("p",), layer=None, **options):
-    """Return the layer, x and the gradients of weight'x in the arguments named by `wrt`, as the layer gives them."""
+    """Return the layer, x, and the layer's gradients of weight'x with respect to the arguments `wrt`."""
     layer = foldopt.QPLayer(**options) if layer is None else layer
     leaves = {name: leaf(args[name]) for name in args if name in wrt}
     x = call(layer, args | {name: given for name, (given, _) in leaves.items()})
@@ -66,7 +66,7 @@ def asked(args, weight, wrt=("p",), layer=None, **options):
 
 
 def densely(gradient, M):
-    """Return the gradient of an argument M as a dense tensor, zero off the pattern of M."""
+    """Return the gradient of an argument M as a dense tensor, zero outside the pattern of M."""
     if isinstance(M, SparseMatrix):
         full = gradient.new_zeros(*gradient.shape[:-1], *M.pattern.shape)
         full[..., M.pattern.rows, M.pattern.columns] = gradient

@@ -1,4 +1,4 @@
-"""Whatever comes in, what comes out of QPLayer is an answer or an error of foldopt."""
+"""Arbitrary input makes QPLayer return an answer or raise an error of foldopt, never another exception."""
 
 import warnings
 

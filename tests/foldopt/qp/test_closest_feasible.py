@@ -1,4 +1,4 @@
-"""The closest feasible program: h moves by s >= 0 and b by t so that a point exists, with (s, t) of least norm."""
+"""The closest feasible program: h is shifted by s >= 0 and b by t, with (s, t) of least norm."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from tests.foldopt.qp.sparse import asked, call
 
 
 def closest(program, norm):
-    """Return x by two independent solves. Rows that had to shift are met with equality."""
+    """Return x by two independent solves. Rows that had to be shifted hold with equality."""
     n, m, k = program.n, len(program.h), len(program.b)
     eye, zero = np.eye(m + k), np.zeros
     if norm == "l2":
@@ -44,7 +44,7 @@ def closest(program, norm):
 
 
 def empty(seed):
-    """5 rows and an equality that no point of a box of 4 variables satisfies; generic, so the least shift is unique."""
+    """5 rows and an equality that no point of a box in 4 variables satisfies; the least shift is unique."""
     draws = np.random.default_rng(seed)
     G, A = draws.normal(size=(5, 4)), draws.normal(size=(1, 4))
     h = 0.3 * draws.normal(size=5) - 1.5

@@ -1,4 +1,4 @@
-"""A batch with dependent rows, of which x and its derivative in Q and p exist, through every transform of torch."""
+"""A batch with dependent rows, where x is differentiable in Q and p, through every transform of torch."""
 
 import copy
 import pickle
@@ -16,7 +16,7 @@ from tests.foldopt.qp.sparse import call
 
 
 def transport(B=3, k=2, m=3, seed=0):
-    """Transport with both marginals: their rows depend on each other."""
+    """A transport problem with all rows of both marginals, which depend on each other."""
     draws = np.random.default_rng(seed)
     A = np.concatenate([np.kron(np.eye(k), np.ones(m)), np.kron(np.ones(k), np.eye(m))])
     programs = []
@@ -34,7 +34,7 @@ TRUTHS = []
 
 
 def closed_form(Q, p):
-    """x(Q, p) near the data of `PROGRAMS`, by an orthonormal basis of what their active rows leave free."""
+    """x(Q, p) near the data of `PROGRAMS`, by an orthonormal basis of the null space of their active rows."""
     if not TRUTHS:
         TRUTHS.extend(truth(program) for program in PROGRAMS)
     found = []
@@ -102,7 +102,7 @@ def test_forward_mode_jacobians_and_vmap_of_a_degenerate_batch():
 
 
 def test_gradcheck_in_every_argument():
-    """Central differences along random directions; forward mode and batched too. Rows, an equality and bounds."""
+    """Central differences along random directions, also in forward mode and batched."""
     args = stacked([regular(0), regular(3)])
     leaves = [part.clone().requires_grad_() for part in args.values()]
     layer = foldopt.QPLayer()
@@ -133,7 +133,7 @@ def test_compiled_pickled_and_copied_layers_answer_as_the_layer_does():
 
 @pytest.mark.parametrize("shared", [True, False], ids=["one layer", "a layer each"])
 def test_threads(shared):
-    """Two threads at once, with a layer each or one between them, and batches of their own sizes and failures."""
+    """Two threads at once, with one layer or a layer each, and batches of different sizes and failures."""
     one = foldopt.QPLayer(on_failure="zero", degenerate="one_sided")
     jobs = [stacked(transport(B=4, seed=1)), with_degenerate(F64)]
     jobs[1]["b"] = jobs[1]["b"].clone()

@@ -17,7 +17,7 @@ EACH = 25  # instances of a shape: 8 x 25 = 200
 
 
 def transport(draws, shape):
-    """Supplies and demands of equal totals; both marginals as rows."""
+    """Transport with equal totals of supply and demand, and all rows of both marginals."""
     k, m = 2 + shape % 5, 3 + shape
     A = np.concatenate([np.kron(np.eye(k), np.ones(m)), np.kron(np.ones(k), np.eye(m))])
     programs = []
@@ -29,7 +29,7 @@ def transport(draws, shape):
 
 
 def assignment(draws, shape):
-    """Each row and each column of a k x k table once: a vertex at which most basic variables are 0."""
+    """Assignment in a k x k table, whose solution is a vertex where most basic variables are 0."""
     k = 2 + shape % 5
     A = np.concatenate([np.kron(np.eye(k), np.ones(k)), np.kron(np.ones(k), np.eye(k))])
     upper = np.ones(k * k) if shape % 2 else np.full(k * k, np.inf)  # x <= 1 follows from the rows
@@ -61,7 +61,7 @@ def grid(m):
 
 
 def flow(draws, shape):
-    """From corner to corner; arcs to the right and down, or both ways at positive costs; with capacities or without."""
+    """A flow from corner to corner, with arcs one way or both ways, and with or without capacities."""
     m = 3 + shape % 2
     arcs = grid(m)
     if shape % 4 > 1:
@@ -102,7 +102,7 @@ def sudoku(draws, shape):
 
 
 def full_board(draws):
-    """A solved board: numbers, rows within a band, columns within a stack and the two axes exchanged at random."""
+    """Return a solved board, made by random permutations of numbers, rows, columns and axes."""
     board = np.array([[0, 1, 2, 3], [2, 3, 0, 1], [1, 0, 3, 2], [3, 2, 1, 0]])
     rows, columns = (np.concatenate([draws.permutation(2), 2 + draws.permutation(2)]) for _ in range(2))
     board = draws.permutation(4)[board][rows][:, columns]
@@ -172,7 +172,7 @@ def test_every_instance_is_right(name, shape):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_gradients_against_differences_of_independent_solves(name):
-    """Along one direction per instance, 1e-6 to both sides."""
+    """Compare with differences along one direction per instance, 1e-6 to both sides."""
     programs, weight = batch(name, 1)
     weight = weight[: programs[0].n]
     _, _, gradients = asked(stacked(programs), weight)
@@ -193,7 +193,7 @@ def test_right_hand_sides_of_dependent_rows_have_no_unique_gradient(name):
 
 
 def test_right_hand_sides_of_transport_move_x_where_the_totals_stay_equal():
-    """Whatever gradient in b is returned, along directions that keep the totals equal it is the derivative."""
+    """The gradient of b is the derivative along all directions that keep the totals equal."""
     programs, weight = batch("transport", 2)
     weight = weight[: programs[0].n]
     layer, _, gradients = asked(stacked(programs), weight, wrt=("p", "b"), degenerate="one_sided")
@@ -212,13 +212,13 @@ def uneven_totals(programs, bad):
 
 
 def lone_node(programs, bad):
-    """A node that wants something and has no arc."""
+    """A node with demand and without arcs."""
     for i in bad:
         programs[i].A = programs[i].A * (np.arange(len(programs[i].A)) != 0)[:, None]
 
 
 def forbidden_row(programs, bad):
-    """The first row of the table may take nothing."""
+    """The first row of the table has capacity 0."""
     for i in bad:
         upper = np.ones(programs[i].n)
         upper[: int(programs[i].n ** 0.5)] = 0
@@ -226,7 +226,7 @@ def forbidden_row(programs, bad):
 
 
 def same_hint_twice(programs, bad):
-    """A cell that is to hold two numbers."""
+    """A cell that must hold two numbers."""
     for i in bad:
         A = programs[i].A.copy()
         A[64:66] = 0
@@ -240,7 +240,7 @@ def small_capacities(programs, bad):
 
 
 def negative_cycle(programs, bad):
-    """An arc and its way back that together cost less than nothing, without a capacity or a ridge."""
+    """A cycle of two arcs with negative total cost, without a capacity or a ridge."""
     for i in bad:
         programs[i].Q = 0 * programs[i].Q
         half = programs[i].n // 2

@@ -1,4 +1,4 @@
-"""Programs on which QP layers fail without a word: the right value, or an error that names the true cause."""
+"""Programs on which other QP layers fail silently: QPLayer returns the right value or names the true cause."""
 
 import numpy as np
 import pytest
@@ -90,7 +90,7 @@ def test_a_solution_that_is_not_unique(name):
 
 @pytest.mark.parametrize("name", FACES)
 def test_a_weight_that_is_constant_on_the_solutions_but_not_beside_them(name):
-    """Refused or right: the derivative on the face alone is neither."""
+    """The gradient is refused or right; the derivative along the face of solutions alone would be wrong."""
     program, weight, gradient = FACES[name]
     try:
         _, _, gradients = asked(arguments(program), weight)
@@ -104,7 +104,7 @@ def test_a_weight_that_is_constant_on_the_solutions_but_not_beside_them(name):
 
 
 def test_an_lp_with_a_free_direction_of_no_cost():
-    """min x_1, x_1 >= 0: x_2 is anything, and any cost of it makes the program unbounded."""
+    """min x_1 subject to x_1 >= 0: x_2 is free, and any cost of x_2 makes the program unbounded."""
     program = Program(0 * I2, [1, 0], [[-1, 0]], [0])
     x = call(foldopt.QPLayer(), arguments(program))
     assert abs(x[0, 0]) < 1e-9
@@ -156,7 +156,7 @@ def test_the_cause_is_named(name):
 
 
 def test_the_right_hand_side_of_two_rows_in_other_units():
-    """x_1 and x_2 are fixed by rows in units s; what they take is taken from x_3 and x_4 in equal parts."""
+    """x_1 and x_2 are fixed by rows in units s; x_3 and x_4 share the rest equally."""
     for s in (1e-10, 1e-5, 1.0, 1e5, 1e10):
         program, x, weight, _ = RIGHT["two rows times 1e+00"]
         args = arguments(program)
@@ -175,7 +175,7 @@ def test_a_right_hand_side_at_which_the_vertex_changes(k, bounded):
     args = arguments(Program(I2, [1, 1], A=[[1, -k]], b=[0], lower=Z2, upper=upper))
     _, x, gradients = asked(args, [1, 2])
     close(x, Z2, atol=1e-12)
-    close(gradients["p"], Z2, atol=1e-12)  # all three rows carry: x stays for every p nearby
+    close(gradients["p"], Z2, atol=1e-12)  # all three rows have multipliers, so x is constant for all nearby p
     with pytest.raises(errors.DependentRowsError) as caught:
         asked(args, [1, 2], wrt=("b",))
     assert caught.value.indices == (0,)

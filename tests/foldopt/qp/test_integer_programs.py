@@ -1,4 +1,4 @@
-"""QPLayer on small programs with integer data against exact arithmetic, and tests of what is called exact."""
+"""QPLayer on small programs with integer data against exact arithmetic, and tests of this exact arithmetic."""
 
 import random
 from collections import Counter
@@ -117,15 +117,15 @@ def test_rows_done_by_hand():
     truth = truth_of(PAIRS)
     assert [truth.rows[i].index for i in truth.strong] == [0, 1, 2, 4, 7]
     assert truth.dependent
-    # Which of two equal rows carries the multiplier is free, so moving one changes x in one direction only.
+    # Either of two equal rows can have the multiplier, so moving one of them changes x in one direction only.
     truth = truth_of(REPEATED)
     assert truth.strong == truth.droppable == [0, 1]
     assert known(REPEATED, (1, 0)).multipliers is None
     assert slope(truth, (1, 0), (0, 0), (1, 0)).least == 0
     assert slope(truth, (1, 0), (0, 0), (-1, 0)).least == -1
-    # A vector g that does not see the rows has a derivative in them all the same.
+    # If g is orthogonal to the effect of the rows, g'x still has a derivative with respect to them.
     assert known(REPEATED, (0, 1)).multipliers == [0, 0]
-    # The ends of the segment touch the bounds that its inner points do not.
+    # At its ends the segment is at bounds that its inner points do not reach.
     truth = truth_of(SEGMENT)
     assert [(truth.rows[i].kind, truth.rows[i].index) for i in truth.touched] == [("upper", 0), ("upper", 1)]
 
@@ -153,7 +153,10 @@ def test_pieces_done_by_hand():
     ("program", "what"),
     [
         (Program(EYE, (0, 0), A=((1, 1), (1, 1)), b=(1, 2)), "infeasible"),
-        (Program(NONE, (-1, 0), ((1, 0), (-1, 0)), (0, -1)), "infeasible"),  # no feasible point, though the cost falls
+        (
+            Program(NONE, (-1, 0), ((1, 0), (-1, 0)), (0, -1)),
+            "infeasible",
+        ),  # infeasible, although the objective would be unbounded
         (Program(NONE, (-1, 0), ((0, 1),), (1,)), "unbounded"),
         (Program(((1, -1), (-1, 1)), (-1, -1)), "unbounded"),
         (Program(((1, 0), (0, -1)), (0, 0), lower=(0, 0), upper=(1, 1)), "nonconvex"),
@@ -295,7 +298,7 @@ FOUND = samples(0, 120, 10)
 
 
 def refuted(answers: list[Answer]) -> list[str]:
-    """Return the answers that are not true; a refusal of a gradient that exists counts as one."""
+    """Return the wrong answers; refusing a gradient that exists counts as wrong."""
     return [str(answer) for answer in answers if not answer.as_true]
 
 

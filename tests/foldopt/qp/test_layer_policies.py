@@ -1,4 +1,4 @@
-"""What a user of QPLayer gets where samples fail or have no derivative, under each policy."""
+"""The result of QPLayer under each policy if samples fail or have no derivative."""
 
 import warnings
 
@@ -57,7 +57,7 @@ def test_a_failure_is_what_its_policy_says_and_the_others_never_know(policy, cau
 
 @DTYPES
 def test_zero_leaves_the_sum_over_the_good_samples_in_what_the_batch_shares_and_nan_spoils_it(dtype):
-    """h is each sample's own; the third asks x_1 + x_2 + x_3 <= -1 of x >= 0."""
+    """Every sample has its own h; the third requires x_1 + x_2 + x_3 <= -1 and x >= 0."""
     shared = {"Q": torch.eye(3), "G": torch.ones(1, 3), "lower": torch.zeros(3), "upper": torch.full((3,), 2.0)}
     own = {"p": -(1 + torch.arange(15.0).view(5, 3)) / 10, "h": torch.tensor([[1.0], [1.1], [-1.0], [1.2], [1.3]])}
     args = {name: part.to(dtype) for name, part in {**shared, **own}.items()}
@@ -74,7 +74,7 @@ def test_zero_leaves_the_sum_over_the_good_samples_in_what_the_batch_shares_and_
 
 
 def test_zero_is_zero_where_no_sample_is_solved_and_the_numbers_are_large():
-    """Nonconvex; one right-hand side is far from the others."""
+    """The program is not convex; in two of the cases one right-hand side is much larger than the others."""
     Q = [[0.5, 1.5, 0.5, 1.25, 0], [1.5, 0.5, 0.75, 0.75, 0], [0.5, 0.75, 0, -0.25, 1.5]]
     Q = [*Q, [1.25, 0.75, -0.25, 0.5, 0.5], [0, 0, 1.5, 0.5, 2]]
     A = [[-1, 0, -1, 0.5, 0.5], [-1, 0.5, -1, 1, 0.5], [-1, -1, -1, 0.5, -1]]
@@ -150,12 +150,12 @@ def test_degenerate_samples_under_each_policy(policy, dtype):
             assert gradient.isfinite().all(), name
     if policy in ("one_sided", "warn"):
         pieces = []
-        for held in ([], [1], [2], [1, 2]):  # which of the two bounds that carry nothing is kept
+        for held in ([], [1], [2], [1, 2]):  # which of the two bounds without a multiplier is kept
             N = null_space(np.concatenate([ONES, I3[held]]), 3)
             pieces.append(-N @ N.T @ WEIGHT)
         found = gradients["p"][1].double().numpy()
         assert min(np.abs(found - piece).max() for piece in pieces) < 1e-5
-    if policy in ("one_sided", "warn", "least_norm"):  # rows that depend on each other and move alike
+    if policy in ("one_sided", "warn", "least_norm"):  # dependent rows that are moved by the same amount
         mean = sum(WEIGHT) / 3
         assert float(gradients["b"][2].sum() + gradients["h"][2].sum()) == pytest.approx(mean, rel=1e-5)
         torch.testing.assert_close(gradients["p"][2], torch.tensor([mean - w for w in WEIGHT], dtype=dtype))

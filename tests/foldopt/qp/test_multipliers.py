@@ -1,4 +1,4 @@
-"""The multipliers that QPLayer returns: optimality conditions, derivatives, and those of a failed sample."""
+"""The multipliers that QPLayer returns: optimality conditions, derivatives, and NaN in failed samples."""
 
 import torch
 

@@ -86,7 +86,7 @@ def test_the_flow_conservation_of_a_network_is_differentiated_whatever_the_piece
 @pytest.mark.parametrize("dtype", [F32, F64])
 @pytest.mark.parametrize("ridge", [0.0, 1.0])
 def test_shortest_paths_on_a_grid_are_all_solved(ridge, dtype):
-    """50 samples, costs of both signs; every node's row but one, and all of them. Without a ridge nothing moves."""
+    """50 samples with costs of both signs, with all node rows or all but one; without a ridge x is constant."""
     m = 4
     arcs = [(i * m + j, i * m + j + 1) for i in range(m) for j in range(m - 1)]
     arcs += [(i * m + j, i * m + j + m) for i in range(m - 1) for j in range(m)]

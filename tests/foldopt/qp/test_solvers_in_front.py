@@ -1,4 +1,4 @@
-"""Every installed solver in front of QPLayer: x and gradients do not depend on who found the first point."""
+"""QPLayer with every installed solver: x and the gradients do not depend on the solver."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ pytest.importorskip("qpsolvers")
 
 
 def works(name):
-    """Whether a solver can be called here; those that are sold may lack their licence."""
+    """Return whether a solver works here; commercial ones may lack a licence."""
     try:
         return bool(foldopt.QPLayer(solver=name))
     except errors.SolverError as error:
@@ -138,7 +138,7 @@ def test_wrong_solvers_and_options_are_named(solver, options, message):
 
 
 def by_clarabel(H, q, C, lower, upper):
-    """Return x and multipliers by Clarabel, as a user's function might."""
+    """Return x and multipliers by Clarabel, as the function of a user might do."""
     qp_solvers = pytest.importorskip("foldopt.solvers.qp_solvers")
     answer = qp_solvers.QPSolver("clarabel")(H, q, C, lower, upper)
     return None if answer is None or not answer.found else (answer.x, answer.y)

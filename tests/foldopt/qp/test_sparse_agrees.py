@@ -1,4 +1,4 @@
-"""Sparse programs get the answers of dense ones: on hard cases and on integer programs whose truth is exact."""
+"""Sparse programs give the same answers as dense ones, on hard cases and on integer programs with exact truth."""
 
 import warnings
 
@@ -68,7 +68,7 @@ def test_the_cause_is_named(name):
 
 
 def outcome(args, weight, wrt, **options):
-    """Return what the layer says, or its error and the samples that this names; and the layer's gradients."""
+    """Return the layer's verdicts, or its error with the samples that it names, and the layer's gradients."""
     try:
         layer, _, gradients = asked(args, weight, [name for name in wrt if name in args], **options)
     except errors.FoldoptError as error:
@@ -86,7 +86,7 @@ DOUBTFUL = {
 @pytest.mark.slow
 @pytest.mark.parametrize("policy", ["raise", "one_sided", "least_norm", "nan", "zero"])
 def test_every_policy_says_what_it_says_of_dense_programs(policy):
-    """Dependent rows have several one-sided derivatives; all others are compared, where x is unique."""
+    """Compare the gradients where x is unique, except those of dependent rows, which have several one-sided ones."""
     differing, verdicts = [], set()
     for name, (program, weight) in DOUBTFUL.items():
         dense, plain = outcome(arguments(program), weight, VECTORS, degenerate=policy)
@@ -145,7 +145,7 @@ def test_the_errors_of_degenerate_samples_are_those_of_dense_ones():
 
 
 class SparseLayer(foldopt.QPLayer):
-    """The layer on sparse matrices; of one that needs a gradient every entry is in the pattern."""
+    """A layer that makes its matrices sparse; a matrix that needs a gradient keeps all of its entries."""
 
     def forward(self, Q, p, G=None, h=None, A=None, b=None, *, lower=None, upper=None):
         Q, G, A = (self.taken(M) for M in (Q, G, A))
@@ -189,7 +189,7 @@ def test_one_sided_derivatives_at_kinks_are_those_of_a_smooth_piece(monkeypatch)
 
 @pytest.mark.parametrize("seed", [50_023, 50_037])
 def test_a_linear_program_that_only_rounding_satisfies_is_infeasible(seed):
-    """A solver's last x of an infeasible program may be so large that the rows hold up to rounding."""
+    """The last x of a solver for an infeasible program may be so large that the rows hold to rounding."""
     sample = integer_sweep.sample(seed, integer_sweep.draw_infeasible)
     layer = foldopt.QPLayer(on_failure="nan")
     assert call(layer, all_sparse(integer_sweep.arguments([sample.program]))).isnan().all()

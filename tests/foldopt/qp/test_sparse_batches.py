@@ -149,7 +149,7 @@ def test_copied_and_pickled_layers_answer_as_the_layer_does():
 
 
 def test_eight_threads_call_one_layer():
-    """Each with its own pattern or values: the layer keeps four patterns, the threads ask for five."""
+    """Every thread has its own pattern or values; the layer keeps four patterns, and the threads use five."""
     layer, jobs = foldopt.QPLayer(on_failure="zero"), []
     for i in range(8):
         args = {name: part[i : i + 4].clone() for name, part in batch("infeasible").items()}
@@ -179,7 +179,7 @@ def test_eight_threads_call_one_layer():
 
 
 def test_memory_does_not_grow_with_the_calls():
-    """200 calls with ten programs of five patterns in turn, forward and backward; the layer keeps four patterns."""
+    """200 forward and backward passes with ten programs of five patterns in turn; the layer keeps four patterns."""
     layer, jobs = foldopt.QPLayer(), []
     for i in range(10):
         args = {name: part[i] for name, part in batch().items()}

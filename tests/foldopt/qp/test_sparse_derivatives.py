@@ -1,4 +1,4 @@
-"""Gradients of the sparse QP layer in every argument and layout, against differences of an independent solver."""
+"""Gradients of the sparse QP layer for every argument and layout, against differences of an independent solver."""
 
 from functools import cache
 
@@ -35,7 +35,7 @@ def x_of(program):
 
 
 def is_regular(program, active=(2, 4)):
-    """Whether the active rows are independent, carry, and stay for the steps of the differences."""
+    """Return whether the active rows are independent, have multipliers, and stay active for the differences."""
     found = truth(program) if clarabel(program)[0] == "solved" else None
     if found is None or len(found.weak) or not active[0] <= len(found.strong) < active[1]:
         return False
@@ -49,12 +49,12 @@ def is_regular(program, active=(2, 4)):
 
 @cache
 def regular(which):
-    """Return the program number `which` of integer data that is regular."""
+    """Return the regular program number `which` with integer data."""
     return [one for one in map(drawn, range(200)) if is_regular(one)][which]
 
 
 def slope(program, name, place, weight=WEIGHT):
-    """Return the derivative of weight'x by one entry: extrapolated central differences. Q counts as (Q + Q')/2."""
+    """Return the derivative of weight'x with respect to one entry, by extrapolated central differences."""
     step = np.zeros_like(getattr(program, name))
     step[place] = STEP
     step = (step + step.T) / 2 if name == "Q" else step
@@ -64,7 +64,7 @@ def slope(program, name, place, weight=WEIGHT):
 
 @cache
 def slopes(which, name):
-    """Return all derivatives by an argument, in its shape."""
+    """Return the derivatives with respect to all entries of an argument, in its shape."""
     program = regular(which)
     found = np.zeros_like(getattr(program, name))
     for place in np.ndindex(found.shape):
@@ -73,7 +73,7 @@ def slopes(which, name):
 
 
 def patterns(program, symmetric=True):
-    """Return where the matrices have entries, with one explicit zero each; of an unsymmetric Q the upper triangle."""
+    """Return the patterns of the matrices, with one explicit zero each; the upper triangle of an unsymmetric Q."""
     at = {name: torch.tensor(getattr(program, name) != 0) for name in MATRICES}
     at["Q"][0, 3] = at["Q"][3, 0] = at["A"][0, 2] = True
     at["G"][0] = True
@@ -169,7 +169,7 @@ def test_what_the_batch_shares_gets_the_sum_and_the_rest_its_own_gradient(shared
 
 @pytest.mark.parametrize("layout", ["coo", "csr"])
 def test_patterns_that_differ_between_the_samples(layout):
-    """The rows of G have their two entries in different columns in each sample; the gradient stays on them."""
+    """G has its entries in different columns in each sample, and the gradient has them there too."""
     programs = [regular(which) for which in SEEDS]
     assert len({(one.G != 0).tobytes() for one in programs}) == 3
     args = stacked(programs)
@@ -188,7 +188,7 @@ def test_patterns_that_differ_between_the_samples(layout):
 
 
 def test_entries_in_any_order_and_in_parts():
-    """An uncoalesced COO tensor whose entries come twice, half each, in random order; a SparseMatrix in that order."""
+    """An uncoalesced COO tensor with every entry split in halves, in random order, and a SparseMatrix in that order."""
     args, at = given(1, "coo")
     order = torch.randperm(len(args["Q"].values()), generator=torch.Generator().manual_seed(0))
     made = dict(args)
@@ -236,7 +236,7 @@ def test_scipy_matrices_of_every_format_with_duplicates_are_constants_left_as_th
 
 @pytest.mark.parametrize("kept", MATRICES)
 def test_dense_and_sparse_matrices_mixed(kept):
-    """The dense one gets its whole gradient, that of zeros included."""
+    """A dense matrix gets its whole gradient, including that of its zeros."""
     args, at = given(0, "csr")
     made = args | {kept: arguments(regular(0))[kept]}
     _, _, gradients = asked(made, WEIGHT, ARGUMENTS)
@@ -262,7 +262,7 @@ def test_backward_adds_to_what_is_there(layout):
 
 
 def test_values_that_a_network_made_and_a_matrix_in_two_places():
-    """G = exp(w) on a pattern; its gradient passes to w. The matrix of G is also that of A in another layer."""
+    """G = exp(w) on a pattern, and the gradient reaches w. The same matrix is A in another layer."""
     args, at = given(0, "coo")
     pattern = at["G"].nonzero().mT
     values = arguments(regular(0))["G"][tuple(pattern)]

@@ -1,4 +1,4 @@
-"""Wrong sparse arguments: what the error says, and which argument and remedy it names."""
+"""Wrong sparse arguments: the error names the argument and the remedy."""
 
 import builtins
 import re
@@ -39,9 +39,9 @@ WRONG = {
     "infinite": ("Q", (torch.eye(2) * torch.inf).to_sparse_csr(), "holds NaN or inf"),
     "too few values": ("G", entries([0, 0], [0, 1], [1]), "G has values of shape (1,), expected (2,) or (B, 2)"),
     "a number for values": ("G", entries([0], [0], 1), "G has values of shape (), expected (1,) or (B, 1)"),
-    "a place outside": ("G", entries([0], [7], [1]), "G has an entry outside of its shape (1, 2)"),
-    "a place below 0": ("A", entries([-1], [0], [1]), "A has an entry outside of its shape (1, 2)"),
-    "a place twice": ("A", entries([0, 0], [1, 1], [1, 1]), "A has two entries in one place"),
+    "a place outside": ("G", entries([0], [7], [1]), "G has an entry outside its shape (1, 2)"),
+    "a place below 0": ("A", entries([-1], [0], [1]), "A has an entry outside its shape (1, 2)"),
+    "a place twice": ("A", entries([0, 0], [1, 1], [1, 1]), "A has two entries in one position"),
 }
 
 
@@ -64,7 +64,7 @@ def test_batches_of_different_sizes(layout):
 def test_rows_and_right_hand_sides_come_in_pairs(name):
     right = {"G": "h", "A": "b"}[name]
     for missing in (name, right):
-        with pytest.raises(errors.InputError, match=rf"{name} is .* but {right} is .*; give both, or neither"):
+        with pytest.raises(errors.InputError, match=rf"{name} is .* but {right} is .*; pass both, or neither"):
             call(foldopt.QPLayer(), all_sparse(ARGS) | {missing: None})
 
 
@@ -85,7 +85,7 @@ def test_another_device_is_named(layout):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_matrices_without_entries_or_rows_are_right(layout):
-    """Q = 0 is a linear program; G without rows is none; A without entries bounds nothing where b is 0."""
+    """Q = 0 gives a linear program; G without rows adds nothing; A without entries holds if b is 0."""
     empty = {"G": torch.zeros(0, 2, dtype=F64), "h": torch.zeros(0), "A": torch.zeros(1, 2), "b": torch.zeros(1)}
     args = all_sparse(ARGS | {"Q": torch.zeros(2, 2, dtype=F64)} | empty, layout)
     layer = foldopt.QPLayer()

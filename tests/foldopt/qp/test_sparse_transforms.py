@@ -30,7 +30,7 @@ GENERATOR = torch.Generator().manual_seed(0)
 
 
 def on_active_rows(Q, G, A, p, h, b, lower, upper):
-    """Return x of the program with the rows that are active at its data, by its KKT matrix."""
+    """Return x by the KKT matrix of the rows that are active."""
     Q = (Q + Q.mT) / 2
     S, right = torch.cat([A, G[:1], torch.eye(4, dtype=F64)[3:]]), torch.cat([b, h[:1], lower[3:]])
     K = torch.cat([torch.cat([Q, S.mT], 1), torch.cat([S, torch.zeros(3, 3, dtype=F64)], 1)])
@@ -162,7 +162,7 @@ def test_second_derivatives_in_the_entries_of_torchs_sparse_tensors(layout):
 
 
 def test_a_fold_whose_update_is_a_sparse_layer():
-    """x = clamp of (x / 2 + c), by a sparse QP in every step: its fixed point and derivative are known."""
+    """The fixed point of x = clamp(x / 2 + c), with a sparse QP in every step; its derivative is known."""
     I = torch.eye(3, dtype=F64).to_sparse_csr()  # noqa: E741
     layer = foldopt.QPLayer()
 

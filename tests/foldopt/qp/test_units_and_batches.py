@@ -1,4 +1,4 @@
-"""Properties of QPLayer: units change an answer by their factors, and samples of a batch do not see each other."""
+"""Properties of QPLayer: other units only rescale an answer, and samples do not influence each other."""
 
 import numpy as np
 import pytest
@@ -38,7 +38,7 @@ def degenerate(seed):
 
 
 def outcome(args, weight):
-    """Return the status, x, and under the policy `one_sided` the verdict and the gradient in p."""
+    """Return the status, x, and the verdict and the gradient of p under the policy "one_sided"."""
     args = {name: part.clone() for name, part in args.items()}
     args["p"].requires_grad_()
     layer = foldopt.QPLayer(on_failure="nan", degenerate="one_sided")
@@ -50,7 +50,7 @@ def outcome(args, weight):
 
 
 def agrees(expected, weight, found):
-    """Compare an outcome with the truth. At an end of the set of solutions a solution looks like a kink."""
+    """Compare an outcome with the truth; at an end of a segment of solutions the verdict may also be a kink."""
     assert found[0] == expected.status
     if expected.status != "solved":
         return
@@ -125,7 +125,7 @@ def test_the_units_of_the_variables_change_x_by_their_factors(seed, one, each):
 @REGULAR
 @given(seed=seeds, cost=POWERS, rows=POWERS, sums=POWERS)
 def test_a_portfolio_in_other_units(seed, cost, rows, sums):
-    """The well-conditioned one: x >= 0 or two capacities in units of their own, sum x = 1 in others, Q in a third."""
+    """A well-conditioned program whose bounds, equality and objective are each in units of their own."""
     draws = np.random.default_rng(seed)
     n = 10
     R, p, weight = draws.normal(size=(n, n)), 0.3 * draws.normal(size=n), draws.normal(size=n)
@@ -140,7 +140,7 @@ def test_a_portfolio_in_other_units(seed, cost, rows, sums):
 
 
 def family(seed, B):
-    """Programs of one shape, of small integers; each is feasible."""
+    """Feasible programs of one shape with small integers."""
     draws = np.random.default_rng(seed)
     n, m, k = 4, 5, 2
     programs = []
@@ -217,7 +217,7 @@ def test_the_size_of_a_batch_changes_nothing(seed):
 def test_float32_is_solved_in_float64_from_its_converted_data(seed):
     draws = np.random.default_rng(seed)
     programs = family(seed, 5)
-    for program in programs:  # numbers that float32 rounds
+    for program in programs:  # with numbers that float32 has to round
         program.p = program.p + draws.normal(size=program.n)
         program.h = program.h + draws.random(len(program.h)) / 3
     low = stacked(programs, F32)

@@ -1,4 +1,4 @@
-"""A Newton step on the optimality conditions of a conic program: the update that is folded, and its verdicts."""
+"""One Newton step on the optimality conditions of a conic program, which is folded, and its verdicts."""
 
 from __future__ import annotations
 
@@ -8,40 +8,42 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from foldopt._conic.form import Data, Form, Program
+from foldopt._conic.point import Point, conditions
+from foldopt._conic.systems import DENSE, solved
 from foldopt.cones import BlockDiagonal
-from foldopt.conic.form import Data, Form, Program
-from foldopt.conic.point import Point, conditions
-from foldopt.conic.systems import DENSE, solved
 from foldopt.qp._kkt import probe
 from foldopt.updates._kept import Kept
-from foldopt.verdicts import DEPENDENT, DIFFERENTIABLE, KINK, NOT_UNIQUE, Verdict
+from foldopt.verdicts import DEPENDENT, DIFFERENTIABLE, KINK, NOT_UNIQUE, Judge, Verdict
 
 ConeState = tuple[Tensor, Tensor]
-Judge = Callable[[Tensor, Sequence[bool], bool], tuple[Tensor, Verdict]]
-UNIQUE = 1e-8  # share of a cotangent along the null space that counts as none
-MOVED = 1e-6  # what the derivative's jump at a kink does to the adjoint solution, relative to that
-NULL = 1e-9  # singular value, relative to the largest, that counts as zero
-ROUNDING = 1e-9  # entry of an adjoint solution, relative to its largest, that counts as none
-TURN = 1e-4  # of a point, the way along a null vector on which the projection's derivative is looked at
-SHARE = 1e-6  # part of a derivative, relative to its terms, that depends on a choice between solutions
+UNIQUE = 1e-8  # the solution is unique along a cotangent if its share in the null space is at most this
+MOVED = 1e-6  # a jump of the projection's derivative matters if it changes the adjoint solution by this share
+NULL = 1e-9  # singular values below this times the largest count as zero
+ROUNDING = 1e-9  # entries of an adjoint solution below this times the largest count as zero
+TURN = 1e-4  # relative step along a null vector in the difference quotient of the projection's derivative
+SHARE = 1e-6  # a gradient is not unique if another choice of solution changes it by this share of its terms
 
 
 class ConeNewton(nn.Module):
-    """One Newton step on Px + q + A'y = 0, s = Pi(s - y), s = b - Ax: ``(x, y) -> (x, y)``, y in the dual cone.
+    """One Newton step on Px + q + A'y = 0, s = Pi(s - y), s = b - Ax, where Pi is the projection on K.
 
-    J, the Jacobian at the state, is held fixed: the step has the solution as its fixed point for all parameters near,
-    Phi = 0 there, and derivatives of every order are those of the conditions themselves. State: x (B, n), y (B, m).
-    Parameters of the step: any number of tensors (B, k) or (k,), which `theta` makes the program's entries of.
+    The step maps the state (x, y), x (B, n) and multipliers y (B, m) in the dual cone, to a new one. The Jacobian J at
+    the state is held fixed. The solution is then a fixed point of the step for all nearby parameters, Phi is 0 there,
+    and derivatives of every order are those of the optimality conditions. The parameters of the step are any number of
+    tensors (B, k) or (k,), from which `theta` computes the entries of the program.
 
     Args:
-        form: patterns and cone. theta: ``theta(*params) -> (B, entries)``, differentiable, linear with a constant part.
-        pull: ``pull(g, needed) -> (v, size)``, what the needed params get of the cotangent g of the entries in one
-            row (B, k), and the sum of the absolute values of its terms.
-        read: (n,) bool, the variables that anybody looks at. nan: let a cotangent of NaN reach all params of its
-            sample. row_names: how a row of A is called.
+        form: the sparsity patterns and the cone.
+        theta: ``theta(*params) -> (B, size)``, the entries of P, q, A and b; affine and differentiable.
+        pull: ``pull(g, needed) -> (v, size)`` for a cotangent g of the entries. v (B, k) is the cotangent of the needed
+            params, in one row, and size (B, k) the sum of the absolute values of its terms.
+        read: (n,) bool, the variables that outputs are made of.
+        nan: whether a cotangent of NaN makes the gradient of all params of its sample NaN.
+        row_names: the name of a row of A in messages.
 
-    Robinson, Strongly regular generalized equations (1980); Ali, Wong and Kolter, A semismooth Newton method for fast,
-    generic convex programming (2017).
+    Source: Robinson, Strongly regular generalized equations (1980); Ali, Wong and Kolter, A semismooth Newton method
+    for fast, generic convex programming (2017).
     """
 
     def __init__(
@@ -66,22 +68,22 @@ class ConeNewton(nn.Module):
         theta = self.theta(*params)
         point = self.at(state, params, theta)
         x, y = state
-        r = conditions(self.form, self.form.data(theta), point.units, x, y, point.aside)
+        r = conditions(self.form, self.form.data(theta), point.units, x, y, point.offset)
         dx, dy = solved(point.system, torch.where(point.sound[:, None], r, 0)).split([self.form.n, self.form.m], 1)
         d, e, c = point.units
         x, y = x - d * dx, y - e / c * dy
         return (x + 0 * theta.nan_to_num(0, 0, 0).sum(1, keepdim=True) if self.nan else x), y
 
     def inverse(self, g: Tensor, transposed: bool, stepped: ConeState, state: ConeState, *params: Tensor) -> Tensor:
-        """Return v = Phi^T v + g, which is g."""
+        """Return the solution of v = Phi^T v + g, which is g because Phi = 0."""
         return g
 
     def weights(self, state: ConeState, *params: Tensor) -> Tensor:
-        """Return the units of the state, (B, n + m), in which its size and that of an error are to be measured."""
+        """Return the units (B, n + m) in which the size of the state and of its error are measured."""
         return self.at(state, params).scale
 
     def judge(self, state: ConeState, *params: Tensor) -> Judge | None:
-        """Return what judges cotangents and tangents at this state; None where every sample has every derivative."""
+        """Return the function that judges cotangents and tangents at this state; None if every derivative exists."""
         point = self.at(state, params)
         if not point.degenerate.any():
             return None
@@ -92,7 +94,7 @@ class ConeNewton(nn.Module):
         return judged
 
     def at(self, state: ConeState, params: Sequence[Tensor], theta: Tensor | None = None) -> Point:
-        """Return what the step needs to know of a state, kept for as long as it is asked for the same one."""
+        """Return the point of a state: the data that the step needs there, computed once for the latest state."""
         tensors = (*state, *params)
         if self._kept is not None and self._kept.suits(*tensors):
             return self._kept.found
@@ -104,16 +106,16 @@ class ConeNewton(nn.Module):
         return point
 
     def keep(self, state: ConeState, params: Sequence[Tensor], point: Point) -> None:
-        """Keep what is known of a state for the steps there, until the next call."""
+        """Store the point of a state, to be used until another state is asked for."""
         self._kept = Kept.of(point, *state, *params)
 
     def _judged(
         self, point: Point, state: ConeState, g: Tensor, needed: Sequence[bool], forward: bool
     ) -> tuple[Tensor, Verdict]:
-        """Return a cotangent (B, n + m), its part along which the solution is not unique taken away, and the verdict.
+        """Return a cotangent (B, n + m), without its part along which the solution is not unique, and the verdict.
 
-        needed: which of the params a derivative is asked for. forward: whether g is a tangent; of one only the point
-        tells whether it has a derivative in every direction.
+        needed: the params with respect to which a derivative is asked for. forward: whether g is a tangent. For
+        tangents a generic cotangent is judged, which tells whether the derivative exists in every direction.
         """
         form, n = self.form, self.form.n
         asked = point.degenerate & (g != 0).any(1)
@@ -125,14 +127,14 @@ class ConeNewton(nn.Module):
         loose = point.system.null_part(u)
         free = torch.linalg.vector_norm(loose, dim=1) > UNIQUE * size
         w = point.system.solve(torch.where(free[:, None], u - loose, u), True)
-        hit = self._hit(point, w, size)
+        hit = self._rows_at_moved_kink(point, w, size)
         todo = (asked & hit.any(1) & point.system.singular).nonzero()[:, 0]
         for i in todo.tolist() if n + form.m <= DENSE else []:
-            w[i] += self._calming(point, w, i)
-        hit = self._hit(point, w, size) if len(todo) else hit
-        lies, wandering = self._depends_on_choice(point, state, w, needed)
+            w[i] += self._null_correction(point, w, i)
+        hit = self._rows_at_moved_kink(point, w, size) if len(todo) else hit
+        dependent, not_unique = self._depends_on_choice(point, state, w, needed)
         code = torch.full(g.shape[:1], DIFFERENTIABLE, device=g.device)
-        for kind, mask in ((DEPENDENT, lies), (KINK, hit.any(1)), (NOT_UNIQUE, free | wandering)):
+        for kind, mask in ((DEPENDENT, dependent), (KINK, hit.any(1)), (NOT_UNIQUE, free | not_unique)):
             code = torch.where(asked & mask, kind, code)
         loose_x, loose_y = (point.null != 0).split([n, form.m], 1)
         rows = torch.where((code == KINK)[:, None], hit, loose_y & (code == DEPENDENT)[:, None])
@@ -140,18 +142,18 @@ class ConeNewton(nn.Module):
             g = torch.where((asked & free)[:, None], g - loose / point.scale, g)
         return g, Verdict(code, rows, loose_x & (code == NOT_UNIQUE)[:, None], self.row_names)
 
-    def _hit(self, point: Point, w: Tensor, size: Tensor) -> Tensor:
-        """Return the rows, (B, m) bool, at a kink that the adjoint w moves: it solves the system of one side only."""
+    def _rows_at_moved_kink(self, point: Point, w: Tensor, size: Tensor) -> Tensor:
+        """Return the rows at a kink, (B, m) bool, whose two sides give different adjoint solutions w."""
         if point.jump is None:
             return torch.zeros_like(point.kinks)
         reach = torch.maximum(w.abs().amax(1), 1e-6 * size)[:, None]
         return point.kinks & ((point.jump @ w[:, self.form.n :]).abs() > MOVED * reach)
 
-    def _calming(self, point: Point, w: Tensor, i: int) -> Tensor:
-        """Return the null vector of J', (n + m,), that added to w moves the rows at a kink least, in one sample.
+    def _null_correction(self, point: Point, w: Tensor, i: int) -> Tensor:
+        """Return the null vector of J' (n + m,) for sample i that, added to w, changes the rows at a kink least.
 
-        A variable that is not unique, such as an unused bound on an absolute value, may touch rows where the solver
-        left it; the derivative does not depend on that.
+        A variable that is not unique, such as an epigraph variable without influence, may be at a kink just because
+        the solver left it there. The derivative does not depend on that.
         """
         form, one = self.form, torch.tensor([i])
         P, _, A, _ = (part[0] for part in form.dense(point.program.data.at(one)))
@@ -169,11 +171,10 @@ class ConeNewton(nn.Module):
     def _depends_on_choice(
         self, point: Point, state: ConeState, w: Tensor, needed: Sequence[bool]
     ) -> tuple[Tensor, Tensor]:
-        """Return in which samples the derivative is not unique: (B,) bool each.
+        """Return the samples whose gradient is not unique, (B,) bool, for dependent rows and for several solutions.
 
-        First those where another adjoint solution, w plus a null vector in the multipliers, gives the needed params
-        another gradient: rows depend on each other, and these params move them. Then those where another x, or an
-        adjoint moved along x, does.
+        Rows depend on each other if adding a null vector to the multipliers' part of the adjoint w changes the gradient
+        of the needed params. The solution is not unique if adding one to the part of x, or another x, changes it.
         """
         if not point.system.singular.any():
             return point.sound & False, point.sound & False
@@ -184,16 +185,16 @@ class ConeNewton(nn.Module):
             for part, pad in zip(point.null.split([n, m], 1), ((0, m), (n, 0)), strict=True)
         )
         x, y = (point.scale * point.null).split([n, m], 1)
-        lies = self._moved(self._gradient(point, loose_y, *state), needed)
-        wandering = self._moved(self._gradient(point, loose_x, *state), needed)
+        dependent = self._moved(self._gradient(point, loose_y, *state), needed)
+        not_unique = self._moved(self._gradient(point, loose_x, *state), needed)
         bent = self._gradient(point, w, x, y)._replace(q=torch.zeros_like(x), b=torch.zeros_like(y))
-        return lies | self._turned(point, w), wandering | self._moved(bent, needed)
+        return dependent | self._curvature_depends_on_choice(point, w), not_unique | self._moved(bent, needed)
 
-    def _turned(self, point: Point, w: Tensor) -> Tensor:
-        """Return in which samples another choice of multipliers, or of x, turns a curved cone's derivative under w.
+    def _curvature_depends_on_choice(self, point: Point, w: Tensor) -> Tensor:
+        """Return the samples, (B,) bool, where other multipliers or another x change the derivative of a curved cone.
 
-        Where multipliers are not unique the curvature of the boundary may count as much or as little as one likes.
-        Rows at a kink are left to `_hit`.
+        The curvature of the cone's boundary enters the derivative in proportion to the multipliers, which may not be
+        unique. Rows at a kink are judged by `_rows_at_moved_kink`.
         """
         form, v = self.form, point.v
         if all(rows.shape[1] == 1 for rows, _ in point.D.groups):
@@ -208,7 +209,7 @@ class ConeNewton(nn.Module):
         return (~point.kinks & (change.abs() > MOVED * w.abs().amax(1, keepdim=True))).any(1)
 
     def _gradient(self, point: Point, w: Tensor, x: Tensor, y: Tensor) -> Data:
-        """Return the gradient of the program's entries for an adjoint w (B, n + m), in equilibrated units."""
+        """Return the gradient of the program's entries for an adjoint w (B, n + m) in equilibrated units."""
         form, (d, e, c) = self.form, point.units
         wx, wy = w.split([form.n, form.m], 1)
         wx, wy = c * d * wx, e * (wy - point.D @ wy)
@@ -221,6 +222,6 @@ class ConeNewton(nn.Module):
         )
 
     def _moved(self, gradient: Data, needed: Sequence[bool]) -> Tensor:
-        """Return whether a gradient of the program's entries is one of the needed params, (B,) bool."""
+        """Return whether a gradient of the program's entries gives the needed params a nonzero gradient, (B,) bool."""
         found, terms = self.pull(torch.cat(gradient, 1), needed)
         return (found.abs() > SHARE * terms).any(1)

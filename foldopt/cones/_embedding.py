@@ -1,7 +1,8 @@
 """The homogeneous embedding of a quadratic cone program, and Mehrotra's steps towards its solution.
 
-It has x, z, s of the program min x'Px/2 + q'x, Ax + s = b, s in K, and two numbers: x / tau solves the program if
-tau > 0 in the limit; otherwise x or z proves that there is no solution (Goulart and Chen, Clarabel, 2024).
+Its variables are x, z and s of the program min x'Px/2 + q'x, Ax + s = b, s in K, and two numbers tau and kappa. If
+tau > 0 in the limit, x / tau solves the program; otherwise x or z proves that there is no solution (Goulart and Chen,
+Clarabel, 2024).
 """
 
 from __future__ import annotations
@@ -12,18 +13,18 @@ import torch
 from torch import Tensor
 
 from foldopt.batched import lu_factor, matvec
-from foldopt.cones.scaling import TINY, Blocks, Scaling
+from foldopt.cones._scaling import TINY, Blocks, Scaling
 
-REGULARIZATION = 1e-10  # of the linear systems; refined against the systems without it
+REGULARIZATION = 1e-10  # added to the diagonal of the linear systems; refinement removes its effect
 REFINEMENTS = 1
-FRACTION = 0.99  # of the way to the boundary
+FRACTION = 0.99  # of the longest step that stays inside the cones
 
 
 class Program(NamedTuple):
-    """P (B, n, n), q (B, n), A (B, m, n), b (B, m).
+    """A batch of programs with P (B, n, n), q (B, n), A (B, m, n) and b (B, m).
 
-    Of the rows the first `zeros` are equalities, `lines` inequalities follow, then second-order cones; `blocks` are
-    all but the equalities.
+    The first `zeros` rows are equalities, then `lines` inequalities and then second-order cones follow. `blocks` has
+    the cones of all rows but the equalities.
     """
 
     P: Tensor
@@ -35,12 +36,12 @@ class Program(NamedTuple):
     lines: int
 
     def at(self, index: Tensor) -> Program:
-        """Return some samples."""
+        """Return the programs of the samples in `index`."""
         return self._replace(P=self.P[index], q=self.q[index], A=self.A[index], b=self.b[index])
 
 
 class Embedding:
-    """The iterates x (B, n), z and s (B, m), tau and kappa (B,), strictly inside of the cones, of a batch."""
+    """The iterates of a batch: x (B, n), z and s (B, m), tau and kappa (B,), strictly inside the cones."""
 
     def __init__(self, program: Program) -> None:
         self.program = program
@@ -48,7 +49,7 @@ class Embedding:
         self._start()
 
     def _start(self) -> None:
-        """Least squares, then shifted into the cone."""
+        """Set the first iterate: a least-squares solution, moved into the cone."""
         P, q, _, b, blocks, zeros, _ = self.program
         e = self.e.expand(len(q), -1)
         self._factor(Scaling(blocks, e, e))
@@ -58,31 +59,32 @@ class Embedding:
         self.x = torch.where(quadratic, x + dx, x)
         z = torch.where(quadratic, z + minus_s, z)
         s = torch.where(quadratic, -z, -minus_s)
-        self.z = torch.cat([z[:, :zeros], self._shifted(z[:, zeros:])], 1)
-        self.s = torch.cat([torch.zeros_like(s[:, :zeros]), self._shifted(s[:, zeros:])], 1)
+        self.z = torch.cat([z[:, :zeros], self._moved_inside(z[:, zeros:])], 1)
+        self.s = torch.cat([torch.zeros_like(s[:, :zeros]), self._moved_inside(s[:, zeros:])], 1)
         self.tau, self.kappa = torch.ones_like(q[:, 0]), torch.ones_like(q[:, 0])
 
-    def _shifted(self, v: Tensor) -> Tensor:
+    def _moved_inside(self, v: Tensor) -> Tensor:
         least = self.program.blocks.least(v)
         return v + torch.where(least < 1e-3, 1 - least, 0.0)[:, None] * self.e
 
     def keep(self, going: Tensor) -> None:
-        """Go on with some samples only."""
+        """Drop all samples but those in the mask `going` (B,)."""
         self.program = self.program.at(going)
         for name in ("x", "z", "s", "tau", "kappa", "Px", "rx", "rz", "rt", "mu"):
             setattr(self, name, getattr(self, name)[going])
 
     def alive(self) -> Tensor:
-        """Return whether the iterates are finite and strictly inside, (B,) bool."""
+        """Return which iterates are finite and strictly inside the cones, (B,) bool."""
         zeros, blocks = self.program.zeros, self.program.blocks
         inside = torch.minimum(blocks.least(self.s[:, zeros:]), blocks.least(self.z[:, zeros:])) > 0
         return inside & (self.mu > TINY) & self.mu.isfinite() & self.x.isfinite().all(1)
 
     def measure(self) -> Tensor:
-        """Return the residuals of a solution, and of proofs that there is no point and that there is a ray, (3, B).
+        """Return the residuals of the iterates as solutions, as proofs of infeasibility and of unboundedness, (3, B).
 
-        Of a solution: the largest of the relative residuals and the relative gap. Of the proofs: the largest entry of
-        A'z where b'z = -1, and of Px and Ax + s where q'x = -1.
+        For a solution it is the largest of the relative residuals and the relative gap. For a proof of infeasibility it
+        is the largest entry of A'z after scaling to b'z = -1; for one of unboundedness the largest entry of Px and
+        Ax + s after scaling to q'x = -1.
         """
         P, q, A, b, blocks, _, _ = self.program
         x, z, s, tau = self.x, self.z, self.s, self.tau[:, None]
@@ -103,8 +105,8 @@ class Embedding:
     def _factor(self, scaling: Scaling) -> None:
         """Factor [[P + L'L + delta, E', S'], [E, -delta, 0], [S, 0, -I]].
 
-        E: the equalities. L, S: W^-1 times the inequalities, which are eliminated, and times the second-order cones,
-        which are not: W^-2 would square their condition number.
+        E are the equalities, L and S are W^-1 times the inequalities and times the rows of second-order cones. The
+        inequalities are eliminated; the second-order cones are not, because W^-2 would square their condition number.
         """
         P, q, A, _, _, zeros, lines = self.program
         n = q.shape[1]
@@ -137,7 +139,7 @@ class Embedding:
         return x, w
 
     def advance(self) -> None:
-        """Take one step, of the residuals that `measure` left."""
+        """Take one predictor-corrector step; `measure` has computed the residuals."""
         P, q, _, b, blocks, zeros, _ = self.program
         self._factor(Scaling(blocks, self.s[:, zeros:], self.z[:, zeros:]))
         level, rz = self._scaled(b), self._scaled(self.rz)
@@ -147,10 +149,10 @@ class Embedding:
         slope, point = q + 2 * self.Px / self.tau[:, None], self.scaling.point
 
         def direction(share: Tensor, square: Tensor, product: Tensor) -> tuple[Tensor, ...]:
-            """Return the step of x, scaled z and s, tau and kappa.
+            """Return the steps of x, of scaled z and s, of tau and of kappa.
 
-            It takes `share` off the residuals, and `square` and `product` off the products of s and z and of kappa and
-            tau.
+            They reduce the residuals by the factor 1 - `share`, the product of s and z by `square`, and that of kappa
+            and tau by `product`.
             """
             lost = blocks.quotient(point, square)
             t = share[:, None] * rz
@@ -176,12 +178,12 @@ class Embedding:
         self.x, self.z, self.s = self.x + a * dx, self.z + a * dz, self.s + a * ds
 
     def _scaled(self, v: Tensor) -> Tensor:
-        """Return W^-1 v, and v in equalities."""
+        """Return W^-1 v in the rows of cones and v in the equalities."""
         zeros = self.program.zeros
         return torch.cat([v[:, :zeros], self.scaling.divided(v[:, zeros:])], 1)
 
     def _length(self, dz: Tensor, ds: Tensor, dtau: Tensor, dkappa: Tensor) -> Tensor:
-        """Return the longest step that stays inside, (B,)."""
+        """Return the longest step that stays inside the cones, (B,)."""
         blocks, point = self.program.blocks, self.scaling.point
         lengths = [blocks.longest(point, ds), blocks.longest(point, dz)]
         lengths += [torch.where(d < 0, -v / d, torch.inf) for v, d in ((self.tau, dtau), (self.kappa, dkappa))]
@@ -189,5 +191,5 @@ class Embedding:
 
 
 def largest(a: Tensor) -> Tensor:
-    """Return the largest absolute entry of each row of a (B, n), 0 where n = 0."""
+    """Return the largest absolute entry of each row of a (B, n); 0 if n = 0."""
     return a.abs().amax(1) if a.shape[1] else a.new_zeros(len(a))

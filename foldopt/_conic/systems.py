@@ -1,10 +1,11 @@
-"""Linear systems with the Jacobian of a conic program's optimality conditions, singular ones among them.
+"""Linear systems with the Jacobian of a conic program's optimality conditions, which may be singular.
 
     J = [[P, A'], [-(I - D) A, D]],   D the derivative of the projection on K.
 
-With D = D' between 0 and I, J is diag(I, I - D) times a matrix whose symmetric part is positive semidefinite: J plus
-shift * diag(I, I - D) is regular, solves with it refined on J converge to a solution where there is one (proximal point
-iteration: Rockafellar, 1976), and what refinement leaves of a vector is its part along the null space.
+D is symmetric with eigenvalues between 0 and 1, and J is diag(I, I - D) times a matrix whose symmetric part is positive
+semidefinite. Therefore J + shift * diag(I, I - D) is regular. Iterative refinement of its solutions with J converges to
+a solution if there is one (the proximal point iteration: Rockafellar, 1976), and the residual that remains is the part
+of the right-hand side along the null space.
 """
 
 from __future__ import annotations
@@ -17,27 +18,27 @@ import scipy.sparse.linalg
 import torch
 from torch import Tensor
 
+from foldopt._conic.form import Data, Form, Matrices
 from foldopt.batched import lu_factor
 from foldopt.cones import BlockDiagonal
-from foldopt.conic.form import Data, Form, Matrices
 from foldopt.qp._kkt import probe
 
-DENSE = 300  # n + m up to which the systems of a batch are one dense batch
+DENSE = 300  # largest n + m for which the systems of a batch are solved as one dense batch
 SHIFT = 1e-8  # the matrices have entries of about 1
-SUSPECT = 1e9  # growth of a vector in no special position that says the matrix may be singular
+SUSPECT = 1e9  # J may be singular if solving enlarges a generic vector by this factor
 REFINEMENTS = 6
-ALIKE = 1e-3  # what the factors of another J leave of a vector, relative to it: each refinement does that again
-SETTLED = 1e-8  # a correction, relative to what it corrects, after which the next one would be rounding
+ALIKE = 1e-3  # the factors of a nearby J are used if one solve with them leaves at most this relative residual
+SETTLED = 1e-8  # refinement ends after a correction of this relative size
 
 
 class Jacobian:
-    """J of a batch of equilibrated programs, with the entries of P and A."""
+    """The Jacobian J of a batch of equilibrated programs."""
 
     def __init__(self, form: Form, data: Data, matrices: Matrices, D: BlockDiagonal) -> None:
         self.form, self.data, self.matrices, self.D = form, data, matrices, D
 
     def at(self, index: Tensor) -> Jacobian:
-        """Return that of some samples."""
+        """Return the Jacobian of the samples in `index`."""
         groups = tuple((rows, values[index]) for rows, values in self.D.groups)
         data = self.data.at(index)
         return Jacobian(self.form, data, Matrices(self.form, data), BlockDiagonal(groups, self.D.size))
@@ -54,15 +55,15 @@ class Jacobian:
 
 
 class Factor(Protocol):
-    """J + shift * diag(I, I - D), factored."""
+    """A factorization of J + shift * diag(I, I - D)."""
 
     def solve(self, r: Tensor, transposed: bool) -> Tensor:
-        """Return the solution (B, n + m) of a system; something that is not finite where the matrix is singular."""
+        """Return the solution (B, n + m) of the system or its transpose; not finite if the matrix is singular."""
         ...
 
 
 class Dense:
-    """As one dense batch."""
+    """A factorization of all samples as one dense batch."""
 
     def __init__(self, J: Jacobian, shift: float) -> None:
         n, m = J.form.n, J.form.m
@@ -84,10 +85,11 @@ class Dense:
 
 
 class Sparse:
-    """One by one, by SuperLU, in (dx, dy, dv): v = s - y moves by dv = -A dx - dy in the cones of several rows.
+    """A factorization of every sample by SuperLU, with additional unknowns that keep the matrix sparse.
 
-    The rows of K are P dx + A'dy = r1, then r2 = -(1 - D) A dx + D dy in cones of one row, -A dx - D dv in the others,
-    and dy + (I - D) dv = r2 in these: no products of A and D, so that the pattern does not fill in.
+    The unknowns are dx, dy and, in cones of several rows, dv = -A dx - dy, the change of v = s - y. The equations are
+    P dx + A'dy = r1; -(1 - D) A dx + D dy = r2 in cones of one row; -A dx - D dv = r2 and dy + (I - D) dv = r2 in the
+    other cones. They have no products of A and D, so that the sparsity pattern does not fill in.
     """
 
     def __init__(self, J: Jacobian, shift: float) -> None:
@@ -132,7 +134,7 @@ class Sparse:
 
 
 class SparsePattern:
-    """Where the entries of `Sparse`'s matrix are, by columns; the same for all samples."""
+    """The sparsity pattern of the matrix of `Sparse`, by columns; all samples share it."""
 
     def __init__(self, form: Form) -> None:
         n, m = form.n, form.m
@@ -168,21 +170,21 @@ class SparsePattern:
 
     @classmethod
     def of(cls, form: Form) -> SparsePattern:
-        """Return that of a form, made once."""
+        """Return the pattern of a form, which is made once."""
         if form.sparse is None:
             form.sparse = cls(form)
         return form.sparse
 
     def matrix(self, values: Any) -> Any:
-        """Return the matrix with entries in the order of the pattern; those in one place add up."""
+        """Return the matrix with these entries; entries in the same position are added."""
         data = np.bincount(self.slot, values, len(self.rows))
         return sp.csc_array((data, self.rows, self.ends), (self.total, self.total))
 
 
 class System:
-    """Solves with J, factored once; singular: (B,) bool, samples whose J is singular, or close to that.
+    """Solves with J, which is factored once. singular: (B,) bool, the samples in which J is singular or nearly so.
 
-    near: a system whose factors are taken if few refinements with them solve to rounding.
+    near: the system of a nearby point. Its factors are used if a few refinements with them solve to rounding.
     """
 
     def __init__(self, J: Jacobian, near: System | None = None) -> None:
@@ -203,7 +205,7 @@ class System:
         self.shifted: Factor | None = kind(self.part, SHIFT) if len(self.index) else None
 
     def solve(self, r: Tensor, transposed: bool) -> Tensor:
-        """Return z with Jz = r, or J'z = r, (B, n + m); where J is singular, a solution for what is consistent of r."""
+        """Return z (B, n + m) with Jz = r, or J'z = r; the part of r without a solution is ignored."""
         z = self.regular(r, transposed)
         if self.shifted is not None:
             part = r[self.index]
@@ -214,7 +216,7 @@ class System:
         return z
 
     def regular(self, r: Tensor, transposed: bool) -> Tensor:
-        """Return the solution by the factors, refined, however close to singular J is."""
+        """Return the refined solution by the factors of J itself, also if J is nearly singular."""
         z = self.factor.solve(r, transposed)
         for _ in range(self.refinements):
             more = self.factor.solve(r - self.J.times(z, transposed), transposed)
@@ -224,7 +226,7 @@ class System:
         return z
 
     def null_part(self, r: Tensor) -> Tensor:
-        """Return the part of r (B, n + m) along the null space of J, for which J'z = r has no solution; else 0."""
+        """Return the part of r (B, n + m) in the null space of J, for which J'z = r has no solution; 0 if regular."""
         out = torch.zeros_like(r)
         if self.shifted is not None:
             part = r[self.index]
@@ -241,7 +243,7 @@ class System:
 
 
 def solved(system: System, r: Tensor) -> Tensor:
-    """Return J^-1 r, (B, n + m), as a function of r with J held fixed, differentiable to any order."""
+    """Return J^-1 r, (B, n + m), with J held fixed; differentiable in r to any order."""
     found: Tensor = _Solve.apply(system, r, False)
     return found
 

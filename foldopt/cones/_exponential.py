@@ -1,6 +1,6 @@
 """The exponential cone, the closure of {(x, y, z): y > 0, y exp(x / y) <= z}.
 
-Where v = (x, y, z) is neither in the cone nor in its polar, nor over a flat face, the projection s is given by
+Where v = (x, y, z) is neither in the cone nor in its polar, nor projected on a flat face, the projection s is given by
 
     s = sigma (r, 1, exp(r)),   v - s = tau (1, 1 - r, -exp(-r)),   q = r^2 - r + 1,
     sigma = ((r - 1) x + y) / q,   tau = (x - r y) / q,
@@ -19,25 +19,32 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from foldopt.cones.base import Cone, Split, remembered, require_three
+from foldopt.cones._base import Cone, Split, remembered, require_three
 
 _Regions = tuple[Tensor, Tensor, Tensor]
-FAR = 700.0  # exp(-FAR) is nothing beside 1, yet not 0
-REACH = 800.0  # from an end of the bracket to where an exponential outweighs any float64
+FAR = 700.0  # exp(-FAR) is positive but negligible beside 1
+REACH = 800.0  # width of the bracket: so far from its end exp exceeds every float64
 MAX_STEPS = 200
 TINY = 1e-300
 
 
 @dataclass(frozen=True)
 class Exponential(Cone):
-    """The closure of {(x, y, z): y > 0, y exp(x / y) <= z} in R^3, rows in the order of CVXPY, SCS and Clarabel.
+    """The exponential cone, the closure of {(x, y, z): y > 0, y exp(x / y) <= z} in R^3.
 
-    The projection has no derivative on the boundary of the cone, on that of its polar, and where x, y <= 0 and one of
-    the three is 0.
+    The order of x, y and z is that of CVXPY, SCS and Clarabel. The projection solves one equation in one unknown by
+    Newton's method with bisection. It has no derivative on the boundary of the cone, on that of the polar cone, and
+    where x <= 0, y <= 0 and one of x, y, z is 0.
+
+    Source: Friberg, Projection onto the exponential cone: a univariate root-finding problem (2021).
+
+    Examples:
+        >>> foldopt.cones.Exponential().project(torch.tensor([1.0, 1.0, 0.0]))
+        tensor([0.1466, 0.4346, 0.6090])
     """
 
     def centre(self, d: int) -> Tensor:
-        """Return (-1, 1/2, 1), which is inside of the cone and of its dual."""
+        """Return (-1, 1/2, 1); see `Cone.centre`."""
         return torch.tensor([-1.0, 0.5, 1.0], dtype=torch.float64)
 
     def _require_size(self, v: Tensor) -> None:
@@ -70,8 +77,8 @@ class Exponential(Cone):
         n, U, D, normal, turn, weight = _frame(root)
         g, h = (_times(U.mT, w) for w in (g, h))
         turn_g, turn_h = ((turn * w).sum(-1) for w in (g, h))
-        grow_g, grow_h = (_times(U, _times(D, w))[..., 1] / sigma for w in (g, h))  # of sigma, relative to it
-        push_g, push_h = (weight * (normal * w).sum(-1) for w in (g, h))  # of tau, as far as mu moves it
+        grow_g, grow_h = (_times(U, _times(D, w))[..., 1] / sigma for w in (g, h))  # relative growth of sigma
+        push_g, push_h = (weight * (normal * w).sum(-1) for w in (g, h))  # growth of tau due to mu
         # tau and sigma come first in each product: near the edges the rates are as large as they are small
         both = tau * turn_g * turn_h
         along = both - tau * turn_h * grow_g - tau * turn_g * grow_h + push_g * turn_h + push_h * turn_g
@@ -90,13 +97,13 @@ class Exponential(Cone):
 
     @remembered
     def _found(self, v: Tensor) -> tuple[_Regions, _Root]:
-        """Return the regions and the root of points."""
+        """Return the region of each point, and the root of its equation."""
         regions = _regions(v)
         return regions, _root(v, regions[2])
 
 
 def _regions(v: Tensor) -> _Regions:
-    """Return whether v is in the cone, in its polar, and projected on the curved part of the boundary, (...) each."""
+    """Return whether v is in the cone, in its polar cone, or projected on the curved boundary, (...) bool each."""
     x, y, z = v.unbind(-1)
     ratio, inverse = x / torch.where(y > 0, y, 1.0), y / torch.where(x > 0, x, 1.0)
     height, depth = z.clamp(min=0).log(), (-z).clamp(min=0).log()
@@ -127,10 +134,10 @@ class _Root(NamedTuple):
 
 
 def _root(v: Tensor, curved: Tensor) -> _Root:
-    """Find r by Newton's method with bisection (rtsafe of Press et al., Numerical Recipes, 9.4) on the logarithms.
+    """Find r by Newton's method with bisection (rtsafe of Press et al., Numerical Recipes, 9.4).
 
-    log(sigma exp(r) + max(-z, 0)) - log(tau exp(-r) + max(z, 0)) is nearly linear in r where Newton's method would
-    creep along an exponential.
+    It is applied to log(sigma exp(r) + max(-z, 0)) - log(tau exp(-r) + max(z, 0)), which is nearly linear in r;
+    without the logarithms Newton's method would need many small steps along an exponential.
     """
     x, y, z = torch.where(curved[..., None], v, v.new_tensor([1.0, 1.0, 0.0])).unbind(-1)
     low = torch.where(x > 0, 1 - y / torch.where(x > 0, x, 1.0), -torch.inf)
@@ -151,7 +158,7 @@ def _root(v: Tensor, curved: Tensor) -> _Root:
         slope = torch.exp(a - left) * (x / (q * sigma) - bent + 1) + torch.exp(b - right) * (y / (q * tau) + bent + 1)
         low, high = torch.where(value <= 0, r, low), torch.where(value >= 0, r, high)
         newton = -value / slope
-        room = torch.where(newton < 0, start - r, end - r)  # near its ends the function is the logarithm of that
+        room = torch.where(newton < 0, start - r, end - r)  # near the ends the function behaves like log(room)
         newton = r - room * torch.expm1(-newton / room)
         good = (newton >= low) & (newton <= high) & (2 * value.abs() <= (last * slope).abs())
         new = torch.where(settled, r, torch.where(good, newton, 0.5 * (low + high)))
@@ -170,10 +177,11 @@ def _root(v: Tensor, curved: Tensor) -> _Root:
 
 
 class _Frame(NamedTuple):
-    """The derivative U D U', with the orthonormal columns (1, -r, 0) / n, (r, 1, 0) / n and (0, 0, 1) of U.
+    """The derivative of the projection as U D U', in an orthonormal frame.
 
-    With f' divided by max(exp(r), 1): normal, (..., 3) in U, is the derivative of its multiplier, and turn, (..., 3) in
-    U, that of r. weight (...) is min(exp(r), 1), n is |(1, r)|.
+    The columns of U are (1, -r, 0) / n, (r, 1, 0) / n and (0, 0, 1) with n = |(1, r)|. In this frame `turn` (..., 3) is
+    the derivative of r, and `normal` (..., 3) that of the multiplier mu, after f' was divided by max(exp(r), 1).
+    weight: (...), min(exp(r), 1).
     """
 
     n: Tensor

@@ -1,10 +1,11 @@
-"""The canonical form of a CVXPY problem, taken once: its data are an affine function of the parameters.
+"""The canonical form of a CVXPY problem, whose data are an affine function of the parameters.
 
-    minimize 1/2 x'Px + q'x + r   subject to   Ax + s = b,   s in K,
+    minimize 1/2 x'Px + q'x + r   subject to   Ax + s = b,   s in K
 
-theta = (P, q, A, b), the entries on fixed sparsity patterns, is M @ [parameters; 1] for a disciplined parametrized
-program (Agrawal et al., Differentiable Convex Optimization Layers, 2019). CVXPY's names that are not public are used
-here and in `foldopt.cvxpy.solver` only; tests/foldopt/cvxpy/test_internals.py lists them.
+For a disciplined parametrized program the entries theta = (P, q, A, b) on fixed sparsity patterns are
+M @ [parameters; 1] (Agrawal et al., Differentiable convex optimization layers, 2019). Canonicalization happens once per
+layer. Only this module and `foldopt.cvxpy._solver` use names of CVXPY that are not public;
+tests/foldopt/cvxpy/test_internals.py lists them.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ from foldopt.errors import InputError
 Array = np.ndarray[Any, Any]
 
 
-class Form(ConicSolver):
-    """Tells CVXPY which form to canonicalize for, whatever solvers are installed; it solves nothing."""
+class Target(ConicSolver):
+    """Pretends to be a solver, so that CVXPY canonicalizes for our form whatever solvers are installed."""
 
     MIP_CAPABLE, BOUNDED_VARIABLES = False, False
     SUPPORTED_CONSTRAINTS: Any = [*ConicSolver.SUPPORTED_CONSTRAINTS, SOC, ExpCone, PowCone3D, SvecPSD]  # noqa: RUF012
@@ -42,26 +43,26 @@ class Form(ConicSolver):
         self.quadratic = quadratic
 
     def name(self) -> str:
-        """Return the name by which CVXPY knows this form."""
+        """Return the name under which CVXPY knows this form."""
         return "FOLDOPT"
 
     def import_solver(self) -> None:
         """Do nothing."""
 
     def supports_quad_obj(self) -> bool:
-        """Return whether quadratic objectives keep their matrix P instead of becoming second-order cones."""
+        """Return whether a quadratic objective keeps its matrix P instead of becoming a second-order cone."""
         return self.quadratic
 
     def apply(self, problem: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return the program with its rows as they are: formatting them costs n times parameters of memory."""
+        """Return the program with unsorted rows; CVXPY's formatting needs memory of n times the parameters' size."""
         return {"param_prob": problem}, {}
 
     def solve_via_data(self, *args: Any, **kwargs: Any) -> Any:
-        """Refuse: this is no solver."""
-        raise NotImplementedError("Form is no solver.")
+        """Raise NotImplementedError: nothing is solved here."""
+        raise NotImplementedError("Target describes a canonical form; it does not solve programs.")
 
     def invert(self, solution: Any, inverse_data: Any) -> Any:
-        """Return a `Solution` as it is: its duals are already by constraint."""
+        """Return the `Solution` unchanged; its duals are already sorted by constraint."""
         return solution
 
     def cite(self, data: Any) -> str:
@@ -71,11 +72,10 @@ class Form(ConicSolver):
 
 @dataclass(frozen=True)
 class Pattern:
-    """Sparsity patterns of P (n by n, symmetric, in full) and A (m by n), by columns, and the sizes of the cones.
+    """Sparsity patterns of P (n, n), symmetric and in full, and A (m, n), by columns, and the sizes of the cones.
 
-    P_rows, A_rows: rows of the entries. P_ptr, A_ptr: where each column starts, (n + 1,).
-    cones: rows of zero and nonneg, then lists of the sizes of soc and psd (sides), the number of exp
-    cones, and the exponents of pow cones.
+    P_rows, A_rows: the rows of the entries. P_ptr, A_ptr: (n + 1,), where each column starts. cones: as the `dims` of
+    `foldopt.cones.ProductCone`.
     """
 
     n: int
@@ -88,16 +88,17 @@ class Pattern:
 
     @property
     def linear(self) -> bool:
-        """Whether there are linear constraints only, so that the program is a quadratic one."""
+        """Whether all constraints are linear, so that the program is a quadratic program."""
         return self.cones["zero"] + self.cones["nonneg"] == self.m
 
 
 @dataclass(frozen=True)
 class Input:
-    """Where a parameter goes: ``values.flatten()[index]`` are its entries ``column : column + len(index)`` of the map.
+    """How a parameter enters the map M: ``values.flatten()[index]`` belong to its columns from `column` on.
 
-    index: into the parameter's entries in C order. logged: whether the program is in its logarithm. symmetric: whether
-    only its symmetric part counts.
+    index: indices into the parameter's entries in C order. logged: whether the program depends on the logarithm
+    (geometric programs). symmetric: whether only the symmetric part counts. attributes: the properties that the
+    parameter was declared to have.
     """
 
     name: str
@@ -111,10 +112,10 @@ class Input:
 
 @dataclass(frozen=True)
 class Output:
-    """Where an output comes from: ``scale * [0; values][index]``, of the shape of `index`.
+    """How an output is computed: ``scale * [0; values][index]``, in the shape of `index`.
 
-    dual: whether the values are the multipliers y (m,) instead of x (n,). exponential: whether it is the exponential of
-    that (geometric programs). label: how messages call it.
+    dual: whether the values are the multipliers y (m,) and not x (n,). exponential: whether the exponential is taken
+    afterwards (geometric programs). label: its name in messages.
     """
 
     label: str
@@ -128,9 +129,9 @@ class Output:
 class Canonical:
     """A problem in canonical form.
 
-    M: (sizes of P, q, A, b added up, width), CSR; its last column is the constant part. program: CVXPY's own
-    parametrized program, for solvers. rows: (m,), for each row the number of the user's constraint that it is, or -1.
-    constraints: these constraints in words.
+    M: CSR (size of theta, width), the affine map from parameters to theta = (P, q, A, b); its last column is the
+    constant part. program: CVXPY's parametrized program, for the interfaces of solvers. rows: (m,), for each row the
+    number of the user's constraint that it comes from, or -1. constraints: the user's constraints in words.
     """
 
     pattern: Pattern
@@ -142,9 +143,9 @@ class Canonical:
     constraints: tuple[str, ...]
 
     def row_name(self, row: int) -> str:
-        """Return how messages call a row of A."""
+        """Return the name of a row of A in messages."""
         number = int(self.rows[row])
-        return f"a row of the constraint {self.constraints[number]}" if number >= 0 else "a row made for an atom"
+        return f"a row of the constraint {self.constraints[number]}" if number >= 0 else "a row that CVXPY added"
 
 
 def canonicalize(
@@ -156,13 +157,14 @@ def canonicalize(
     quadratic: bool = True,
     canon_backend: str | None = None,
 ) -> Canonical:
-    """Return the canonical form of a problem that `foldopt.cvxpy.checks` has let pass.
+    """Return the canonical form of a problem that `foldopt.cvxpy._checks` has accepted.
 
-    outputs: variables, and dual variables of the problem's constraints. Raises InputError for what has no such form.
+    outputs: variables, and dual variables of the problem's constraints. Raises InputError for outputs that the
+    canonical form does not determine.
     """
     with scopes.quad_form_dpp_scope() if quadratic and not gp else contextlib.nullcontext():
         data, chain, inverse = problem.get_problem_data(
-            Form(quadratic), gp=gp, enforce_dpp=True, canon_backend=canon_backend
+            Target(quadratic), gp=gp, enforce_dpp=True, canon_backend=canon_backend
         )
     program = data["param_prob"]
     pattern, M = _stuffed(program)
@@ -179,7 +181,7 @@ def canonicalize(
 
 
 def _stuffed(program: Any) -> tuple[Pattern, sp.csr_array]:
-    """Return the patterns and M of CVXPY's parametrized program, whose matrix is [-A b] with unsorted rows."""
+    """Return the patterns and M of CVXPY's parametrized program, which stores [-A b] with unsorted rows."""
     n, width = program.x.size, program.total_param_size + 1
     P, A = program.reduced_P, program.reduced_A
     P.cache()
@@ -206,9 +208,10 @@ def _stuffed(program: Any) -> tuple[Pattern, sp.csr_array]:
 
 
 def _sorted_rows(constraints: Sequence[Any]) -> tuple[Array, Array]:
-    """Return where each row of the stuffed matrix goes in Ax + s = b, s in K, and its sign.
+    """Return the row of Ax + s = b, s in K, to which each row of CVXPY's matrix belongs, and its sign.
 
-    A second-order cone constraint comes as all t, then all z; exponential and power ones as all x, all y, all z.
+    CVXPY stacks a second-order cone constraint as all t, then all z; exponential and power cone constraints as all x,
+    then all y, then all z.
     """
     to, sign, at = [np.zeros(0, dtype=int)], [np.zeros(0)], 0
     for constraint in constraints:
@@ -248,11 +251,11 @@ def _variable(variable: Any, program: Any, chain: Any, gp: bool) -> Output:
     final = next(iter(chain.compose_var_id_map().get(variable.id, [variable.id])))
     if final not in program.var_id_to_col:
         raise InputError(
-            f"variables= names {variable.name()}, which the objective and the constraints do not depend on."
+            f"variables= has {variable.name()}, on which neither the objective nor a constraint depends; leave it out."
         )
     start, size = program.var_id_to_col[final], program.id_to_var[final].size
     index = start + 1 + np.arange(variable.size).reshape(variable.shape, order="F")
-    if size != variable.size:  # symmetric, diagonal, sparse: 0 stands for an entry that is always zero
+    if size != variable.size:  # symmetric, diagonal, sparse: index 0 stands for an entry that is always zero
         coded: Any = recover_value_for_leaf(variable, np.arange(1.0, size + 1), project=False)
         coded = np.asarray(coded.toarray() if sp.issparse(coded) else coded).round().astype(int)
         index = np.where(coded > 0, coded + start, 0)
@@ -260,10 +263,10 @@ def _variable(variable: Any, program: Any, chain: Any, gp: bool) -> Output:
 
 
 class _Duals:
-    """Which multipliers the duals of the user's constraints are.
+    """Finds which multipliers of the canonical form are the dual values of the user's constraints.
 
-    Found by sending the numbers 1 to m, as multipliers, back through CVXPY's reductions: each dual comes out as one
-    of them, with a sign and, off the diagonal of a semidefinite constraint, over sqrt(2).
+    The numbers 1 to m are sent as multipliers through CVXPY's inverse reductions. Each dual value then is one of these
+    numbers with a sign, or divided by sqrt(2) off the diagonal of a semidefinite constraint.
     """
 
     def __init__(self, problem: Any, chain: Any, inverse: Any, program: Any, m: int, gp: bool) -> None:
@@ -272,7 +275,7 @@ class _Duals:
         self.coded = {} if gp else self._sent(np.arange(1.0, m + 1))
 
     def _sent(self, y: Array) -> dict[int, Array]:
-        """Return the values that the dual variables get from multipliers y, by their ids."""
+        """Return the values that CVXPY gives the dual variables for multipliers y, by the variables' ids."""
         at, parts = 0, {}
         for constraint in self.program.constraints:
             size = sum(argument.size for argument in constraint.args)
@@ -293,21 +296,25 @@ class _Duals:
         return values
 
     def output(self, variable: Any) -> Output:
-        """Return where the value of a dual variable comes from; raises InputError where CVXPY gives none."""
+        """Return how the value of a dual variable is computed; raises InputError if CVXPY does not define it."""
         label = f"the dual of {self.owners[variable.id]}"
         if self.gp:
-            raise InputError(f"{label} is not available: CVXPY defines no duals of a geometric program (gp=True).")
+            raise InputError(
+                f"{label} is not available: CVXPY defines no duals for geometric programs (gp=True). Leave it out."
+            )
         if variable.id not in self.coded:
-            raise InputError(f"{label} is not available: CVXPY does not recover it.")
+            raise InputError(f"{label} is not available: CVXPY does not compute it. Leave it out.")
         index, scale = _decoded(self.coded[variable.id])
         y = np.sin(np.arange(1.0, self.m + 1))
         again = self._sent(y)[variable.id]
         if not np.allclose(scale * np.concatenate([[0], y])[index], again, rtol=1e-12, atol=1e-12):
-            raise InputError(f"{label} is not available: it is not one multiplier of the canonical form per entry.")
+            raise InputError(
+                f"{label} is not available: its entries are not multipliers of the canonical form. Leave it out."
+            )
         return Output(label, index.reshape(variable.shape), scale.reshape(variable.shape), True, False)
 
     def rows(self) -> Array:
-        """Return for each row the number of the user's constraint that it is, else -1."""
+        """Return for each row the number of the user's constraint that it comes from, or -1."""
         out = np.full(self.m, -1)
         for number, constraint in enumerate(self.problem.constraints):
             for variable in constraint.dual_variables:
@@ -317,7 +324,7 @@ class _Duals:
 
 
 def _decoded(value: Array) -> tuple[Array, Array]:
-    """Return (index, scale) such that value = scale * index: whole numbers times 1, -1, or these over sqrt(2)."""
+    """Return index and scale with value = scale * index, where scale is 1, -1, or one of these over sqrt(2)."""
     size = np.abs(value)
     whole = np.abs(size - size.round()) <= 1e-9 * size
     index = np.where(whole, size, np.sqrt(2) * size).round().astype(int)

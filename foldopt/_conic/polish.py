@@ -1,4 +1,4 @@
-"""From a solver's answer to rounding: Newton steps on the optimality conditions, taken where they help."""
+"""Polishes a solver's answer to rounding by Newton steps on the optimality conditions."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from foldopt.conic.form import Program
-from foldopt.conic.point import Measure
-from foldopt.conic.systems import Jacobian, System
+from foldopt._conic.form import Program
+from foldopt._conic.point import Measure
+from foldopt._conic.systems import Jacobian, System
 
 STEPS = 8
-EXACT = 1e-13  # relative residual that no step is expected to improve
-CLOSE = 1e-3  # reduction of the residual after which the same Jacobian is good for another step
+EXACT = 1e-13  # relative residual at which the polish ends
+CLOSE = 1e-3  # a Jacobian is used again if its step reduced the residual by this factor
 
 
 def polish(program: Program, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Measure, System | None]:
-    """Return x and y after Newton steps, and their measure, in the program's units; and the system of the last step.
+    """Return x and y after Newton steps, their measure, and the last linear system, in the program's units.
 
-    A step is kept in the samples where it makes the residual smaller; those that are not finite stay as they are.
+    A step is kept in the samples where it reduces the residual. Samples that are not finite are left unchanged.
     """
     form = program.form
     measure = Measure.of(program, x, y)
@@ -50,5 +50,5 @@ def polish(program: Program, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Meas
 
 
 def halved(solve: Callable[[Tensor, bool], Tensor]) -> Callable[[Tensor, bool], Tensor]:
-    """Return the function that takes half of a step."""
+    """Return the function that computes half of a step."""
     return lambda r, transposed: 0.5 * solve(r, transposed)

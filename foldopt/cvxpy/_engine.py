@@ -1,4 +1,4 @@
-"""The engine behind a CVXPY layer: a solver in front, a Newton step on the optimality conditions folded behind."""
+"""The engine of `CvxpyLayer`: a solver finds a solution, and a Newton step on the optimality conditions is folded."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from torch import Tensor
 
 from foldopt._affine import SparseMap
 from foldopt._certificates import FoldInfo
+from foldopt._conic.form import Data, Form, Program
+from foldopt._conic.newton import ConeNewton, ConeState
+from foldopt._conic.point import Point
+from foldopt._conic.polish import polish
 from foldopt._fold import Implicit
 from foldopt._layer import FixedPointLayer
-from foldopt.cones.interior_point import STATUS as STATUS_OF_CONES
-from foldopt.cones.interior_point import solve_cone_program
-from foldopt.conic.form import Data, Form, Program
-from foldopt.conic.newton import ConeNewton, ConeState
-from foldopt.conic.point import Point
-from foldopt.conic.polish import polish
-from foldopt.cvxpy.canonical import Canonical, Input
-from foldopt.cvxpy.solver import FAILED, INFEASIBLE, NONCONVEX, SOLVED, UNBOUNDED
+from foldopt.cones._interior_point import STATUS as STATUS_OF_CONES
+from foldopt.cones._interior_point import solve_cone_program
+from foldopt.cvxpy._canonical import Canonical, Input
+from foldopt.cvxpy._solver import FAILED, INFEASIBLE, NONCONVEX, SOLVED, UNBOUNDED
 from foldopt.errors import InfeasibleError, InputError, LimitError, NonconvexError, SolverError, UnboundedError
 from foldopt.qp._engine import STATUS, solve
 from foldopt.qp._program import Program as QuadraticProgram
@@ -39,23 +39,23 @@ _CAUSES: tuple[tuple[str, type[SolverError]], ...] = (
 
 
 class Front(Protocol):
-    """What solves programs."""
+    """A solver of the programs of a batch."""
 
     @property
     def name(self) -> str:
-        """Return how messages call it."""
+        """Return its name in messages."""
         ...
 
     def __call__(self, data: Data, device: torch.device) -> tuple[Tensor, Tensor, list[str]]:
-        """Return x (B, n) and y (B, m), NaN where there is none, and what became of each sample, in words.
+        """Return x (B, n) and y (B, m), NaN in samples without a solution, and the status of each sample in words.
 
-        The data and the answer are on the CPU. device: that of the parameters, for those that can compute there.
+        The data and the answer are on the CPU. device: the device of the parameters; a solver may compute there.
         """
         ...
 
 
 class OwnQP:
-    """Programs with linear constraints only, by foldopt's own engine, as one dense batch."""
+    """The engine of `QPLayer`, for programs with linear constraints only, as one dense batch."""
 
     name = "foldopt's QP engine"
 
@@ -71,9 +71,9 @@ class OwnQP:
 
 
 class OwnInteriorPoint:
-    """Linear and second-order cones, by foldopt's batched interior point, as one dense batch where the parameters are.
+    """foldopt's interior point, for linear and second-order cones, as one dense batch on the parameters' device.
 
-    options: ``tol`` and ``max_iter`` of `foldopt.cones.solve_cone_program`. Raises InputError for others, and for
+    options: ``tol`` and ``max_iter`` of `foldopt.cones.solve_cone_program`. Raises InputError for other options and
     other cones.
     """
 
@@ -83,11 +83,11 @@ class OwnInteriorPoint:
         others = [kind for kind in ("psd", "exp", "pow") if form.cone.dims.get(kind)]
         if others:
             raise InputError(
-                f"solver='foldopt' knows linear and second-order cones; this problem has {others}: take another solver."
+                f"solver='foldopt' knows linear and second-order cones only, this problem has {others}; choose another."
             )
         unknown = sorted(set(options) - {"tol", "max_iter"})
         if unknown:
-            raise InputError(f"options has {unknown}: solver='foldopt' knows 'tol' and 'max_iter'.")
+            raise InputError(f"options has {unknown}: solver='foldopt' knows 'tol' and 'max_iter' only.")
         self.form, self.options = form, options
 
     def __call__(self, data: Data, device: torch.device) -> tuple[Tensor, Tensor, list[str]]:
@@ -101,8 +101,8 @@ class OwnInteriorPoint:
 
 
 @dataclass(frozen=True)
-class Again:
-    """The solutions of another call, x (B, n) and y (B, m), to begin at."""
+class PreviousSolution:
+    """The solutions x (B, n) and y (B, m) of the previous call, where a warm start begins."""
 
     x: Tensor
     y: Tensor
@@ -114,30 +114,30 @@ class Again:
 
 
 class Stack:
-    """Puts the parameters' entries, (B, k) or (k,) each, in the order of M's columns, and a 1 behind them.
+    """Concatenates the entries of the parameters, (B, k) or (k,) each, in the order of the columns of M, and a 1.
 
-    ``stack(*params) -> (B, width)``; B is 1 if no parameter has a batch.
+    ``stack(*params) -> (B, width)``; B is 1 if no parameter has a batch dimension.
     """
 
     def __init__(self, inputs: Sequence[Input]) -> None:
         self.order = sorted(range(len(inputs)), key=lambda i: inputs[i].column)
 
     def __call__(self, *params: Tensor) -> Tensor:
-        """Return the stacked entries."""
+        """Return the concatenated entries (B, width)."""
         B = max((len(p) for p in params if p.dim() == 2), default=1)
         one = torch.ones(B, 1, dtype=torch.float64)
         return torch.cat([*(params[i].expand(B, -1) for i in self.order), one], 1)
 
 
 class ConicEngine(FixedPointLayer):
-    """The folded layer of (x, y), multipliers in the dual cone: ``engine(*params) -> (x, y)``, (B, n) and (B, m).
+    """The folded layer ``engine(*params) -> (x, y)`` with x (B, n) and multipliers y (B, m) in the dual cone.
 
-    solvers: see `Front`; each is asked about the samples that those before it did not solve. read: (n,) bool, the
-    entries of x that outputs are made of. warm_start: begin at the solution of the last call, and ask the solvers only
-    about samples where Newton steps from there do not end in one.
+    canonical: the problem. form: its patterns and cone. solvers: see `Front`; each solves the samples that those before
+    it did not solve. read: (n,) bool, the entries of x from which outputs are computed. warm_start: start Newton steps
+    at the solutions of the previous call, and call the solvers only for samples where these steps fail.
     """
 
-    checks_finite = False  # the parameters' values have been looked at
+    checks_finite = False  # `foldopt.cvxpy._values` has checked the parameters
 
     def __init__(
         self,
@@ -173,7 +173,7 @@ class ConicEngine(FixedPointLayer):
         return self.map(self.stack(*params))
 
     def _pulled(self, g: Tensor, needed: Sequence[bool]) -> tuple[Tensor, Tensor]:
-        """Return what the needed params get of the cotangent g of theta, and the size of its terms, (B, k) each."""
+        """Return the needed params' cotangent for a cotangent g of theta, and the size of its terms, (B, k) each."""
         wanted = [range(*columns) for columns, need in zip(self.columns, needed, strict=True) if need]
         index = torch.tensor([i for part in wanted for i in part], dtype=torch.long)
         return self.map.transposed(g)[:, index], self.absolute(g.abs())[:, index]
@@ -207,12 +207,14 @@ class ConicEngine(FixedPointLayer):
         return state
 
     def _fronts(self, size: int) -> Sequence[Front]:
-        """Return what is asked for solutions of a batch of this size, in turn."""
+        """Return the solvers to try, in this order, for a batch of this size."""
         start = self.call.start if self.warm_start else None
-        return [Again(*start), *self.solvers] if start is not None and len(start[0]) == size else self.solvers
+        return (
+            [PreviousSolution(*start), *self.solvers] if start is not None and len(start[0]) == size else self.solvers
+        )
 
     def _explain(self, status: Sequence[str], residual: Tensor) -> None:
-        """Raise or warn about the samples that were not solved, by cause."""
+        """Raise or warn about the samples that were not solved, with the cause of each."""
         if self.on_failure in ("nan", "zero") or all(s == SOLVED for s in status):
             return
         said = []
@@ -222,8 +224,8 @@ class ConicEngine(FixedPointLayer):
             said.append(f"{cause}{at} at {len(bad)} of {len(status)} samples, first {bad[:10]}")
         message = (
             f"{' and '.join(one.name for one in self.solvers)} found no solution of the CVXPY problem: "
-            f"{'; '.join(said)}. Mend these samples, give the solver other options=, take another solver=, or choose "
-            "on_failure='nan'|'zero'."
+            f"{'; '.join(said)}. Correct these samples, give the solver other options=, choose another solver=, or "
+            "choose on_failure='nan' or 'zero'."
         )
         if self.on_failure == "raise":
             error = next((error for cause, error in _CAUSES if cause in status), LimitError)
@@ -232,7 +234,7 @@ class ConicEngine(FixedPointLayer):
 
 
 class _Call(threading.local):
-    """What calls of a layer pass on: residuals and statuses of the last one, its solutions, the parameters' device."""
+    """Data of the latest call, per thread: residuals and statuses, the solutions, and the parameters' device."""
 
     found: tuple[Tensor, list[str]]
     device = torch.device("cpu")

@@ -8,18 +8,24 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from foldopt.cones.base import Cone, Split
+from foldopt.cones._base import Cone, Split
 
 
 @dataclass(frozen=True)
 class SecondOrder(Cone):
-    """{(t, z): |z| <= t} in R^d, t first; its own dual (Boyd and Vandenberghe, Convex Optimization, 8.1).
+    """The second-order cone {(t, z): |z| <= t} in R^d with t first, its own dual cone.
 
-    A point has the spectral values t + |z| and t - |z|; the projection has no derivative where one of them is 0.
+    A point (t, z) has the spectral values t + |z| and t - |z|. The projection has no derivative where one of them is 0.
+
+    Source: Boyd and Vandenberghe, Convex Optimization (2004), section 8.1.
+
+    Examples:
+        >>> foldopt.cones.SecondOrder().project(torch.tensor([0.0, 3.0, 4.0]))
+        tensor([2.5000, 1.5000, 2.0000])
     """
 
     def centre(self, d: int) -> Tensor:
-        """Return (1, 0), (d,)."""
+        """Return (1, 0, ..., 0), (d,); see `Cone.centre`."""
         return torch.eye(d, dtype=torch.float64)[0]
 
     def _split(self, v: Tensor) -> Split:

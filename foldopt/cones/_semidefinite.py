@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from foldopt.cones.base import Cone, Split, remembered
+from foldopt.cones._base import Cone, Split, remembered
 from foldopt.errors import InputError
 
 Triangle = Literal["lower", "upper"]
@@ -17,23 +17,38 @@ Triangle = Literal["lower", "upper"]
 
 @dataclass(frozen=True)
 class Semidefinite(Cone):
-    """{X positive semidefinite}, n by n, as svec(X) in R^d, d = n (n + 1) / 2; its own dual.
+    """The cone of positive semidefinite n by n matrices X, as vectors svec(X) in R^d with d = n (n + 1) / 2.
 
-    triangle: "lower" or "upper", stacked column by column: SCS takes the lower triangle, Clarabel the upper one.
+    It is its own dual cone. With X = Q diag(w) Q' the projection is Q diag(max(w, 0)) Q'. The derivative multiplies
+    Q'GQ entrywise by the divided differences of max(w, 0), also if eigenvalues repeat. There is no derivative where an
+    eigenvalue is 0.
 
-    With X = Q diag(w) Q' the projection is Q diag(max(w, 0)) Q' (Higham, 1988); its derivative multiplies Q'GQ by the
-    divided differences of max(w, 0), also where eigenvalues repeat (Bhatia, Matrix Analysis, 1997, V.3). It has none
-    where an eigenvalue is 0.
+    Args:
+        triangle: which triangle of X the vectors hold, stacked column by column: "lower" (default, as in SCS) or
+            "upper" (as in Clarabel).
+
+    Raises:
+        InputError: if `triangle` is neither of the two.
+
+    Source: Higham, Computing a nearest symmetric positive semidefinite matrix (1988); Bhatia, Matrix Analysis (1997),
+    section V.3, for the derivative.
+
+    Examples:
+        >>> from foldopt.cones import Semidefinite, smat, svec
+        >>> X = torch.tensor([[1.0, 2.0], [2.0, 1.0]])  # eigenvalues 3 and -1
+        >>> smat(Semidefinite().project(svec(X)))
+        tensor([[1.5000, 1.5000],
+                [1.5000, 1.5000]])
     """
 
     triangle: Triangle = "lower"
 
     def __post_init__(self) -> None:
         if self.triangle not in ("lower", "upper"):
-            raise InputError(f'triangle={self.triangle!r}: expected "lower" or "upper".')
+            raise InputError(f'triangle={self.triangle!r}: choose "lower" or "upper".')
 
     def centre(self, d: int) -> Tensor:
-        """Return svec(I), (d,)."""
+        """Return svec(I), (d,); see `Cone.centre`. Raises InputError if d is not n (n + 1) / 2 for any n."""
         return svec(torch.eye(side(d), dtype=torch.float64), self.triangle)
 
     def _require_size(self, v: Tensor) -> None:
@@ -76,24 +91,48 @@ class Semidefinite(Cone):
 
     @remembered
     def _spectrum(self, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the eigenvalues and eigenvectors of the matrices of points."""
+        """Return the eigenvalues and eigenvectors of the matrices of the points v."""
         w, Q = torch.linalg.eigh(smat(v, self.triangle))
         return w, Q
 
 
 def svec(X: Tensor, triangle: Triangle = "lower") -> Tensor:
-    """Return one triangle of X (..., n, n), symmetric, column by column, off-diagonal entries times sqrt(2).
+    """Return a symmetric matrix as a vector: one triangle, column by column, with off-diagonal entries times sqrt(2).
 
-    (..., n (n + 1) / 2); so that the product of two vectors is the trace of the product of the matrices.
+    With these weights svec(X)'svec(Y) = trace(XY).
+
+    Args:
+        X: (..., n, n), symmetric; only the chosen triangle is read.
+        triangle: "lower" (default) or "upper".
+
+    Returns:
+        (..., n (n + 1) / 2).
+
+    Examples:
+        >>> foldopt.cones.svec(torch.tensor([[1.0, 2.0], [2.0, 3.0]]))
+        tensor([1.0000, 2.8284, 3.0000])
     """
     rows, columns, weights = _entries(X.shape[-1], triangle, X)
     return X[..., rows, columns] * weights
 
 
 def smat(v: Tensor, triangle: Triangle = "lower") -> Tensor:
-    """Return the symmetric matrix (..., n, n) whose svec is v (..., n (n + 1) / 2).
+    """Return the symmetric matrix of a vector, the inverse of `svec`.
 
-    Raises InputError for a last dimension that is no n (n + 1) / 2.
+    Args:
+        v: (..., n (n + 1) / 2).
+        triangle: the triangle that v holds, "lower" (default) or "upper".
+
+    Returns:
+        (..., n, n).
+
+    Raises:
+        InputError: if the last dimension of v is not n (n + 1) / 2 for any n.
+
+    Examples:
+        >>> foldopt.cones.smat(foldopt.cones.svec(torch.tensor([[1.0, 2.0], [2.0, 3.0]])))
+        tensor([[1., 2.],
+                [2., 3.]])
     """
     n = side(v.shape[-1])
     rows, columns, weights = _entries(n, triangle, v)
@@ -106,7 +145,9 @@ def side(d: int) -> int:
     """Return n such that d = n (n + 1) / 2; raises InputError if there is none."""
     n = (math.isqrt(8 * d + 1) - 1) // 2
     if n * (n + 1) // 2 != d:
-        raise InputError(f"a vector of length {d} is no triangle of a square matrix: expected n (n + 1) / 2.")
+        raise InputError(
+            f"a vector of length {d} is not a triangle of a square matrix; expected n (n + 1) / 2: 1, 3, 6, 10, ..."
+        )
     return n
 
 

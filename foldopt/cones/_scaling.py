@@ -1,8 +1,9 @@
 """Nesterov and Todd's scaling of products of nonnegative half lines and second-order cones, batched.
 
-For s and z inside of the cone, W is the symmetric matrix with W z = W^-1 s. On a second-order cone it is
-eta (2 v v' - J), J = diag(1, -1, ..., -1), and W^2 = eta^2 (2 w w' - J), v'Jv = w'Jw = 1 (Vandenberghe, The CVXOPT
-linear and quadratic cone program solvers, 2010, section 4). A half line is a second-order cone in R^1.
+For s and z inside the cone, W is the symmetric matrix with W z = W^-1 s. On a second-order cone, with
+J = diag(1, -1, ..., -1), it is W = eta (2 v v' - J) with v'Jv = 1, and W^2 = eta^2 (2 w w' - J) with w'Jw = 1
+(Vandenberghe, The CVXOPT linear and quadratic cone program solvers, 2010, section 4). A half line is a second-order
+cone in R^1.
 """
 
 from __future__ import annotations
@@ -16,21 +17,21 @@ TINY = 1e-300
 
 
 class Blocks:
-    """Second-order cones whose rows are those of vectors (B, m): groups of rows (k, d), equal sizes together."""
+    """Second-order cones in R^m, in groups of k cones of equal size d; rows (k, d) has the rows of a group."""
 
     def __init__(self, groups: Sequence[Tensor]) -> None:
         self.groups = tuple(groups)
         self.degree = sum(len(rows) for rows in groups)
 
     def each(self, function: Callable[..., Tensor], *vectors: Tensor) -> Tensor:
-        """Apply `function` to the cones of each group, (..., k, d), and put the results back, in the last's shape."""
+        """Apply `function` to each group (..., k, d) of the vectors; the result has the shape of the last vector."""
         out = torch.empty_like(vectors[-1])
         for rows in self.groups:
             out[..., rows] = function(*(v[..., rows] for v in vectors))
         return out
 
     def unit(self, like: Tensor) -> Tensor:
-        """Return e = (1, 0, ..., 0) of each cone, (1, m)."""
+        """Return the unit element, (1, 0, ..., 0) in each cone, (1, m)."""
         e = like.new_zeros(1, sum(rows.numel() for rows in self.groups))
         for rows in self.groups:
             e[:, rows[:, 0]] = 1
@@ -41,22 +42,22 @@ class Blocks:
         return self.each(_product, u, v)
 
     def quotient(self, u: Tensor, v: Tensor) -> Tensor:
-        """Return x such that the Jordan product of u, inside of the cone, and x is v."""
+        """Return x such that the Jordan product of u and x is v, for u inside the cone."""
         return self.each(_quotient, u, v)
 
     def least(self, v: Tensor) -> Tensor:
-        """Return the smallest spectral value t - |z| over all cones, (B,); inf if there is no cone."""
+        """Return the smallest spectral value t - |z| over all cones, (B,); inf if there are no cones."""
         found = [_least(v[:, rows])[..., 0].amin(1) for rows in self.groups]
         return torch.stack(found).amin(0) if found else v.new_full((len(v),), torch.inf)
 
     def longest(self, u: Tensor, du: Tensor) -> Tensor:
-        """Return the largest step in [0, inf] along du that leaves u, inside of the cone, in it, (B,)."""
+        """Return the longest step in [0, inf] from u, inside the cone, along du that stays in the cone, (B,)."""
         found = [_longest(u[:, rows], du[:, rows]).amin(1) for rows in self.groups]
         return torch.stack(found).amin(0) if found else u.new_full((len(u),), torch.inf)
 
 
 class Scaling:
-    """W of s and z, (B, m) each, inside of the cone; point is W z = W^-1 s."""
+    """The scaling W of s and z (B, m), both inside the cone; `point` is W z = W^-1 s."""
 
     def __init__(self, blocks: Blocks, s: Tensor, z: Tensor) -> None:
         self.blocks = blocks
@@ -86,7 +87,7 @@ def _scaling(s: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
     gamma = (0.5 * (1 + (s * z).sum(-1, keepdim=True))).sqrt()
     w = (s + _reflected(z)) / (2 * gamma)
     tail = w[..., 1:]
-    head = (1 + tail.square().sum(-1, keepdim=True)).sqrt()  # so that w'Jw = 1 to rounding
+    head = (1 + tail.square().sum(-1, keepdim=True)).sqrt()  # ensures w'Jw = 1 to rounding
     return (s_size / z_size).sqrt(), torch.cat([head, tail], -1)
 
 
@@ -106,7 +107,7 @@ def _reflected(v: Tensor) -> Tensor:
 
 
 def _half(w: Tensor, v: Tensor) -> Tensor:
-    """Return the square root of 2 w w' - J times v."""
+    """Return the product of v with the square root of 2 w w' - J."""
     along = (w[..., 1:] * v[..., 1:]).sum(-1, keepdim=True)
     tail = v[..., 1:] + (v[..., :1] + along / (1 + w[..., :1])) * w[..., 1:]
     return torch.cat([w[..., :1] * v[..., :1] + along, tail], -1)
@@ -123,7 +124,7 @@ def _quotient(u: Tensor, v: Tensor) -> Tensor:
 
 
 def _longest(u: Tensor, du: Tensor) -> Tensor:
-    """Return the longest steps, (B, k): Vandenberghe, 2010, section 8.3, after scaling u to the unit e."""
+    """Return the longest steps, (B, k), after scaling u to the unit element (Vandenberghe, 2010, section 8.3)."""
     size = _determinant(u).sqrt()
     unit, step = u / size, du / size
     head = (unit * _reflected(step)).sum(-1, keepdim=True)

@@ -1,6 +1,7 @@
 """A batched interior point for quadratic cone programs with equalities, inequalities and second-order cones.
 
-minimize x'Px/2 + q'x subject to Ax + s = b, s in K; with its dual, Px + q + A'z = 0, z in the dual of K.
+It solves minimize x'Px/2 + q'x subject to Ax + s = b, s in K, together with the multipliers z in the dual cone of K,
+for which Px + q + A'z = 0.
 """
 
 from __future__ import annotations
@@ -12,28 +13,40 @@ import torch
 from torch import Tensor
 
 from foldopt.checks import require_positive, require_whole
-from foldopt.cones.elementwise import Zero
-from foldopt.cones.embedding import Embedding, Program, largest
-from foldopt.cones.product import ProductCone
-from foldopt.cones.scaling import Blocks
+from foldopt.cones._elementwise import Zero
+from foldopt.cones._embedding import Embedding, Program, largest
+from foldopt.cones._product import ProductCone
+from foldopt.cones._scaling import Blocks
 from foldopt.errors import InputError
 
 STATUS = ("solved", "infeasible", "unbounded", "limit reached", "not finite")
 SOLVED, INFEASIBLE, UNBOUNDED, LIMIT, NOT_FINITE = range(len(STATUS))
-PATIENCE = 12  # iterations without progress
-PROOF = 1e-8  # largest residual of a certificate of infeasibility whose objective is -1
+PATIENCE = 12  # iterations without progress before a sample gives up
+PROOF = 1e-8  # largest residual of a certificate of infeasibility or unboundedness whose objective is -1
 ROUNDS = 8  # of equilibration
 
 
 class ConeSolution(NamedTuple):
-    """What the solver found, per sample.
+    """The result of `solve_cone_program` for a batch of programs min x'Px/2 + q'x, Ax + s = b, s in K.
 
-    x: (B, n). y: (B, m) in the dual cone. s: (B, m) = b - Ax, in the cone. status: (B,) int, an index into `STATUS`.
-    residual: (B,), the largest of the relative residuals and the relative gap. iterations: (B,) int.
+    In an infeasible sample y is a certificate, A'y = 0 and b'y = -1, while x and s are NaN. In an unbounded sample x
+    and s are a ray, Px = 0, Ax + s = 0 and q'x = -1, while y is NaN; such a sample may also be infeasible. All three
+    are NaN in samples whose data are not finite.
 
-    Of an infeasible sample y is a certificate, A'y = 0, b'y = -1, and x and s are NaN. Of an unbounded one x and s are
-    a ray, Px = 0, Ax + s = 0, q'x = -1, and y is NaN; it may be infeasible as well. All three are NaN in samples that
-    were not finite.
+    Attributes:
+        x: (B, n) float64, the solutions.
+        y: (B, m), the multipliers, in the dual cone: Px + q + A'y = 0.
+        s: (B, m), the slacks b - Ax, in the cone.
+        status: (B,) int. 0: solved, 1: infeasible, 2: unbounded, 3: limit reached, 4: not finite.
+        residual: (B,), the largest of the relative residuals and the relative gap.
+        iterations: (B,) int, the number of interior-point iterations.
+
+    Examples:
+        >>> found = foldopt.cones.solve_cone_program(  # minimize x subject to x >= 1 and x <= 0
+        ...     None, torch.ones(1, 1), torch.tensor([[-1.0], [1.0]]), torch.tensor([-1.0, 0.0]), {"nonneg": 2}
+        ... )
+        >>> found.status
+        tensor([1])
     """
 
     x: Tensor
@@ -54,21 +67,40 @@ def solve_cone_program(
     tol: float = 1e-9,
     max_iter: int = 100,
 ) -> ConeSolution:
-    """Minimize x'Px/2 + q'x subject to Ax + s = b, s in K, for every sample, in float64.
+    """Minimize x'Px/2 + q'x subject to Ax + s = b, s in K, for every sample of a batch, in float64.
+
+    The method is Mehrotra's predictor-corrector method with Nesterov and Todd's scaling, applied to the homogeneous
+    embedding of the program. It ends with a solution, or with a certificate that there is none. Each sample takes its
+    own steps and leaves the batch when it is done; all of them run on the device of q. Gradients are not recorded: for
+    a differentiable layer take ``foldopt.CvxpyLayer(..., solver="foldopt")``, or fold a step.
 
     Args:
-        P: (B, n, n), symmetric positive semidefinite, or None for 0. q: (B, n). A: (B, m, n). b: (B, m).
-            Every argument but q may lack the batch dimension.
-        dims: the cone, as of `ProductCone`: "zero", "nonneg" and "soc".
-        tol: largest residual and gap, relative to the data and the solution, that count as solved.
-        max_iter: cap of the iterations; each factors a matrix of n + zero + second-order rows.
+        P: (n, n) or (B, n, n), symmetric positive semidefinite; None for 0.
+        q: (B, n). The only argument that must have the batch dimension.
+        A: (m, n) or (B, m, n).
+        b: (m,) or (B, m).
+        dims: the cone K as for `ProductCone`, with the kinds "zero", "nonneg" and "soc" only.
+        tol: the largest residual and gap of a solution, relative to the data and the solution. Default 1e-9.
+        max_iter: the largest number of iterations. Each factors a matrix with a row for each variable, each equality
+            and each row of a second-order cone. Default 100.
 
-    Mehrotra's predictor and corrector in Nesterov and Todd's scaling, on the homogeneous embedding: it ends in a
-    solution or in a certificate that there is none (Domahidi, Chu and Boyd, ECOS, 2013; with a quadratic objective
-    Goulart and Chen, Clarabel, 2024). Each sample has its own steps and leaves when it is done. Gradients are not
-    recorded: fold a step, as `foldopt.conic` does.
+    Returns:
+        The solutions or certificates, and the status of every sample.
 
-    Raises InputError for other cones and for shapes that do not fit.
+    Raises:
+        InputError: if a shape does not fit, `dims` has other kinds of cones, or `tol` or `max_iter` is not positive.
+
+    Source: Domahidi, Chu and Boyd, ECOS: an SOCP solver for embedded systems (2013); Goulart and Chen, Clarabel: an
+    interior-point solver for conic programs with quadratic objectives (2024).
+
+    Examples:
+        The point of the unit disc with the largest x_1 + x_2; the slack (1, x) is in the second-order cone.
+
+        >>> from foldopt.cones import solve_cone_program
+        >>> A = torch.tensor([[0.0, 0.0], [-1.0, 0.0], [0.0, -1.0]])
+        >>> found = solve_cone_program(None, -torch.ones(1, 2), A, torch.tensor([1.0, 0.0, 0.0]), {"soc": [3]})
+        >>> found.x.float(), found.status
+        (tensor([[0.7071, 0.7071]]), tensor([0]))
     """
     require_positive("tol", tol)
     require_whole("max_iter", max_iter, 1)
@@ -88,7 +120,7 @@ def solve_cone_program(
 
 
 class _Units(NamedTuple):
-    """x = d size x', s = size s' / e, y = e y' / cost, where the primed quantities are the equilibrated program's."""
+    """The units of an equilibrated program: x = d size x', s = size s' / e, y = e y' / cost for its x', s' and y'."""
 
     d: Tensor
     e: Tensor
@@ -131,7 +163,7 @@ def _iterated(program: Program, tol: float, max_iter: int) -> ConeSolution:
         program.q.new_zeros(B, dtype=torch.long),
     )
     left, idle = torch.arange(B, device=program.q.device), best.iterations.clone()
-    least = program.q.new_full((3, B), torch.inf)  # of what `Embedding.measure` returns
+    least = program.q.new_full((3, B), torch.inf)  # the smallest values so far of what `Embedding.measure` returns
     run = Embedding(program)
     for iteration in range(max_iter + 1):
         now = run.measure()
@@ -163,10 +195,12 @@ def _iterated(program: Program, tol: float, max_iter: int) -> ConeSolution:
 
 
 def _sorted(dims: Mapping[str, Any], device: torch.device) -> tuple[Tensor, Blocks, int, int]:
-    """Return the order of rows and the cones that `Program` asks for, and how many equalities and inequalities."""
+    """Return the order of rows that `Program` needs, its cones, and the numbers of equalities and inequalities."""
     other = [key for key in dims if key not in ("zero", "nonneg", "soc")]
     if other:
-        raise InputError(f'dims has {other}: this solver knows "zero", "nonneg" and "soc"; use another one.')
+        raise InputError(
+            f'dims has {other}: this solver knows "zero", "nonneg" and "soc" only; use another solver for the others.'
+        )
     equal: list[Tensor] = []
     single: list[Tensor] = []
     several: list[Tensor] = []
@@ -183,7 +217,7 @@ def _sorted(dims: Mapping[str, Any], device: torch.device) -> tuple[Tensor, Bloc
 
 
 def _prepared(P: Tensor | None, q: Tensor, A: Tensor, b: Tensor, m: int) -> list[Tensor]:
-    """Cast to float64, expand over the batch, check shapes."""
+    """Return P, q, A and b in float64, expanded over the batch; raise InputError if a shape does not fit."""
     if q.dim() != 2:
         raise InputError(f"q has shape {tuple(q.shape)}, expected (B, n).")
     B, n = q.shape
@@ -199,7 +233,7 @@ def _prepared(P: Tensor | None, q: Tensor, A: Tensor, b: Tensor, m: int) -> list
 
 
 def _reported(found: ConeSolution, program: Program, finite: Tensor) -> ConeSolution:
-    """Normalize certificates, and put the samples back that were not finite."""
+    """Normalize the certificates, and insert the samples whose data were not finite."""
     q, b = program.q[finite], program.b[finite]
     ray, proof = (found.status == UNBOUNDED)[:, None], (found.status == INFEASIBLE)[:, None]
     slope, level = -(q * found.x).sum(1, keepdim=True), -(b * found.y).sum(1, keepdim=True)

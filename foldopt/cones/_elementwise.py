@@ -1,4 +1,4 @@
-"""The zero cone, the whole space and the nonnegative half line; in R^d, products of d of them."""
+"""The zero cone, the whole space and the nonnegative orthant."""
 
 from __future__ import annotations
 
@@ -7,15 +7,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from foldopt.cones.base import Cone, Split
+from foldopt.cones._base import Cone, Split
 
 
 @dataclass(frozen=True)
 class Zero(Cone):
-    """{0}: the slack of an equality. Its dual is `Free`."""
+    """The cone {0} in R^d, the slack of equalities. Its dual cone is `Free`.
+
+    Examples:
+        >>> foldopt.cones.Zero().project(torch.tensor([1.0, 2.0]))
+        tensor([0., 0.])
+    """
 
     def centre(self, d: int) -> Tensor:
-        """Return 0, (d,)."""
+        """Return 0, (d,); see `Cone.centre`."""
         return torch.zeros(d, dtype=torch.float64)
 
     def _project(self, v: Tensor) -> Tensor:
@@ -36,10 +41,15 @@ class Zero(Cone):
 
 @dataclass(frozen=True)
 class Free(Cone):
-    """The whole space: the multiplier of an equality. Its dual is `Zero`."""
+    """The whole space R^d, the multipliers of equalities. Its dual cone is `Zero`.
+
+    Examples:
+        >>> foldopt.cones.Free().project(torch.tensor([1.0, -2.0]))
+        tensor([ 1., -2.])
+    """
 
     def centre(self, d: int) -> Tensor:
-        """Return 0, (d,)."""
+        """Return 0, (d,); see `Cone.centre`."""
         return torch.zeros(d, dtype=torch.float64)
 
     def _project(self, v: Tensor) -> Tensor:
@@ -60,10 +70,17 @@ class Free(Cone):
 
 @dataclass(frozen=True)
 class Nonnegative(Cone):
-    """{s >= 0}, its own dual."""
+    """The nonnegative orthant {s: s >= 0} in R^d, its own dual cone.
+
+    The projection has no derivative where an entry is 0.
+
+    Examples:
+        >>> foldopt.cones.Nonnegative().project(torch.tensor([1.0, -2.0]))
+        tensor([1., 0.])
+    """
 
     def centre(self, d: int) -> Tensor:
-        """Return the vector of ones, (d,)."""
+        """Return the vector of ones, (d,); see `Cone.centre`."""
         return torch.ones(d, dtype=torch.float64)
 
     def _project(self, v: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""A solution of conic programs seen through the derivative of the projection there: what its verdicts stand on."""
+"""Solutions of conic programs with the derivative of the projection there, from which verdicts are made."""
 
 from __future__ import annotations
 
@@ -7,41 +7,42 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from foldopt._conic.form import Data, Form, Program, Units, products
+from foldopt._conic.systems import Jacobian, System
 from foldopt.cones import BlockDiagonal
-from foldopt.conic.form import Data, Form, Program, Units, products
-from foldopt.conic.systems import Jacobian, System
 from foldopt.qp._kkt import probe
 
-UNSOLVED = 1e-3  # relative residual of what is no solution
-TOUCHING = 1e-9  # distance to a kink, relative to the point, that counts as none
-CARRYING = 1e-7  # multiplier of a row without slack, relative to the terms of the stationarity condition
-ROUNDING = 1e-12  # relative residual that is no matter of accuracy
-FLOOR = 1e-6  # of the size of terms that cancel, relative to the data
-TAKES_PART = 1e-6  # entry of a null vector, relative to its largest, that counts as one
+UNSOLVED = 1e-3  # a point with a larger relative residual is not judged
+TOUCHING = 1e-9  # a point is at a kink if its relative distance from it is at most this
+CARRYING = 1e-7  # an active row has a multiplier if its share of the stationarity condition's terms exceeds this
+ROUNDING = 1e-12  # a relative residual of this size is attributed to rounding
+FLOOR = 1e-6  # smallest size of the terms, relative to the data, by which residuals are divided
+TAKES_PART = 1e-6  # entries of a null vector below this times the largest count as zero
 
 
-def conditions(form: Form, data: Data, units: Units, x: Tensor, y: Tensor, aside: Tensor | None = None) -> Tensor:
-    """Return [Px + q + A'y; s - Pi(s - y)], s = b - Ax, (B, n + m), in the units of an equilibrated program.
+def conditions(form: Form, data: Data, units: Units, x: Tensor, y: Tensor, offset: Tensor | None = None) -> Tensor:
+    """Return the optimality conditions [Px + q + A'y; s - Pi(s - y)] with s = b - Ax, (B, n + m).
 
-    data, x and y in the caller's units; differentiable to any order that the projection is. aside: (B, m), take the
-    derivatives of Pi that far away, those on one side of a kink.
+    data, x and y are in the user's units, the result in the units of the equilibrated program. It can be differentiated
+    as often as the projection Pi. offset: (B, m), evaluate the derivatives of Pi at this distance, on one side of a
+    kink; None: at the point itself.
     """
     Px, Ax, pulled = products(form, data.P, data.A, x, y)
     s = units.e * (data.b - Ax)
     v = s - units.c / units.e * y
     projected = form.cone.project(v)
-    if aside is not None:
-        beside = form.cone.project(v + aside)
+    if offset is not None:
+        beside = form.cone.project(v + offset)
         projected = projected.detach() + (beside - beside.detach())
     return torch.cat([units.c * units.d * (Px + data.q + pulled), s - projected], 1)
 
 
 class Measure(NamedTuple):
-    """How well the optimality conditions of equilibrated programs hold at (x, y), all in their units.
+    """How well the optimality conditions of equilibrated programs hold at a point (x, y), in their units.
 
-    r: the conditions as in `conditions` (B, n + m). v: s - y, s: b - Ax, (B, m). residual: (B,), worst violation
-    relative to the largest terms; infinite where something is not finite. reach: (B, m), what the slack of each row is
-    relative to. force: (B, 1), what multipliers are relative to.
+    r: (B, n + m), the conditions as in `conditions`. v: (B, m), s - y. s: (B, m), b - Ax. residual: (B,), the largest
+    violation relative to the largest terms; infinite in samples that are not finite. reach: (B, m), the sizes by which
+    the slacks of the rows are divided. force: (B, 1), the size by which multipliers are divided.
     """
 
     r: Tensor
@@ -53,7 +54,7 @@ class Measure(NamedTuple):
 
     @classmethod
     def of(cls, program: Program, x: Tensor, y: Tensor) -> Measure:
-        """Measure a point."""
+        """Measure the point (x, y)."""
         data = program.data
         Px, Ax, pulled = program.matrices.times(x, y)
         s = data.b - Ax
@@ -70,24 +71,25 @@ class Measure(NamedTuple):
 
 
 def _largest(*parts: Tensor) -> Tensor:
-    """Return the largest entry of the parts, (B, 1)."""
+    """Return the largest absolute entry of all parts, (B, 1)."""
     size = torch.cat([p.abs() for p in parts], 1)
     return size.amax(1, keepdim=True) if size.shape[1] else size.new_zeros(len(size), 1)
 
 
 class Point:
-    """A state in equilibrated units: derivative of the projection, linear system, and where it is degenerate.
+    """A state in equilibrated units, with the derivative of the projection and the linear system there.
 
-    v: s - y (B, m). kinks: (B, m) bool, rows of cones whose projection has a kink there. D: the derivative of the
-    projection, `aside` of a kink, where the cone's rows do not hold x. jump: D minus that on the other side. sound:
-    (B,) bool, samples that are finite and near a solution. size: (B,), that of x. degenerate: (B,) bool, those that may
-    lack a derivative. null: (B, n + m), a null vector of the system in no special position, 0 where it is regular.
+    v: (B, m), s - y, moved by `offset` away from a kink. kinks: (B, m) bool, the rows of cones whose projection has a
+    kink at s - y. D: the derivative of the projection; at a kink, on the side where the cone's rows do not restrict x.
+    jump: D minus the derivative on the other side, None without kinks. sound: (B,) bool, the samples that are finite
+    and near a solution. size: (B,), the norm of x. degenerate: (B,) bool, the samples that may lack a derivative. null:
+    (B, n + m), a generic null vector of the system, 0 where it is regular.
     """
 
     def __init__(
         self, program: Program, x: Tensor, y: Tensor, measure: Measure | None = None, near: System | None = None
     ) -> None:
-        """x, y: in the program's units. measure: of that point, if it is known. near: the system of a point nearby."""
+        """Make a point of x and y in the program's units; `near` is the system of a nearby point."""
         form = program.form
         if measure is None or not measure.residual.isfinite().all():
             finite = torch.cat([x, y], 1).isfinite().all(1) & program.finite
@@ -97,9 +99,9 @@ class Point:
         self.program, self.units, self.scale = program, program.units, program.scale
         self.sound = measure.residual <= UNSOLVED
         self.size = torch.linalg.vector_norm(x, dim=1)
-        self.kinks, self.aside = _kinks(form, measure, y)
-        self.v = measure.v if self.aside is None else measure.v + self.aside
-        self.D, self.jump = _pieces(form, measure.v, self.aside)
+        self.kinks, self.offset = _kinks(form, measure, y)
+        self.v = measure.v if self.offset is None else measure.v + self.offset
+        self.D, self.jump = _pieces(form, measure.v, self.offset)
         self.system = System(Jacobian(form, program.data, program.matrices, self.D), near)
         self.degenerate = self.sound & (self.system.singular | self.kinks.any(1))
         self.null = torch.zeros_like(self.scale)
@@ -109,9 +111,10 @@ class Point:
             self.null = torch.where(null.abs() > TAKES_PART * largest, null / largest, 0)
 
     def error(self, measure: Measure) -> Tensor:
-        """Return an estimate of the error of (x, y), (B,), relative to them: how far a Newton step would go.
+        """Return an estimate of the relative error of (x, y), (B,): the length of a Newton step.
 
-        A small residual says little where the system is badly conditioned. 0 where the residual is rounding.
+        In a badly conditioned system a small residual does not mean a small error. The estimate is 0 where the residual
+        is rounding.
         """
         settled = measure.residual <= ROUNDING
         if settled.all():
@@ -122,7 +125,7 @@ class Point:
 
 
 def _kinks(form: Form, measure: Measure, y: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Return the rows at a kink, (B, m) bool, and the way from there to a point beside it, on its inner side."""
+    """Return the rows at a kink, (B, m) bool, and the offset (B, m) to a point beside it, on its inner side."""
     v = measure.v
     noise = torch.clamp(100 * measure.residual, max=1e-5)[:, None]
     size = v.abs().amax(1, keepdim=True) if form.m else v.new_zeros(len(v), 1)
@@ -138,10 +141,10 @@ def _kinks(form: Form, measure: Measure, y: Tensor) -> tuple[Tensor, Tensor | No
     return kinks, torch.where(kinks, 2 * (near + far) * form.cone.centre(), 0)
 
 
-def _pieces(form: Form, v: Tensor, aside: Tensor | None) -> tuple[BlockDiagonal, BlockDiagonal | None]:
-    """Return the derivatives of the projection, on the inner side of a kink, and how they jump there."""
-    if aside is None:
+def _pieces(form: Form, v: Tensor, offset: Tensor | None) -> tuple[BlockDiagonal, BlockDiagonal | None]:
+    """Return the derivative of the projection, on the inner side of a kink, and its jump across the kink."""
+    if offset is None:
         return form.cone.derivative(v), None
-    inner, outer = form.cone.derivative(v + aside), form.cone.derivative(v - aside)
+    inner, outer = form.cone.derivative(v + offset), form.cone.derivative(v - offset)
     pairs = zip(inner.groups, outer.groups, strict=True)
     return inner, BlockDiagonal(tuple((rows, a - b) for (rows, a), (_, b) in pairs), inner.size)

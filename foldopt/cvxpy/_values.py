@@ -1,4 +1,4 @@
-"""Tensors for the parameters of a layer: shapes and values, batching, and what the canonical form takes of them."""
+"""Checks the tensors of a layer's parameters, and extracts the entries that the canonical form needs."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ import torch
 from torch import Tensor
 
 from foldopt.checks import nonfinite_allowed
-from foldopt.cvxpy.canonical import Input
+from foldopt.cvxpy._canonical import Input
 from foldopt.errors import InputError
 from foldopt.step import Tensors
 
-_SYMMETRY = 1e-9  # largest difference of X and X', or negative eigenvalue, relative to the largest entry
+_SYMMETRY = 1e-9  # accepted difference of X and X', and negative eigenvalue, relative to the largest entry
 
 
 def lowered(inputs: Sequence[Input], indices: Sequence[Tensor], tensors: Sequence[Tensor]) -> tuple[Tensors, bool]:
-    """Return the parameters' entries that the canonical form takes, (B, k) or (k,) each, and whether there is a batch.
+    """Return the entries of the parameters that the canonical form needs, and whether any tensor has a batch.
 
-    float64, on the CPU, differentiable in `tensors`. A tensor of the parameter's shape is shared by the batch. Raises
-    InputError for wrong numbers, shapes and values outside of what the parameter was declared to be.
+    The entries are (B, k) or (k,) for each parameter, in float64, on the CPU and differentiable in `tensors`. A tensor
+    of its parameter's shape is shared by the batch. Raises InputError if the number of tensors, a shape or a dtype is
+    wrong, or a value is not what the parameter was declared to be.
     """
     if len(tensors) != len(inputs):
         names = ", ".join(one.name for one in inputs)
@@ -29,7 +30,7 @@ def lowered(inputs: Sequence[Input], indices: Sequence[Tensor], tensors: Sequenc
     for one, index, value in zip(inputs, indices, tensors, strict=True):
         if not isinstance(value, Tensor):
             raise InputError(
-                f"parameter {one.name} is a {type(value).__name__}, expected a tensor; use torch.as_tensor."
+                f"parameter {one.name} is a {type(value).__name__}, expected a tensor; convert it by torch.as_tensor."
             )
         if value.is_complex() or value.dtype == torch.bool:
             raise InputError(f"parameter {one.name} is of dtype {value.dtype}, expected real numbers.")
@@ -48,14 +49,14 @@ def lowered(inputs: Sequence[Input], indices: Sequence[Tensor], tensors: Sequenc
         value = value.reshape(*value.shape[:batched], -1)[..., index]
         out.append(value.log() if one.logged else value)
     if len(set(sizes.values())) > 1:
-        raise InputError(f"parameters have different batch sizes: {sizes}.")
+        raise InputError(f"parameters have different batch sizes: {sizes}; use one size, or leave out the dimension.")
     return tuple(out), bool(sizes)
 
 
 def require_attributes(one: Input, value: Tensor) -> None:
-    """Raise InputError unless a parameter's values are finite and what it was declared to be.
+    """Raise InputError unless a parameter's values are finite and have the properties that it was declared to have.
 
-    CVXPY proved the problem convex for declared values: for others the answer would be no solution.
+    CVXPY has shown the problem to be convex for such values only.
     """
     rules = {"finite": _RULES["finite"]} | {name: _RULES[name] for name in one.attributes if name in _RULES}
     rules |= {"pos": _RULES["pos"]} if one.logged else {}
@@ -90,15 +91,15 @@ def _diagonal(value: Tensor) -> Tensor:
     return (value == torch.diag_embed(value.diagonal(dim1=-2, dim2=-1))).all(-1).all(-1)
 
 
-_SIGN = "clamp it, or make it of a network's output by softplus or exp"
+_SIGN = "clamp it, or apply softplus or exp to the output of the network"
 _RULES: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
-    "finite": (lambda v: _each(v, v.isfinite()), "check the network or the data that made it"),
+    "finite": (lambda v: _each(v, v.isfinite()), "check the network or the data from which it comes"),
     "nonneg": (lambda v: _each(v, v >= 0), _SIGN),
     "pos": (lambda v: _each(v, v > 0), _SIGN),
     "nonpos": (lambda v: _each(v, v <= 0), _SIGN),
     "neg": (lambda v: _each(v, v < 0), _SIGN),
     "symmetric": (_symmetric, "pass (X + X.mT) / 2"),
-    "PSD": (_semidefinite, "pass X @ X.mT, which is"),
-    "NSD": (lambda v: _semidefinite(-v), "pass -X @ X.mT, which is"),
+    "PSD": (_semidefinite, "pass X @ X.mT, which always is"),
+    "NSD": (lambda v: _semidefinite(-v), "pass -X @ X.mT, which always is"),
     "diag": (_diagonal, "pass torch.diag_embed of its diagonal"),
 }

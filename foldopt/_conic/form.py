@@ -1,4 +1,4 @@
-"""Conic programs on fixed sparsity patterns: products with their matrices, and the units in which these are near 1."""
+"""Batches of conic programs with fixed sparsity patterns: products with their matrices, and their equilibration."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor
 
 from foldopt.cones import ProductCone
 
-ROUNDS = 4  # of equilibration
+ROUNDS = 4  # rounds of equilibration
 TINY = 1e-300
 
 
 class Data(NamedTuple):
-    """The entries of a batch of programs: P (B, entries), q (B, n), A (B, entries), b (B, m), float64."""
+    """The entries of a batch of programs in float64: P (B, nnz of P), q (B, n), A (B, nnz of A), b (B, m)."""
 
     P: Tensor
     q: Tensor
@@ -24,15 +24,23 @@ class Data(NamedTuple):
     b: Tensor
 
     def at(self, index: Tensor) -> Data:
-        """Return the programs of some samples."""
+        """Return the programs of the samples in `index`."""
         return Data(*(part[index] for part in self))
 
 
 class Form:
-    """Patterns of P (n, n), symmetric and stored in full, and of A (m, n), by columns, and the cone K.
+    """The structure that all programs of a batch share: sparsity patterns by columns, and the cone K.
 
-    P_ptr, A_ptr: where each column starts, (n + 1,); P_rows, A_rows: rows of the entries; numpy. zero, nonneg: how many
-    rows the cone has of these kinds, the first ones.
+    The first rows of K are `zero` equalities, then `nonneg` inequalities follow.
+
+    Args:
+        n: the number of variables.
+        m: the number of rows.
+        P_rows: numpy (nnz,), the rows of the entries of P (n, n), which is symmetric and stored in full.
+        P_ptr: numpy (n + 1,), where each column of P starts.
+        A_rows: numpy (nnz,), the rows of the entries of A (m, n).
+        A_ptr: numpy (n + 1,), where each column of A starts.
+        cones: the cone K, as the `dims` of `foldopt.cones.ProductCone`.
     """
 
     def __init__(self, n: int, m: int, P_rows: Any, P_ptr: Any, A_rows: Any, A_ptr: Any, cones: dict[str, Any]) -> None:
@@ -44,13 +52,13 @@ class Form:
         self.P_column = torch.as_tensor(np.repeat(columns, np.diff(P_ptr)))
         self.A_column = torch.as_tensor(np.repeat(columns, np.diff(A_ptr)))
         self.sizes = [len(P_rows), n, len(A_rows), m]
-        self.sparse: Any = None  # what `foldopt.conic.systems.Sparse` keeps of the patterns
-        self.block = torch.arange(m)  # rows of one cone share a number: its first row
+        self.sparse: Any = None  # the `foldopt._conic.systems.SparsePattern`, made when needed
+        self.block = torch.arange(m)  # for each row the first row of its cone
         for _, rows in self.cone.groups:
             self.block[rows] = rows[:, :1]
 
     def data(self, theta: Tensor) -> Data:
-        """Split the entries theta (B, entries of P, q, A and b in a row)."""
+        """Split theta (B, size), which has the entries of P, q, A and b one after the other."""
         return Data(*theta.split(self.sizes, 1))
 
     def dense(self, data: Data) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -62,7 +70,7 @@ class Form:
         return P, data.q, A, data.b
 
     def matrices(self, data: Data) -> tuple[Any, Any]:
-        """Return all P, and all A, of a batch as one block-diagonal scipy matrix each; their memory is shared."""
+        """Return the P of all samples as one block-diagonal SciPy matrix, and so the A; they share memory with data."""
         found = []
         for values, rows, ptr, height in (
             (data.P, self.P_rows, self.P_ptr, self.n),
@@ -77,7 +85,7 @@ class Form:
 
 
 class Matrices:
-    """P and A of a batch, to multiply with."""
+    """The matrices P and A of a batch, for products with vectors."""
 
     def __init__(self, form: Form, data: Data) -> None:
         self.form = form
@@ -85,16 +93,16 @@ class Matrices:
         self.A_T = self.A.T
 
     def times(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return Px (B, n), Ax (B, m) and A'y (B, n); no graph."""
+        """Return Px (B, n), Ax (B, m) and A'y (B, n), without a gradient."""
         flat_x, flat_y = x.contiguous().numpy().ravel(), y.contiguous().numpy().ravel()
         products = (self.P @ flat_x, self.A @ flat_x, self.A_T @ flat_y)
         return tuple(torch.from_numpy(z).view(len(x), -1) for z in products)  # type: ignore[return-value]
 
 
 def products(form: Form, P: Tensor, A: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return Px, Ax and A'y as functions of the entries of P and A too, differentiable to any order.
+    """Return Px, Ax and A'y, differentiable to any order in x, y and the entries of P and A.
 
-    The gradient of P is that of the full pattern.
+    The gradient of P has an entry for each entry of the full, symmetric pattern.
     """
     found: tuple[Tensor, Tensor, Tensor] = _Products.apply(P, A, x, y, form)
     return found
@@ -127,9 +135,9 @@ class _Products(torch.autograd.Function):
 
 
 class Units(NamedTuple):
-    """The units of equilibrated programs: x = d x', s = s' / e, y = e y' / c; d (B, n), e (B, m), c (B, 1).
+    """The units of equilibrated programs: x = d x', s = s' / e, y = e y' / c, with d (B, n), e (B, m) and c (B, 1).
 
-    Powers of 2; rows of one cone share their e.
+    They are powers of 2, and all rows of a cone have the same e.
     """
 
     d: Tensor
@@ -148,10 +156,12 @@ class Units(NamedTuple):
 
 
 def equilibrate(form: Form, data: Data) -> Units:
-    """Return units in which the columns of [P; A] and the rows of A have a largest entry of about 1, and so has q or P.
+    """Return units in which the columns of [P; A], the rows of A, and q or P have a largest entry of about 1.
 
-    Ruiz, A scaling algorithm to equilibrate both rows and columns norms in matrices (2001), as in SCS (O'Donoghue et
-    al., 2016, section 5): rows of one cone are scaled alike.
+    All rows of a cone are scaled by the same factor.
+
+    Source: Ruiz, A scaling algorithm to equilibrate both rows and columns norms in matrices (2001), as in SCS
+    (O'Donoghue et al., 2016, section 5).
     """
     P, A = data.P.abs(), data.A.abs()
     d, e, c = torch.ones_like(data.q), torch.ones_like(data.b), torch.ones_like(data.q[:, :1])
@@ -170,7 +180,7 @@ def equilibrate(form: Form, data: Data) -> Units:
 
 
 def _largest(values: Tensor, index: Tensor, size: int) -> Tensor:
-    """Return the largest of the values (B, k) >= 0 at each index, (B, size)."""
+    """Return for each index the largest of its values (B, k) >= 0, (B, size); 0 if it has none."""
     out = values.new_zeros(len(values), size)
     return out.scatter_reduce(1, index.expand(len(values), -1), values, "amax")
 
@@ -182,8 +192,8 @@ def _inverse_root(size: Tensor) -> Tensor:
 class Program:
     """A batch of programs in equilibrated units.
 
-    units: these. data: the programs in them, zero in samples that are not finite. finite: (B,) bool. matrices: to
-    multiply with. scale: (B, n + m), the units of (x, y).
+    units: the units. data: the programs in these units, zero in samples that are not finite. finite: (B,) bool.
+    matrices: P and A in these units, for products. scale: (B, n + m), the units of (x, y).
     """
 
     def __init__(self, form: Form, data: Data) -> None:
@@ -197,9 +207,9 @@ class Program:
         self.scale = torch.cat([self.units.d, self.units.e / self.units.c], 1)
 
     def inside(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Return a point in these units."""
+        """Convert a point (x, y) from the user's units to the equilibrated ones."""
         return x / self.units.d, y * self.units.c / self.units.e
 
     def outside(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Return a point of these units in the caller's."""
+        """Convert a point (x, y) from the equilibrated units to the user's."""
         return x * self.units.d, y * self.units.e / self.units.c

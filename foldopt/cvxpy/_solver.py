@@ -1,4 +1,4 @@
-"""Any solver that CVXPY knows, on the canonical form, one sample after the other."""
+"""Solvers that CVXPY knows, applied to the canonical form one sample after the other."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from cvxpy.reductions.solvers.solver import Solver
 from cvxpy.utilities.psd_utils import TriangleKind
 from torch import Tensor
 
-from foldopt.conic.form import Data
-from foldopt.cvxpy.canonical import Canonical
+from foldopt._conic.form import Data
+from foldopt.cvxpy._canonical import Canonical
 from foldopt.errors import InputError
 
 SOLVED, INFEASIBLE, UNBOUNDED, NONCONVEX, FAILED = "solved", "infeasible", "unbounded", "nonconvex", "limit reached"
@@ -35,10 +35,10 @@ _TIGHT: dict[str, dict[str, Any]] = {
 
 
 class ConeSolver:
-    """A solver of CVXPY's by its name; calling it solves a batch of programs one by one.
+    """A solver that CVXPY knows, chosen by its name; calling it solves the programs of a batch one after the other.
 
-    options: passed to the solver as they are; they override the tight tolerances that SCS and OSQP get otherwise.
-    Raises InputError for solvers that are not installed, or take no such cones.
+    options: passed to the solver; they replace the tight tolerances that SCS and OSQP get otherwise. Raises InputError
+    if the solver is not installed or does not support the cones of the problem.
     """
 
     def __init__(self, canonical: Canonical, name: str, options: dict[str, Any]) -> None:
@@ -49,7 +49,8 @@ class ConeSolver:
         installed = sorted(set(known) & set(cp.installed_solvers()))
         if name not in installed:
             raise InputError(
-                f"solver={name!r} is not installed or takes no such cones ({self._cones()}); choose one of {installed}."
+                f"solver={name!r} is not installed or does not support the cones {self._cones()}; choose one of "
+                f"{installed}."
             )
         self.is_qp = name in quadratic and self.pattern.linear
         self.interface = type(known[name])()
@@ -73,10 +74,10 @@ class ConeSolver:
         }
 
     def __reduce__(self) -> Any:
-        return ConeSolver, self.made_of  # CVXPY's constraints get new ids when they are copied
+        return ConeSolver, self.made_of  # CVXPY's constraints get new ids when they are copied, so they are not pickled
 
     def __call__(self, data: Data, device: torch.device) -> tuple[Tensor, Tensor, list[str]]:
-        """Return x (B, n) and y (B, m), NaN where there is none, and a status for each sample."""
+        """Return x (B, n) and y (B, m), NaN in samples without a solution, and a status for each sample."""
         x, y = torch.full_like(data.q, torch.nan), torch.full_like(data.b, torch.nan)
         status = []
         for i in range(len(data.q)):
@@ -87,12 +88,12 @@ class ConeSolver:
         return x, y, status
 
     def solve(self, P: Any, q: Any, A: Any, b: Any) -> tuple[Any, Any, str]:
-        """Solve one program: x and y, or None, and what became of it."""
+        """Solve one program; return x and y, or None for both, and the status."""
         if not all(np.isfinite(part).all() for part in (P, q, A, b)):
             return None, None, "not finite"
         try:
             return self._solved(P, q, A, b)
-        except Exception as error:  # solvers raise errors of their own kinds, and no other sample may suffer from one
+        except Exception as error:  # any kind of error; it must not affect the other samples
             return None, None, f"{self.name} raised {type(error).__name__}: {error}"
 
     def _solved(self, P: Any, q: Any, A: Any, b: Any) -> tuple[Any, Any, str]:
@@ -129,20 +130,25 @@ class ConeSolver:
         return sp.csc_array((P, p.P_rows, p.P_ptr), (p.n, p.n)), found
 
     def _require_conic(self) -> None:
-        """Raise InputError unless the solver takes the cones in our order, or in one that a permutation makes of it."""
+        """Raise InputError unless the solver supports the cones, with rows in our order or a permutation of it."""
         if len(self.pattern.P_rows) and not self.interface.supports_quad_obj():
             raise InputError(
-                f"solver={self.name!r} takes no quadratic objective; pass quadratic=False, or another solver."
+                f"solver={self.name!r} does not support quadratic objectives; pass quadratic=False, or another solver."
             )
         unknown = {type(c) for c in self.program.constraints} - set(self.interface.SUPPORTED_CONSTRAINTS)
         if unknown:
-            raise InputError(f"solver={self.name!r} takes no {', '.join(sorted(kind.__name__ for kind in unknown))}.")
+            raise InputError(
+                f"solver={self.name!r} does not support {', '.join(sorted(kind.__name__ for kind in unknown))} "
+                "constraints; choose another solver."
+            )
         if self.pattern.cones["exp"] and self.interface.EXP_CONE_ORDER != [0, 1, 2]:
-            raise InputError(f"solver={self.name!r} has another order of the exponential cone's rows; choose another.")
+            raise InputError(
+                f"solver={self.name!r} orders the rows of exponential cones differently; choose another solver."
+            )
 
         if self.pattern.cones["psd"]:
             if not self.interface.PSD_SQRT2_SCALING:
-                raise InputError(f"solver={self.name!r} has another form of semidefinite cones; choose another.")
+                raise InputError(f"solver={self.name!r} scales semidefinite cones differently; choose another solver.")
             if self.interface.PSD_TRIANGLE_KIND == TriangleKind.LOWER:
                 self.order = _lower_triangles(self.pattern.cones, self.pattern.m)
 
@@ -151,7 +157,7 @@ class ConeSolver:
 
 
 class Clarabel(ConeSolver):
-    """Clarabel without CVXPY in between: one solver, whose numbers are replaced from sample to sample."""
+    """Clarabel, called directly: one solver is made, and its data are replaced from sample to sample."""
 
     def __init__(self, canonical: Canonical, name: str, options: dict[str, Any]) -> None:
         super().__init__(canonical, name, options)
@@ -163,7 +169,9 @@ class Clarabel(ConeSolver):
             try:
                 setattr(self.settings, key, value)
             except (AttributeError, TypeError) as error:
-                raise InputError(f"options={{{key!r}: {value!r}}}: Clarabel has no such setting.") from error
+                raise InputError(
+                    f"options={{{key!r}: {value!r}}}: Clarabel has no such setting; see clarabel.DefaultSettings."
+                ) from error
         p = self.pattern
         columns = np.repeat(np.arange(p.n), np.diff(p.P_ptr))
         self.upper = p.P_rows <= columns
@@ -188,7 +196,7 @@ class Clarabel(ConeSolver):
 
 
 def _lower_triangles(cones: dict[str, Any], m: int) -> Any:
-    """Return the rows (m,) in the order that has lower triangles by columns instead of upper ones."""
+    """Return the order of rows (m,) that turns upper triangles by columns into lower triangles by columns."""
     order = np.arange(m)
     at = cones["zero"] + cones["nonneg"] + sum(cones["soc"])
     for n in cones["psd"]:

@@ -17,33 +17,46 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from foldopt.cones.base import Cone, Split, remembered, require_three
+from foldopt.cones._base import Cone, Split, remembered, require_three
 from foldopt.errors import InputError
 
-REACH = 700.0  # largest logarithm of r / (|z| - r), and of its inverse
+REACH = 700.0  # largest |log(r / (|z| - r))| in the search
 MAX_STEPS = 200
-FLOOR = 1e-100  # least |z| that is told from 0
-RESOLVED = 1e-8  # least |z| / min(|x|, |y|) of which second derivatives are taken
+FLOOR = 1e-100  # a smaller |z| is treated as this
+RESOLVED = 1e-8  # second derivatives are computed at |z| of at least this times min(|x|, |y|)
 TINY = 1e-300
 
 
 @dataclass(frozen=True)
 class Power(Cone):
-    """{(x, y, z): x^alpha y^(1 - alpha) >= |z|, x, y >= 0} in R^3, with 0 < alpha < 1.
+    """The power cone {(x, y, z): x^alpha y^(1 - alpha) >= |z|, x >= 0, y >= 0} in R^3.
 
-    The projection has no derivative on the boundary of the cone and on that of its polar; nearer to those than 1e-100
-    of |v| its second derivative may overflow. Where z = 0 and x, y have opposite signs it need have no second
-    derivative unless alpha is 1/2, and the one of a point nearby is used.
+    The projection solves one equation in one unknown by Newton's method with bisection. It has no derivative on the
+    boundary of the cone and on that of the polar cone; closer to these than 1e-100 |v| the second derivative may
+    overflow. Where z = 0 and x and y have opposite signs, a second derivative need not exist unless alpha is 1/2; the
+    one of a nearby point is used.
+
+    Args:
+        alpha: the exponent, strictly between 0 and 1.
+
+    Raises:
+        InputError: if alpha is not strictly between 0 and 1.
+
+    Source: Hien, Differential properties of Euclidean projection onto power cone (2015).
+
+    Examples:
+        >>> foldopt.cones.Power(0.5).project(torch.tensor([0.0, 0.0, 1.0]))
+        tensor([0.3333, 0.3333, 0.3333])
     """
 
     alpha: float
 
     def __post_init__(self) -> None:
         if not 0 < self.alpha < 1:
-            raise InputError(f"alpha={self.alpha}: expected a number between 0 and 1, both excluded.")
+            raise InputError(f"alpha={self.alpha}: expected a number strictly between 0 and 1.")
 
     def centre(self, d: int) -> Tensor:
-        """Return (1, 1, 0), (3,)."""
+        """Return (1, 1, 0); see `Cone.centre`."""
         return torch.tensor([1.0, 1.0, 0.0], dtype=torch.float64)
 
     def _require_size(self, v: Tensor) -> None:
@@ -67,7 +80,7 @@ class Power(Cone):
     def _curvature(self, v: Tensor, g: Tensor, h: Tensor) -> Tensor:
         _, _, curved = self._regions(v)
         sign = torch.where(v[..., 2] >= 0, 1.0, -1.0).to(v)
-        least = RESOLVED * v[..., :2].abs().amin(-1)  # below it rounding errors over |z| would prevail
+        least = RESOLVED * v[..., :2].abs().amin(-1)  # for smaller |z| rounding errors divided by |z| would dominate
         v = torch.cat([v[..., :2], (sign * v[..., 2].abs().maximum(least))[..., None]], -1)
         root = self._root(v, curved)
         D = self._on_surface(v, root)
@@ -97,7 +110,7 @@ class Power(Cone):
         return torch.where(inside, in_cone, torch.where(polar, in_polar, torch.minimum(s, p)))
 
     def _depth(self, xy: Tensor, unit: Tensor | float, z: Tensor) -> Tensor:
-        """Return the distance to where (x / unit_x)^alpha (y / unit_y)^beta = |z|, from inside, to first order."""
+        """Return the distance from inside to the surface (x / unit_x)^alpha (y / unit_y)^beta = |z|, to first order."""
         xy = xy.clamp(min=TINY)
         lengths = xy.new_tensor([self.alpha, 1 - self.alpha])
         height = torch.exp((lengths * (xy / unit).log()).sum(-1))
@@ -107,12 +120,12 @@ class Power(Cone):
 
     @remembered
     def _found(self, v: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor], _Root]:
-        """Return the regions and the root of points."""
+        """Return the region of each point, and the root of its equation."""
         regions = self._regions(v)
         return regions, self._root(v, regions[2])
 
     def _regions(self, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return whether v is in the cone, in its polar, or projected on the boundary, (...) each."""
+        """Return whether v is in the cone, in its polar cone, or projected on the boundary, (...) bool each."""
         x, y, z = v.unbind(-1)
         a, b = self.alpha, 1 - self.alpha
         inside = (x >= 0) & (y >= 0) & (x.clamp(min=0) ** a * y.clamp(min=0) ** b >= z.abs())
@@ -121,7 +134,7 @@ class Power(Cone):
         return inside, polar, ~(inside | polar)
 
     def _root(self, v: Tensor, curved: Tensor) -> _Root:
-        """Find u = log(r / (|z| - r)) by Newton's method with bisection; X^alpha Y^beta / r falls in u."""
+        """Find u = log(r / (|z| - r)) by Newton's method with bisection; X^alpha Y^beta / r decreases in u."""
         v = torch.where(curved[..., None], v, v.new_tensor([1.0, 1.0, 2.0]))
         size = v[..., 2].abs().clamp(min=FLOOR)
         u = torch.zeros_like(size)
@@ -166,9 +179,9 @@ class Power(Cone):
 
 
 class _Root(NamedTuple):
-    """A point of the curve on which the root is sought, (...) each.
+    """The quantities of the equation at one value of the unknown u, (...) each.
 
-    size = |z|, share = r / |z|, rest = 1 - share; X, X - x and 2 X - x; Y, Y - y and 2 Y - y.
+    size = |z|, share = r / |z|, rest = 1 - share; up_x = X - x, R_x = 2 X - x, up_y = Y - y, R_y = 2 Y - y.
     """
 
     size: Tensor
@@ -202,7 +215,7 @@ class _Root(NamedTuple):
         return self.up_y / self.R_y
 
     def total(self, alpha: float) -> Tensor:
-        """Return minus the derivative of log(X^alpha Y^beta / r) in u, (...), above 0."""
+        """Return minus the derivative of log(X^alpha Y^beta / r) with respect to u, (...), which is positive."""
         beta = 1 - alpha
         return self.share * (alpha * self.k_x + beta * self.k_y) + self.rest * (alpha * self.c_x + beta * self.c_y)
 

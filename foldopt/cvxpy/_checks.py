@@ -1,4 +1,4 @@
-"""What a CVXPY problem must be for a layer to be made of it; each refusal names the culprit and the remedy."""
+"""Checks that a layer can be made of a CVXPY problem; each error names the culprit and the remedy."""
 
 from __future__ import annotations
 
@@ -24,11 +24,14 @@ def require_problem(problem: Any, parameters: Sequence[Any], outputs: Sequence[A
 
 
 def dual_variables(problem: Any, constraints: Sequence[Any]) -> list[Any]:
-    """Return the dual variables of some of a problem's constraints; raises InputError for other constraints."""
+    """Return the dual variables of constraints of a problem; raises InputError if it does not have them."""
     known = {c.id for c in problem.constraints}
     for i, constraint in enumerate(constraints):
         if getattr(constraint, "id", None) not in known:
-            raise InputError(f"dual[{i}] is {constraint}, which is not one of the problem's constraints.")
+            raise InputError(
+                f"dual[{i}] is {constraint}, which is not one of the problem's constraints; choose from "
+                "problem.constraints."
+            )
     return [variable for constraint in constraints for variable in constraint.dual_variables]
 
 
@@ -38,24 +41,24 @@ def _require_parameters(problem: Any, parameters: Sequence[Any]) -> None:
             raise InputError(f"parameters[{i}] is a {type(parameter).__name__}, expected a cvxpy.Parameter.")
     known, given = {p.id: p for p in problem.parameters()}, {p.id: p for p in parameters}
     if len(given) < len(parameters):
-        raise InputError("parameters= names a parameter twice; name each once, in the order of the layer's arguments.")
+        raise InputError("parameters= has a parameter twice; list each once, in the order of the layer's arguments.")
     if lacking := [p.name() for i, p in known.items() if i not in given]:
-        raise InputError(f"parameters= lacks {', '.join(lacking)}; the layer has to be given a value of each.")
+        raise InputError(f"parameters= lacks {', '.join(lacking)}; list every parameter of the problem.")
     if unknown := [p.name() for i, p in given.items() if i not in known]:
-        raise InputError(f"parameters= names {', '.join(unknown)}, which the problem does not use; leave them out.")
+        raise InputError(f"parameters= has {', '.join(unknown)}, which the problem does not use; leave them out.")
 
 
 def _require_outputs(problem: Any, outputs: Sequence[Any]) -> None:
     known = {v.id for v in problem.variables()} | {d.id for c in problem.constraints for d in c.dual_variables}
     if not outputs:
-        raise InputError("variables= is empty; name at least one variable whose value the layer is to return.")
+        raise InputError("variables= is empty; list at least one variable, whose value the layer returns.")
     for i, variable in enumerate(outputs):
         if not isinstance(variable, cp.Variable):
             raise InputError(f"variables[{i}] is a {type(variable).__name__}, expected a cvxpy.Variable.")
         if variable.id not in known:
             raise InputError(
-                f"variables= names {variable.name()}, which is neither a variable of the problem nor a dual variable "
-                "of one of its constraints."
+                f"variables= has {variable.name()}, which is neither a variable of the problem nor a dual variable of "
+                "one of its constraints; leave it out."
             )
 
 
@@ -63,21 +66,21 @@ def _require_real(problem: Any) -> None:
     discrete = [v.name() for v in problem.variables() if v.attributes["boolean"] or v.attributes["integer"]]
     if discrete:
         raise InputError(
-            f"variables {', '.join(discrete)} are integer: the solution is constant in the parameters between jumps, "
-            "so that its derivative says nothing. Relax them (bounds instead of boolean=True or integer=True)."
+            f"variables {', '.join(discrete)} are integer: they are piecewise constant in the parameters, and their "
+            "derivative is 0 or does not exist. Relax them (bounds instead of boolean=True or integer=True)."
         )
     if complex_ := [leaf.name() for leaf in (*problem.variables(), *problem.parameters()) if leaf.is_complex()]:
         raise InputError(
-            f"{', '.join(complex_)} are complex; a layer takes and returns real numbers: write the real and the "
-            "imaginary part as variables or parameters of their own."
+            f"{', '.join(complex_)} are complex, but a layer takes and returns real numbers: make the real and the "
+            "imaginary part variables or parameters of their own."
         )
 
 
 def _require_convex(problem: Any, gp: bool) -> None:
     if gp and not problem.is_dgp():
         raise InputError(
-            f"the problem is no geometric program (DGP) because of {_first(problem, 'is_dgp')}; with gp=True variables "
-            "and parameters have to be declared pos=True, and its functions posynomials or their like."
+            f"the problem is not a geometric program (DGP) because of {_first(problem, 'is_dgp')}; with gp=True all "
+            "variables and parameters have to be declared pos=True, and the functions have to be log-log convex."
         )
     if gp or problem.is_dcp():
         return
@@ -85,8 +88,8 @@ def _require_convex(problem: Any, gp: bool) -> None:
         raise InputError("the problem is not convex (DCP) but it is a geometric program: pass gp=True.")
     if problem.is_dqcp():
         raise InputError(
-            "the problem is quasiconvex (DQCP), which CVXPY solves by bisection: there is no one convex program to "
-            "differentiate. Fix the value of the quasiconvex part at a parameter and make a layer of that problem."
+            "the problem is quasiconvex (DQCP): CVXPY solves it by bisection, and there is no single convex program to "
+            "differentiate. Bound the quasiconvex part by a parameter and make a layer of that problem."
         )
     raise InputError(
         f"the problem is not convex (DCP) because of {_first(problem, 'is_dcp')}; see CVXPY's rules of disciplined "
@@ -102,8 +105,8 @@ def _require_parametrized(problem: Any, gp: bool, quadratic: bool) -> None:
     if bad:
         raise InputError(
             f"the problem is not DPP because of {bad[0]}: its data are not affine in the parameters (a product of "
-            "parameters, or a parameter inside of a nonlinear function). Make what is nonlinear in the parameters a "
-            "parameter of its own and compute it with torch."
+            "parameters, or a parameter inside a nonlinear function). Make the nonlinear expression a parameter of its "
+            "own and compute its value with torch."
         )
 
 

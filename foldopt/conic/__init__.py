@@ -1,1 +1,0 @@
-"""Programs min 1/2 x'Px + q'x, Ax + s = b, s in K: the Newton step on their optimality conditions, and its verdicts."""
