@@ -10,12 +10,13 @@ from matplotlib.figure import Figure
 from experiments.report import style
 from experiments.report.aggregation import aggregate
 from experiments.report.outputs import StudyOutputs
+from experiments.report.style import Line
 from experiments.sweep.studies import Study, StudyRun
 
-LINES: Mapping[str, dict] = {
-    "portfolio_cvxpylayers": {"color": style.COLORS[4]},
-    "portfolio_cvxpylayers_normalized": {"color": style.COLORS[5]},
-    "denoising_fold": {"color": "k"},
+LINES: Mapping[str, Line] = {
+    "portfolio_cvxpylayers": Line(style.COLORS[4], linewidth=1.4, marker="o"),
+    "portfolio_cvxpylayers_normalized": Line(style.COLORS[5], linewidth=1.4, marker="o"),
+    "denoising_fold": Line("k", linewidth=1.4, marker="o"),
 }
 PANELS: Mapping[str, tuple[str, str]] = {
     "portfolio": ("regret_percent", "Test regret (%)"),
@@ -47,8 +48,7 @@ def draw(study: Study, table: pd.DataFrame, caption: str) -> Figure:
         for (task, (_, label)), panel in zip(PANELS.items(), axes, strict=True):
             for series in (name for name in LINES if name.startswith(task)):
                 shown = table[table["series"] == series]
-                line = {"marker": "o", "markersize": 3, "linewidth": 1.4, **LINES[series]}
-                style.curve(panel, shown, x="forward_tol", label=study.titles[series], **line)
+                style.curve(panel, shown, LINES[series], study.titles[series], x="forward_tol")
             panel.set(xscale="log", title=task.capitalize(), xlabel="Tolerance of the forward solver", ylabel=label)
             panel.invert_xaxis()
             style.grid(panel)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
@@ -18,6 +17,7 @@ from experiments.across_studies.linear_solvers import MULTILABEL, parameters_in_
 from experiments.report import style
 from experiments.report.measurements import measured_once, peak_memory, seconds
 from experiments.report.outputs import Measurement
+from experiments.report.style import Line
 from experiments.run import components, configuration
 
 ITERATED = ("unroll", "unfold")
@@ -49,15 +49,15 @@ LAYERS: Mapping[str, Layer] = {
         ("exact", "fold", "unfold", "cvxpylayers"),
     ),
 }
-BACKENDS: Mapping[str, tuple[str, tuple[str, ...], dict]] = {
-    "exact": ("exact", ("backend=exact",), {"color": style.COLORS[3], "linestyle": ":"}),
-    "fold": ("folded, exact forward", ("backend=fold",), {"color": "k"}),
-    "lfpi": ("folded, by LFPI", ("backend=fold", "linear_solver=lfpi"), {"color": "0.55"}),
-    "gurobi": ("folded, Gurobi forward", ("backend=fold", "backend.forward=gurobi"), {"color": style.COLORS[1]}),
-    "unroll": ("unrolled", ("backend=unroll", "backend.tol=1e6"), {"color": style.COLORS[4]}),
-    "unfold": ("unfolded", ("backend=unfold", "backend.tol=1e6"), {"color": style.COLORS[0]}),
-    "qpth": ("qpth", ("backend=qpth",), {"color": style.COLORS[2]}),
-    "cvxpylayers": ("cvxpylayers (Clarabel)", ("backend=cvxpylayers",), {"color": style.COLORS[5]}),
+BACKENDS: Mapping[str, tuple[str, tuple[str, ...], Line]] = {
+    "exact": ("exact", ("backend=exact",), Line(style.COLORS[3], ":")),
+    "fold": ("folded, exact forward", ("backend=fold",), Line("k")),
+    "lfpi": ("folded, by LFPI", ("backend=fold", "linear_solver=lfpi"), Line("0.55")),
+    "gurobi": ("folded, Gurobi forward", ("backend=fold", "backend.forward=gurobi"), Line(style.COLORS[1])),
+    "unroll": ("unrolled", ("backend=unroll", "backend.tol=1e6"), Line(style.COLORS[4])),
+    "unfold": ("unfolded", ("backend=unfold", "backend.tol=1e6"), Line(style.COLORS[0])),
+    "qpth": ("qpth", ("backend=qpth",), Line(style.COLORS[2])),
+    "cvxpylayers": ("cvxpylayers (Clarabel)", ("backend=cvxpylayers",), Line(style.COLORS[5])),
 }
 LEAST_BYTES = 2**16  # of memory: what is less is lost in the pages of the process
 AXES: Mapping[str, str] = {"n": "Size n", "batch": "Batch", "iterations": "Iterations"}
@@ -98,7 +98,7 @@ def measure(settings: Settings, layers: Sequence[str] = tuple(LAYERS)) -> pd.Dat
     )
 
 
-def _series(name: str, backend: str, settings: Settings) -> Iterator[dict]:
+def _series(name: str, backend: str, settings: Settings) -> Iterator[dict[str, str | float]]:
     layer = LAYERS[name]
     grids = {"n": settings.sizes if layer.key else (), "batch": settings.batches}
     grids["iterations"] = settings.iterations if backend in ITERATED else ()
@@ -121,7 +121,7 @@ def _series(name: str, backend: str, settings: Settings) -> Iterator[dict]:
                 break
 
 
-def _layer_call(layer: Layer, backend: str, place: Mapping[str, int], seed: int) -> partial:
+def _layer_call(layer: Layer, backend: str, place: Mapping[str, int], seed: int) -> partial[tuple[float, float]]:
     """Return what makes one forward and backward pass and returns the seconds of each."""
     size = [f"task.n_train={place['batch']}", "task.n_val=1", "task.n_test=1"]
     if layer.key:
@@ -229,7 +229,7 @@ def draw(table: pd.DataFrame, fitted: pd.DataFrame, caption: str) -> Figure:
         for (_, layer), panel in zip(LAYERS.items(), axes[0], strict=True):
             panel.set_title(layer.title, fontsize=8)
         handles = [
-            plt.Line2D([], [], marker="o", markersize=3, label=title, **line) for title, _, line in BACKENDS.values()
+            replace(line, linewidth=1.5, marker="o").legend_handle(title) for title, _, line in BACKENDS.values()
         ]
         figure.legend(handles=handles, loc="outside upper center", ncols=4, frameon=False)
     return figure
@@ -247,11 +247,9 @@ def _draw_panel(
         panel.plot(
             shown["value"],
             unit * shown[column],
-            marker="o",
             markersize=2.5,
-            linewidth=1.1,
             label=label,
-            **{"linestyle": "-", **BACKENDS[backend][2]},
+            **asdict(replace(BACKENDS[backend][2], linewidth=1.1, marker="o")),
         )
     style.plain_log(panel.xaxis, subs=(1, 2, 5))
     low, high = part.loc[part[column] > 0, column].agg(["min", "max"])

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import count
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from experiments.contracts.task import Samples
 from experiments.denoising.problem import DenoisingStep
+from experiments.denoising.task import DenoisingTask
 from experiments.report.measurements import LAST_BITS, seconds
 from experiments.run import components, configuration
 from experiments.run.components import Components
@@ -46,8 +48,8 @@ class Bench:
     def __init__(self, overrides: list[str], settings: Settings) -> None:
         self.place = [part for part in overrides if not part.startswith("backend")]
         parts = self.built("fold")
-        self.task = parts.task
-        self.samples: Samples = {k: v[: settings.batch_size] for k, v in parts.task.splits["train"].items()}
+        self.task = cast(DenoisingTask, parts.task)
+        self.samples: Samples = {k: v[: settings.batch_size] for k, v in self.task.splits["train"].items()}
         start = parts.model(self.samples["inputs"]).detach()
         generator = torch.Generator().manual_seed(settings.seed)
         noise = torch.randn(start.shape, generator=generator, dtype=start.dtype)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import cast
 
 import pandas as pd
 from scipy.optimize import minimize_scalar
@@ -41,7 +43,7 @@ def best_classical(planned: Sequence[StudyRun]) -> pd.DataFrame:
 
     lambda is sought between the smallest and the largest of the study for that reading.
     """
-    sets = {}
+    sets: dict[tuple[str, int], DataSet] = {}
     for run in planned:
         if run.series in READINGS:
             weights = [other.point["task.weight"] for other in planned if other.series == run.series]
@@ -54,14 +56,15 @@ def _search(settings: DataSets) -> pd.DataFrame:
     rows = []
     for place in settings.sets:
         task = components.build(configuration.compose(list(place.overrides))).task
-
-        def error(log_weight: float, task: DenoisingTask = task) -> float:
-            return float(classical_errors(task, math.exp(log_weight)).mean())
-
+        error = partial(_mean_error, cast(DenoisingTask, task))
         bounds = math.log(place.low), math.log(place.high)
         found = minimize_scalar(error, bounds=bounds, method="bounded", options={"xatol": 1e-3})
         rows.append({"reading": place.reading, "seed": place.seed, "weight": math.exp(found.x), "mse": found.fun})
     return pd.DataFrame(rows)
+
+
+def _mean_error(task: DenoisingTask, log_weight: float) -> float:
+    return float(classical_errors(task, math.exp(log_weight)).mean())
 
 
 def classical_errors(task: DenoisingTask, weight: float) -> Tensor:

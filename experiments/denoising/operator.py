@@ -35,6 +35,7 @@ class Operator(nn.Module):
         if structure == "filter":
             self.log_weights = nn.Parameter(torch.zeros(n_outputs, dtype=start.dtype))
             self.taps = nn.Parameter(torch.eye(2 * half_width + 1, dtype=start.dtype)[half_width].clone())
+            self.differences: Tensor
             self.register_buffer("differences", start, persistent=False)
         else:
             self.D = nn.Parameter(start)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 import matplotlib.pyplot as plt
@@ -12,6 +13,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from experiments.report.aggregation import seeds_said
@@ -19,10 +21,26 @@ from experiments.sweep.studies import StudyRun
 from foldopt.errors import InputError
 
 T = TypeVar("T")
+LineStyle = str | tuple[float, tuple[float, ...]]
 
 STYLE: dict[Any, Any] = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False}
 COLORS = ("#CC79A7", "#E69F00", "#0072B2", "#009E73", "#D55E00", "#56B4E9")  # Okabe and Ito
 CAPTION = {"fontsize": 6.5, "color": "0.3"}
+
+
+@dataclass(frozen=True)
+class Line:
+    """How the line of one series is drawn; the fields are keyword arguments of matplotlib's `plot`."""
+
+    color: str
+    linestyle: LineStyle = "-"
+    linewidth: float = 1.6
+    zorder: float = 2
+    marker: str | None = None
+
+    def legend_handle(self, label: str) -> Line2D:
+        """Return an entry for the legend of a whole figure."""
+        return Line2D([], [], label=label, markersize=3, **asdict(self))
 
 
 @contextmanager
@@ -55,21 +73,21 @@ def grid(panel: Axes) -> None:
     panel.set_axisbelow(True)
 
 
-def curve(panel: Axes, frame: pd.DataFrame, x: str = "epoch", **line: Any) -> None:
+def curve(panel: Axes, frame: pd.DataFrame, line: Line, label: str | None = None, x: str = "epoch") -> None:
     """Draw the column mean of `frame` against `x`, and its 95% confidence band.
 
     With few seeds the band is much wider than what was observed, so that the axes leave room for the columns low and
     high alone, and the band is cut off where it goes beyond. A frame without the column ci95 has low and high for band.
     """
     frame = frame.sort_values(x)
-    (drawn,) = panel.plot(frame[x], frame["mean"], **line)
+    panel.plot(frame[x], frame["mean"], label=label, markersize=3, **asdict(line))
     panel.update_datalim(frame[[x, "low"]].to_numpy())
     panel.update_datalim(frame[[x, "high"]].to_numpy())
     room, least = panel.dataLim.get_points().copy(), np.array(panel.dataLim.minpos)
     low, high = frame["low"], frame["high"]
     if "ci95" in frame:
         low, high = frame["mean"] - frame["ci95"], frame["mean"] + frame["ci95"]
-    panel.fill_between(frame[x], low, high, color=drawn.get_color(), alpha=0.18, linewidth=0, zorder=1)
+    panel.fill_between(frame[x], low, high, color=line.color, alpha=0.18, linewidth=0, zorder=1)
     panel.dataLim.set_points(room)
     np.asarray(panel.dataLim.minpos)[:] = least
     panel.autoscale_view()

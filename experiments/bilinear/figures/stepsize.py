@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import numpy as np
 import pandas as pd
@@ -11,14 +12,14 @@ from matplotlib.figure import Figure
 
 from data.bilinear import generate, interaction
 from experiments.bilinear.problem import BilinearProblem
-from experiments.bilinear.smoothing import GradientStep
+from experiments.bilinear.smoothing import GradientStep, Quadratic
 from experiments.report import style
 from experiments.report.outputs import StudyOutputs
 from foldopt import fold
 from foldopt.diagnostics import stepsize_study
 
 KAPPA, N, BATCH = 0.75, 20, 32
-STEPS = np.geomspace(0.02, 20, 25)
+STEPS: Sequence[float] = np.geomspace(0.02, 20, 25).tolist()
 LINES = (
     ("lfpi_products", "LFPI", "#D55E00"),
     ("anderson_products", "Anderson", "#56B4E9"),
@@ -36,10 +37,11 @@ def make(outputs: StudyOutputs) -> None:
 def measure(steps: Sequence[float] = STEPS) -> pd.DataFrame:
     """Return a row of `stepsize_study` per stepsize, which is in units of 1 / sigma; products are the batch's most."""
     problem = BilinearProblem(interaction(0, N), 1, 2, KAPPA)
+    smoothing = cast(Quadratic, problem.smoothing)
     c, d = generate(0, BATCH, 1, 1, 2 * N).targets["train"].chunk(2, 1)
 
     def layer(stepsize: float) -> torch.nn.Module:
-        step = GradientStep(problem.Q, problem.totals, problem.smoothing, stepsize / problem.sigma)
+        step = GradientStep(problem.Q, problem.totals, smoothing, stepsize / problem.sigma)
         return fold(lambda c, d: problem.solve("exact", c, d), step)
 
     return pd.DataFrame(stepsize_study(layer, steps, c, d))

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
+from typing import cast
 
 import pandas as pd
 
+from experiments.bilinear.task import BilinearTask
 from experiments.report.measurements import measured_once, seconds
 from experiments.report.outputs import Measurement
 from experiments.run import components, configuration
@@ -47,11 +50,12 @@ def measure(settings: Settings) -> pd.DataFrame:
     for n, kappa in settings.places:
         overrides = ["task=bilinear", f"task.n_variables={n}", f"task.kappa={kappa}"]
         limit = f"task.time_limit={settings.time_limit}"
-        task = components.build(configuration.compose([*overrides, limit, "backend=two_stage"])).task
+        parts = components.build(configuration.compose([*overrides, limit, "backend=two_stage"]))
+        task = cast(BilinearTask, parts.task)
         c, d = (part[: settings.instances] for part in task.truth(task.splits["test"]))
         task.problem.smoothed(c, d)
-        ours, ours_seconds = seconds(lambda problem=task.problem, c=c, d=d: problem.smoothed(c, d))
-        gurobi, gurobi_seconds = seconds(lambda problem=task.problem, c=c, d=d: problem.gurobi(c, d))
+        ours, ours_seconds = seconds(partial(task.problem.smoothed, c, d))
+        gurobi, gurobi_seconds = seconds(partial(task.problem.gurobi, c, d))
         frames.append(
             pd.DataFrame(
                 {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -9,6 +11,7 @@ from torch import Tensor
 
 from experiments.denoising.problem import differencing
 from experiments.denoising.series import STRUCTURES
+from experiments.denoising.task import DenoisingTask
 from experiments.report import style
 from experiments.report.outputs import StudyOutputs
 from experiments.run import components
@@ -39,12 +42,12 @@ def make(outputs: StudyOutputs) -> None:
 @torch.no_grad()
 def draw_signals(trained: dict[str, Components], caption: str) -> Figure:
     """Return the picture of some test signals: noisy, true, denoised classically and by each learned operator."""
-    parts = trained["_filter"]
-    chosen = {name: values[:SIGNALS] for name, values in parts.task.splits["test"].items()}
+    task = cast(DenoisingTask, trained["_filter"].task)
+    chosen = {name: values[:SIGNALS] for name, values in task.splits["test"].items()}
     d = chosen["noisy"]
-    found = {"classical": parts.task.problem.exact(differencing(d.shape[1]), d).x}
+    found = {"classical": task.problem.exact(differencing(d.shape[1]), d).x}
     for suffix in ("", "_filter"):
-        found[f"learned, {STRUCTURES[suffix]}"] = parts.task.problem.exact(_operator(trained[suffix]), d).x
+        found[f"learned, {STRUCTURES[suffix]}"] = task.problem.exact(_operator(trained[suffix]), d).x
     with style.panels(caption, len(found), SIGNALS, figsize=(7.4, 4.8), sharex=True, sharey="col") as (figure, axes):
         for row, (title, x) in zip(axes, found.items(), strict=True):
             errors = (x - chosen["signals"]).square().mean(1)

@@ -52,7 +52,7 @@ def _draw_panel(panel: Axes, curves: pd.DataFrame, weights: Sequence[float], cla
     for weight, color in zip(weights, style.COLORS, strict=False):
         shown = curves[curves["weight"] == weight]
         if not shown.empty:
-            style.curve(panel, shown, color=color, linewidth=1.6, label=f"λ = {weight:g}")
+            style.curve(panel, shown, style.Line(color), f"λ = {weight:g}")
     dashes = (0, (4, 2))
     panel.axhline(classical, color="0.35", linewidth=0.9, linestyle=dashes, label="classical, best λ", zorder=1)
     style.plain_log(panel.yaxis, subs=(1, 1.5, 2, 3, 5, 7))

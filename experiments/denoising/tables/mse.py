@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from typing import Any, cast
 
 import pandas as pd
 import torch
@@ -10,6 +11,7 @@ from scipy import stats
 
 from experiments.denoising.classical import best_classical, classical_errors
 from experiments.denoising.series import READINGS, STRUCTURES
+from experiments.denoising.task import DenoisingTask
 from experiments.report.aggregation import aggregate
 from experiments.report.outputs import StudyOutputs
 from experiments.run import components, folders
@@ -71,12 +73,13 @@ def margins(planned: Sequence[StudyRun], classical: pd.DataFrame) -> pd.DataFram
             for seed in sorted({run.seed for run in planned if run.series == reading + suffix}):
                 run = _best_by_validation([r for r in planned if (r.series, r.seed) == (reading + suffix, seed)])
                 parts = components.trained(run.folder)
-                test = parts.task.splits["test"]
+                task = cast(DenoisingTask, parts.task)
+                test = task.splits["test"]
                 with torch.no_grad():
-                    learned.append(parts.task.errors(parts.model(test["inputs"]), test))
+                    learned.append(task.errors(parts.model(test["inputs"]), test))
                 weights.append(run.point["task.weight"])
                 classical_weights.append(place.loc[(reading, seed), "weight"])
-                base.append(classical_errors(parts.task, classical_weights[-1]))
+                base.append(classical_errors(task, classical_weights[-1]))
             mine, theirs = torch.cat(learned), torch.cat(base)
             difference = mine - theirs
             rows.append(
@@ -104,7 +107,7 @@ def _best_by_validation(candidates: Sequence[StudyRun]) -> StudyRun:
     return min(candidates, key=error)
 
 
-def _best_row(study: Study, row: dict) -> list[str]:
+def _best_row(study: Study, row: Mapping[Hashable, Any]) -> list[str]:
     percent = 100 / row["classical"]
     better = row["difference"] + row["ci95"] < 0
     difference = f"{percent * row['difference']:+.2f} ± {percent * row['ci95']:.2f}%"

@@ -16,15 +16,16 @@ from experiments.multilabel.problem import TopKStep, solve_topk
 from experiments.report import style
 from experiments.report.measurements import measured_once
 from experiments.report.outputs import Measurement
+from experiments.report.style import Line
 from foldopt import fold
 from foldopt.diagnostics import backward_trace, spectral_radius
 from foldopt.step import record
 
 LINES = {
-    ("solution", "forward"): ("forward, from x*", style.COLORS[2], "-"),
-    ("solution", "backward"): ("backward, from x*", style.COLORS[2], "--"),
-    ("random", "forward"): ("forward, from a random start", style.COLORS[4], "-"),
-    ("random", "backward"): ("backward, from a random start", style.COLORS[4], "--"),
+    ("solution", "forward"): ("forward, from x*", Line(style.COLORS[2], "-")),
+    ("solution", "backward"): ("backward, from x*", Line(style.COLORS[2], "--")),
+    ("random", "forward"): ("forward, from a random start", Line(style.COLORS[4], "-")),
+    ("random", "backward"): ("backward, from a random start", Line(style.COLORS[4], "--")),
 }
 THRESHOLDS = (1e-2, 1e-4, 1e-6)
 SMALLEST = 1e-16  # where an error of exactly zero is drawn
@@ -111,10 +112,10 @@ def summarize(rows: pd.DataFrame) -> pd.DataFrame:
 def draw(curves: pd.DataFrame, rho: float, caption: str) -> Figure:
     """Return the figure of `curves`, with the line of Theorem 1 for the median spectral radius `rho`."""
     with style.panels(caption, figsize=(6.6, 3.6)) as (figure, panel):
-        for (start, which), (label, color, dashes) in LINES.items():
+        for (start, which), (label, line) in LINES.items():
             shown = curves[(curves["start"] == start) & (curves["pass"] == which)].copy()
             shown[["mean", "low", "high"]] = shown[["mean", "low", "high"]].clip(lower=SMALLEST)
-            style.curve(panel, shown, x="iteration", color=color, linestyle=dashes, linewidth=1.6, label=label)
+            style.curve(panel, shown, line, label, x="iteration")
         _theorem(panel, curves, rho)
         panel.set(yscale="log", xlabel="Iteration", ylabel="Relative error", ylim=(SMALLEST / 2, 1e3))
         style.grid(panel)
@@ -135,7 +136,7 @@ def _theorem(panel: Axes, curves: pd.DataFrame, rho: float) -> None:
 def rates(rows: pd.DataFrame) -> pd.DataFrame:
     """Return, for each pass that has an error, the medians of: iterations to THRESHOLDS, rate, and -log rho(Phi)."""
     table = []
-    for (start, which), (label, _, _) in LINES.items():
+    for (start, which), (label, _) in LINES.items():
         if (start, which) == ("solution", "forward"):
             continue
         part = rows[(rows["start"] == start) & (rows["pass"] == which)]

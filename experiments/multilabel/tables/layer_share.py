@@ -5,10 +5,14 @@ from __future__ import annotations
 import platform
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import pandas as pd
 import torch
+from torch import Tensor
 
+from experiments.contracts.backend import Backend
+from experiments.contracts.task import Task
 from experiments.report.measurements import measured_once, seconds
 from experiments.report.outputs import Measurement
 from experiments.run import components
@@ -64,27 +68,29 @@ def measure(settings: Settings) -> pd.DataFrame:
         outputs, forward = seconds(lambda: model(task.prepare(samples["inputs"], generator)))
         taken = {}
         for name, parts in built.items():
-            leaf = outputs.detach().requires_grad_()
-
-            def layer(backend=parts.backend, leaf=leaf) -> torch.Tensor:
-                log_x = backend(task.parameters(leaf, samples))
-                return torch.autograd.grad(task.decision_losses(log_x, samples).mean(), leaf)[0]
-
-            taken[name] = seconds(layer)
+            taken[name] = seconds(partial(_gradient, parts.backend, task, outputs.detach().requires_grad_()))
         gradient = next(iter(taken.values()))[0]
-
-        def update(outputs=outputs, gradient=gradient) -> None:
-            optimizer.zero_grad(set_to_none=True)
-            outputs.backward(gradient)
-            optimizer.step()
-
-        _, backward = seconds(update)
+        _, backward = seconds(partial(_update, optimizer, outputs, gradient))
         if repeat:
-            network = forward + backward
             rows += [
-                {"layer": name, "seconds_network": network, "seconds_layer": own} for name, (_, own) in taken.items()
+                {"layer": name, "seconds_network": forward + backward, "seconds_layer": own}
+                for name, (_, own) in taken.items()
             ]
     return pd.DataFrame(rows)
+
+
+def _gradient(backend: Backend, task: Task, outputs: Tensor) -> Tensor:
+    """Return the gradient of the training loss with respect to the network's outputs, through the layer."""
+    samples = task.splits["train"]
+    log_x = backend(task.parameters(outputs, samples))
+    return torch.autograd.grad(task.decision_losses(log_x, samples).mean(), outputs)[0]
+
+
+def _update(optimizer: torch.optim.Optimizer, outputs: Tensor, gradient: Tensor) -> None:
+    """Update the network, given the gradient with respect to its outputs."""
+    optimizer.zero_grad(set_to_none=True)
+    outputs.backward(gradient)
+    optimizer.step()
 
 
 def make(measurement: Measurement) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import pandas as pd
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from experiments.contracts.task import Samples
+from experiments.multilabel.task import MultilabelTask
 from experiments.report.measurements import measured_once, seconds
 from experiments.report.outputs import Measurement
 from experiments.run import components, configuration
@@ -62,7 +64,8 @@ class Bench:
         classes = torch.arange(100)
         features += group * (classes // 5 == seen[:, None] // 5) + own * F.one_hot(seen, 100)
         self.features, self.samples = features, {"labels": labels}
-        self.task = components.build(configuration.compose([*self.place, "backend=exact"])).task
+        parts = components.build(configuration.compose([*self.place, "backend=exact"]))
+        self.task = cast(MultilabelTask, parts.task)
 
     def layer(self, name: str) -> tuple[Callable[[Tensor], Tensor], Callable[[], int]]:
         """Return the layer from features to log x, and what counts its failures."""

@@ -6,14 +6,15 @@ exact solver and the folded SQP gradient at its solution. Everything but the tim
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
+from typing import Any, cast
 
 import pandas as pd
 import torch
 
-from experiments.contracts.task import Task
 from experiments.portfolio.problem import PortfolioProblem
+from experiments.portfolio.task import PortfolioTask
 from experiments.report.measurements import measured_once, seconds
 from experiments.report.outputs import Measurement
 from experiments.run import components
@@ -124,7 +125,7 @@ def measure(settings: Settings) -> pd.DataFrame:
     frames = []
     for degree in settings.degrees:
         overrides = ["task=portfolio", f"task.degree={degree}", f"seed={settings.seed}"]
-        task, inputs = _inputs(overrides, settings)
+        problem, inputs = _inputs(overrides, settings)
         layers = {
             name: components.build(compose([*overrides, *backend])).backend for name, backend in OVERRIDES.items()
         }
@@ -132,19 +133,22 @@ def measure(settings: Settings) -> pd.DataFrame:
             generator = torch.Generator().manual_seed(settings.seed)
             cotangents = torch.randn(c.shape, generator=generator, dtype=c.dtype)
             split = (list(c.split(settings.batch_size)), list(cotangents.split(settings.batch_size)))
-            frames.append(compare(task.problem, layers, *split).assign(degree=degree, kind=kind))
+            frames.append(compare(problem, layers, *split).assign(degree=degree, kind=kind))
     return pd.concat(frames, ignore_index=True)
 
 
-def _inputs(overrides: list[str], settings: Settings) -> tuple[Task, dict[str, torch.Tensor]]:
-    """Return the task, and the instances of each kind of `KINDS`: training returns and predictions for them."""
+def _inputs(overrides: list[str], settings: Settings) -> tuple[PortfolioProblem, dict[str, torch.Tensor]]:
+    """Return the problem, and the instances of each kind of `KINDS`: training returns and predictions for them."""
     torch.manual_seed(settings.seed)
     parts = components.build(compose(overrides))
     samples = parts.task.splits["train"]
     with torch.no_grad():
         predictions = parts.task.parameters(parts.model(samples["inputs"]), samples)
     count = settings.batches * settings.batch_size
-    return parts.task, {"targets": samples["returns"][:count], "predictions": predictions[:count]}
+    return cast(PortfolioTask, parts.task).problem, {
+        "targets": samples["returns"][:count],
+        "predictions": predictions[:count],
+    }
 
 
 def summarize(rows: pd.DataFrame, by: list[str]) -> pd.DataFrame:
@@ -181,7 +185,7 @@ def make(measurement: Measurement) -> None:
     )
 
 
-def _markdown_row(row: dict) -> list[str]:
+def _markdown_row(row: Mapping[Hashable, Any]) -> list[str]:
     return [
         KINDS[row["kind"]],
         TITLES[row["solver"]],

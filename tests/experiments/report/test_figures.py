@@ -133,8 +133,8 @@ def test_a_band_is_the_confidence_interval_and_leaves_the_axes_to_what_was_obser
         {"epoch": [0, 1], "mean": [2.0, 1.0], "low": [1.5, 0.9], "high": [2.5, 1.1], "ci95": [9.0, 9.0]}
     )
     figure, (wide, narrow) = plt.subplots(1, 2)
-    style.curve(wide, frame)
-    style.curve(narrow, frame.drop(columns="ci95"))
+    style.curve(wide, frame, style.Line("k"))
+    style.curve(narrow, frame.drop(columns="ci95"), style.Line("k"))
     assert [panel.get_ylim() for panel in (wide, narrow)] == [narrow.get_ylim()] * 2
     tops = [panel.collections[0].get_paths()[0].vertices[:, 1].max() for panel in (wide, narrow)]
     assert tops == [11.0, 2.5]
