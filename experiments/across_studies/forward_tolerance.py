@@ -1,4 +1,4 @@
-"""Sensitivity of training to the tolerance of the forward solver: final test metric against that tolerance."""
+"""Figure of the final test metric against the tolerance of the forward solver."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Solvers of the adjoint equation beside each other on the layers of all four studies: products, time and accuracy."""
+"""Table of the solvers of the adjoint equation on the layers of all four studies: products, time and accuracy."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ REFERENCE = "direct"
 
 @dataclass(frozen=True)
 class Settings:
-    """How much is measured; noise: of the parameters, in standard deviations of theirs."""
+    """Size of the measurement; noise is added to the parameters, relative to their standard deviation."""
 
     repeats: int = 5
     batch_size: int = 32
@@ -49,7 +49,7 @@ PROFILES = {"smoke": Settings(repeats=1, batch_size=4), "default": Settings(), "
 
 
 def measure(settings: Settings) -> pd.DataFrame:
-    """Return one row per layer, solver and repetition, the solvers taking turns; a first call does not count."""
+    """Return one row per layer, solver and repetition; the solvers take turns, and their first calls do not count."""
     rows = []
     size = [f"task.n_train={settings.batch_size}", "task.n_val=1", "task.n_test=1", "backend=fold"]
     for name, (_, overrides) in LAYERS.items():
@@ -79,9 +79,10 @@ def measure(settings: Settings) -> pd.DataFrame:
 
 
 def parameters_in_training(task: Task, noise: float, generator: torch.Generator) -> tuple[Tensor, ...]:
-    """Return parameters of a task's training samples as a network in training would predict them.
+    """Return parameters for a task's training samples, like those that a network predicts during training.
 
-    That is the truth with noise, in standard deviations of its own, or a start with some.
+    They are the true parameters plus `noise` times their standard deviation times standard normal numbers. Where a task
+    has no true parameters, they are random logits; where it learns one operator, the differencing operator plus noise.
     """
     samples = task.splits["train"]
     if task.shared:
@@ -115,10 +116,10 @@ def make(measurement: Measurement) -> None:
         "tables/linear_solvers",
         ("Layer", "Solver", "Products with Φ", "Solved", "Backward (ms)", "Error of the gradient"),
         _rows(table),
-        f"One batch of {settings.batch_size}, float64, one thread, medians of {settings.repeats} with the solvers "
-        "taking turns; products per sample, mean over the batch. Errors are relative, against a direct solve; what is "
-        "not solved has no gradient. `auto` takes closed forms where the step has them. "
-        f"Made by: `{measurement.command}`",
+        f"One batch of {settings.batch_size} samples, float64, one thread, medians of {settings.repeats} rounds in "
+        "which the solvers take turns. Products with Φ and solved: means over the samples. Errors are relative to a "
+        "direct solve; samples that are not solved have no gradient. `auto` takes closed forms where the step has "
+        f"them. Made by: `{measurement.command}`",
     )
 
 

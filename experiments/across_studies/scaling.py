@@ -1,4 +1,4 @@
-"""How time and memory of every backend grow with the size of the problem, the batch, and the solver's iterations."""
+"""Growth of time and memory of every backend with the size of the problem, the batch and the iterations."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ITERATED = ("unroll", "unfold")
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer of a study: its overrides, the key of its size n (None: given by the data), and the backends it has."""
+    """A layer of a study: its overrides, the key of its size n (None if the data fix it), and its backends."""
 
     title: str
     overrides: tuple[str, ...]
@@ -59,16 +59,24 @@ BACKENDS: Mapping[str, tuple[str, tuple[str, ...], Line]] = {
     "qpth": ("qpth", ("backend=qpth",), Line(style.COLORS[2])),
     "cvxpylayers": ("cvxpylayers (Clarabel)", ("backend=cvxpylayers",), Line(style.COLORS[5])),
 }
-LEAST_BYTES = 2**16  # of memory: what is less is lost in the pages of the process
+LEAST_BYTES = 2**16  # smallest peak memory that the counters of the operating system resolve
 AXES: Mapping[str, str] = {"n": "Size n", "batch": "Batch", "iterations": "Iterations"}
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How much is measured.
+    """Size of the measurement.
 
-    sizes: n. batches: at each layer's usual n. iterations: of the backends that iterate on the graph, which take
-    `usual_iterations` elsewhere. limit: seconds of one forward and backward pass, from which on a series stops growing.
+    Attributes:
+        repeats: Number of calls at each place.
+        sizes: Values of n, at the usual batch.
+        batches: Batch sizes, at the usual n.
+        iterations: Numbers of iterations of the backends that iterate on the graph.
+        usual_n: n where it does not vary.
+        usual_batch: Batch size where it does not vary.
+        usual_iterations: Number of iterations where it does not vary.
+        limit: A series ends where one forward and backward pass takes more seconds than this.
+        seed: Seed of the data and the parameters.
     """
 
     repeats: int = 2
@@ -92,7 +100,7 @@ PROFILES = {
 
 
 def measure(settings: Settings, layers: Sequence[str] = tuple(LAYERS)) -> pd.DataFrame:
-    """Return one row per layer, axis, value, backend and repetition: seconds forward and backward, and peak bytes."""
+    """Return one row per layer, axis, value, backend and repetition with the seconds of both passes and peak bytes."""
     return pd.DataFrame(
         row for layer in layers for backend in LAYERS[layer].backends for row in _series(layer, backend, settings)
     )
@@ -122,7 +130,7 @@ def _series(name: str, backend: str, settings: Settings) -> Iterator[dict[str, s
 
 
 def _layer_call(layer: Layer, backend: str, place: Mapping[str, int], seed: int) -> partial[tuple[float, float]]:
-    """Return what makes one forward and backward pass and returns the seconds of each."""
+    """Return a function that makes a forward and a backward pass and returns the seconds of each."""
     size = [f"task.n_train={place['batch']}", "task.n_val=1", "task.n_test=1"]
     if layer.key:
         size.append(f"{layer.key}={place['n']}")
@@ -143,10 +151,12 @@ def _pass(parts: components.Components, leaves: tuple[Tensor, ...]) -> tuple[flo
 
 
 def slopes(table: pd.DataFrame) -> pd.DataFrame:
-    """Return the exponents of time and memory, fitted to the three largest values of each series in the logarithm.
+    """Fit the exponents of time and memory to the three largest values of each series.
 
-    Columns layer, axis, backend, largest (value), seconds and peak_bytes (there), time_slope, memory_slope (NaN where
-    a series has fewer than two values, or memory below what can be measured).
+    Returns:
+        One row per layer, axis and backend with the columns largest, the largest value; seconds and peak_bytes, those
+        at this value; time_slope and memory_slope, the exponents, NaN for a series with fewer than two values or whose
+        memory is too small to be measured.
     """
     rows = []
     for (layer, axis, backend), part in table.groupby(["layer", "axis", "backend"], sort=False):
@@ -212,7 +222,7 @@ def _rows(fitted: pd.DataFrame) -> Iterator[list[str]]:
 
 
 def draw(table: pd.DataFrame, fitted: pd.DataFrame, caption: str) -> Figure:
-    """Return the figure: a row for time and one for memory per axis, a column per layer, exponents in the legends."""
+    """Draw a row for time and one for memory per axis, a column per layer; the legends have the exponents."""
     measures = (("seconds", "time_slope", "Time (s)", 1.0), ("peak_bytes", "memory_slope", "Memory (MB)", 1e-6))
     kinds = [(axis, *measure) for axis in AXES for measure in measures]
     exponents = fitted.set_index(["layer", "axis", "backend"]).sort_index()
@@ -256,5 +266,5 @@ def _draw_panel(
     style.plain_log(panel.yaxis, subs=(1,) if high > 50 * low else (1, 2, 5))
     panel.tick_params(labelsize=6)
     style.grid(panel)
-    panel.set_ylim(top=unit * high * (high / low) ** 0.35)  # room for the legend
+    panel.set_ylim(top=unit * high * (high / low) ** 0.35)  # leaves room for the legend
     panel.legend(fontsize=5.5, frameon=False, loc="upper left", handlelength=1.2, labelspacing=0.15, ncols=2)

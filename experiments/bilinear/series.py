@@ -1,4 +1,4 @@
-"""What the figures and tables of the bilinear study share: final regrets, and their ratios to two-stage."""
+"""Final regrets of the bilinear study, and their ratios to two-stage."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ def final(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def ratios(last: pd.DataFrame, n: int) -> pd.DataFrame:
-    """Return for every series and seed its mean regret over that of two-stage, on the matrices Q that it ran on.
+    """Return the mean regret of every series and seed divided by that of two-stage on the same matrices Q.
 
-    Columns series, seed, ratio.
+    Columns: series, seed, ratio.
     """
     rows = last[last["n_variables"] == n]
     reference = rows[rows["series"] == "two_stage"].set_index(["interaction", "seed"])["regret"]

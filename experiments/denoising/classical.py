@@ -1,4 +1,4 @@
-"""The classical denoiser: total variation with the weight that is best on the test signals of each data set."""
+"""The classical denoiser: total variation with the weight lambda of smallest error on the test signals."""
 
 from __future__ import annotations
 
@@ -39,9 +39,12 @@ class DataSets:
 
 
 def best_classical(planned: Sequence[StudyRun]) -> pd.DataFrame:
-    """Return the classical denoiser of the least test error: reading, seed, weight, mse, one row per data set.
+    """Return the weight lambda of smallest test error for each data set, and that error.
 
-    lambda is sought between the smallest and the largest of the study for that reading.
+    lambda is searched between the smallest and the largest value that the study has for this reading of the data.
+
+    Returns:
+        One row per data set with the columns reading, seed, weight and mse.
     """
     sets: dict[tuple[str, int], DataSet] = {}
     for run in planned:
@@ -68,6 +71,6 @@ def _mean_error(task: DenoisingTask, log_weight: float) -> float:
 
 
 def classical_errors(task: DenoisingTask, weight: float) -> Tensor:
-    """Return the squared error of each test signal after total variation of this weight, (samples,)."""
+    """Return the mean squared error of each test signal denoised with this weight, (samples,)."""
     task.problem = DenoisingProblem(weight, task.n_inputs)
     return task.errors(differencing(task.n_inputs), task.splits["test"])

@@ -1,4 +1,4 @@
-"""What all figures share: fonts, colours that the colour-blind tell apart, logarithmic axes, curves with a band."""
+"""The style of all figures: fonts, colours for colour-blind readers, logarithmic axes, curves with a band."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Line:
 
 @contextmanager
 def panels(caption: str, *grid: int, **options: Any) -> Iterator[tuple[Figure, Any]]:
-    """Open a figure in this style with its axes, as ``plt.subplots(*grid, **options)`` does; end it with a caption."""
+    """Yield a figure in this style and its axes, made by ``plt.subplots(*grid, **options)``, and add the caption."""
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(*grid, layout="constrained", **options)
         yield figure, axes
@@ -53,7 +53,7 @@ def panels(caption: str, *grid: int, **options: Any) -> Iterator[tuple[Figure, A
 
 
 def plain_log(axis: Axis, subs: tuple[float, ...]) -> None:
-    """Make an axis logarithmic, labelled in plain numbers at `subs` of each decade."""
+    """Make an axis logarithmic, with plain numbers as labels at the multiples `subs` of each power of ten."""
     panel = axis.axes
     (panel.set_xscale if axis is panel.xaxis else panel.set_yscale)("log")
     axis.set_major_locator(LogLocator(subs=subs))
@@ -62,7 +62,7 @@ def plain_log(axis: Axis, subs: tuple[float, ...]) -> None:
 
 
 def epochs(panel: Axes) -> None:
-    """Let the x axis count epochs, over a light grid."""
+    """Label the x axis by whole epochs, and draw a light grid."""
     panel.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
     grid(panel)
 
@@ -74,10 +74,10 @@ def grid(panel: Axes) -> None:
 
 
 def curve(panel: Axes, frame: pd.DataFrame, line: Line, label: str | None = None, x: str = "epoch") -> None:
-    """Draw the column mean of `frame` against `x`, and its 95% confidence band.
+    """Draw the column `mean` of `frame` against `x` with its 95% confidence band.
 
-    With few seeds the band is much wider than what was observed, so that the axes leave room for the columns low and
-    high alone, and the band is cut off where it goes beyond. A frame without the column ci95 has low and high for band.
+    With few seeds the band is much wider than the range of the observations. The limits of the axes therefore follow
+    the columns `low` and `high`, and the band is cut off. Without a column `ci95` the band is from `low` to `high`.
     """
     frame = frame.sort_values(x)
     panel.plot(frame[x], frame["mean"], label=label, markersize=3, **asdict(line))
@@ -94,16 +94,16 @@ def curve(panel: Axes, frame: pd.DataFrame, line: Line, label: str | None = None
 
 
 def drawn(lines: Mapping[str, T], found: Iterable[str], figure: str) -> dict[str, T]:
-    """Return how each series found is drawn, in the order of `lines`; InputError names those that `figure` lacks."""
+    """Return the entries of `lines` for the series `found`, in order. Raises InputError for a series not in `lines`."""
     found = set(found)
     if unknown := sorted(found - set(lines)):
         raise InputError(
-            f"{figure} does not know how to draw the series {', '.join(unknown)}; it has {', '.join(lines)}."
+            f"{figure} has no line for the series {', '.join(unknown)}; add it, or choose among {', '.join(lines)}."
         )
     return {series: line for series, line in lines.items() if series in found}
 
 
 def seeds_note(planned: Sequence[StudyRun]) -> str:
-    """Return how a caption speaks of the seeds and the bands."""
+    """Return the part of a caption that explains the seeds and the bands."""
     said = seeds_said(planned)
     return f"{said}, no band" if said == "1 seed" else f"mean over {said}, with its 95% confidence band (Student's t)"

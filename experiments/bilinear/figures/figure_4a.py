@@ -1,4 +1,4 @@
-"""Figure 4(a): the bilinear program, test regret per matrix Q of folding and two-stage, and of their companions."""
+"""Figure 4(a): test regret on the bilinear program, by matrix Q for folding and two-stage, and mean of all series."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def make(outputs: StudyOutputs) -> None:
 
 
 def draw(study: Study, last: pd.DataFrame, caption: str) -> Figure:
-    """Return the figure of the final test rows (columns n_variables, series, interaction, seed, regret)."""
+    """Return the figure of the final test rows `last` (columns n_variables, series, interaction, seed, regret)."""
     sizes = sorted(last["n_variables"].unique(), reverse=True)
     with style.panels(
         caption, len(sizes), 2, figsize=(7.4, 2.35 * len(sizes) + 0.8), width_ratios=(1.7, 1), squeeze=False

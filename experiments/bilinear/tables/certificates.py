@@ -1,4 +1,4 @@
-"""How good the smoothed solver of the bilinear program is: against Gurobi's best point and its proven bound."""
+"""The solver of the smoothed bilinear program compared with Gurobi's best point and its proven bound."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ HEADER = (
 
 @dataclass(frozen=True)
 class Settings:
-    """How much is verified: (n, kappa) pairs, instances of each from the study's targets, seconds for Gurobi."""
+    """Size of the measurement: pairs (n, kappa), instances per pair from the study's targets, seconds for Gurobi."""
 
     places: tuple[tuple[int, float], ...] = ((6, 0.5), (8, 0.9), (20, 0.9), (50, 0.9), (20, 2.0), (50, 1.25))
     instances: int = 8
@@ -45,7 +45,7 @@ PROFILES = {
 
 
 def measure(settings: Settings) -> pd.DataFrame:
-    """Return one row per instance; values are maximized, `bound` is Gurobi's proof that none is above."""
+    """Return one row per instance: the values of both solvers, and Gurobi's upper `bound` on the optimum."""
     frames = []
     for n, kappa in settings.places:
         overrides = ["task=bilinear", f"task.n_variables={n}", f"task.kappa={kappa}"]
@@ -74,7 +74,7 @@ def measure(settings: Settings) -> pd.DataFrame:
 
 
 def summarize(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return shares per n and kappa: proven optimal by the bound, and where either solver has the better value."""
+    """Return, by n and kappa, the shares of instances proven optimal, timed out, and better by either solver."""
     scale = rows["ours"].abs().clip(lower=1)
     judged = rows.assign(
         proven=rows["bound"] - rows["ours"] <= TOLERANCE * scale,
@@ -96,9 +96,10 @@ def make(measurement: Measurement) -> None:
         "tables/bilinear_certificates",
         HEADER,
         _rows(table),
-        f"The smoothed program of true targets of Figure 4(a), Gurobi with {settings.time_limit:g} s an instance. "
-        f"Proven optimal: our value is within {TOLERANCE:g} of Gurobi's bound, relative; better: by more than that. "
-        f"Milliseconds per instance, one thread. Made by: `{measurement.command}`",
+        "The smoothed programs of Figure 4(a) with the true coefficients; Gurobi has a time limit of "
+        f"{settings.time_limit:g} s per instance. Proven optimal: our value is within a relative {TOLERANCE:g} of "
+        "Gurobi's bound. Better: by more than that. Milliseconds per instance, on one thread. "
+        f"Made by: `{measurement.command}`",
     )
 
 

@@ -1,4 +1,4 @@
-"""The table of the bilinear study: final regret, its ratio to two-stage, wins per matrix Q, and what was tracked."""
+"""Table of the bilinear study: final regret, its ratio to two-stage, wins by matrix Q, and tracked quantities."""
 
 from __future__ import annotations
 
@@ -33,11 +33,12 @@ def make(outputs: StudyOutputs) -> None:
         f"tables/{outputs.study.name}",
         HEADER,
         _rows(outputs.study, table),
-        f"Test regret after the last epoch, mean over the matrices Q ± standard deviation over {seeds} seeds of that "
-        "mean; the ratio is that of means on the same Q, and the wins are those of the mean over seeds. Zero "
-        "gradients: share of training samples whose loss has none. Prediction scale: root mean square of the predicted "
-        "coefficients. "
-        f"Local = global: `global_fraction`. {task.n_train} training and {task.n_test} test samples. "
+        f"Test regret after the last epoch: mean over the matrices Q ± standard deviation of that mean over {seeds} "
+        "seeds. Over two-stage's: ratio of the means on the same Q. Below two-stage on: number of Q, by means over the "
+        "seeds. Zero gradients: share of training samples whose loss has a zero gradient. Prediction scale: root mean "
+        "square of the predicted coefficients. Local = global: share of training samples in which the optimum reached "
+        "from the centre is as good as the best one found (`global_fraction`). "
+        f"{task.n_train} training and {task.n_test} test samples. "
         f"Made by: `{outputs.command}`",
     )
 

@@ -1,4 +1,4 @@
-"""Pictures of the learned denoiser: signals before and after, and the operator before and after training."""
+"""Figures of the learned denoiser: denoised signals, and the operator before and after training."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SIGNALS = 3
 def make(outputs: StudyOutputs) -> None:
     """Write figures/denoised_signals and figures/denoising_operators, .png and .pdf, from the trained models.
 
-    Of seed 0, the first reading and the smallest lambda that ran with every structure.
+    They show seed 0 of the reading "centred", with the smallest lambda that ran with every structure.
     """
     outputs.require_finished()
     folders = {(run.series, run.point["task.weight"]): run.folder for run in outputs.planned if run.seed == 0}
@@ -41,7 +41,7 @@ def make(outputs: StudyOutputs) -> None:
 
 @torch.no_grad()
 def draw_signals(trained: dict[str, Components], caption: str) -> Figure:
-    """Return the picture of some test signals: noisy, true, denoised classically and by each learned operator."""
+    """Return the figure of some test signals: noisy, true, and denoised by the classical and the learned operators."""
     task = cast(DenoisingTask, trained["_filter"].task)
     chosen = {name: values[:SIGNALS] for name, values in task.splits["test"].items()}
     d = chosen["noisy"]
@@ -66,7 +66,7 @@ def draw_signals(trained: dict[str, Components], caption: str) -> Figure:
 
 @torch.no_grad()
 def draw_operators(trained: dict[str, Components], caption: str) -> Figure:
-    """Return the picture of the operator before and after training: the matrices, and their middle rows below."""
+    """Return the figure of the operator before and after training: the matrices, and below them their middle rows."""
     operators = {suffix: _operator(parts) for suffix, parts in trained.items()}
     start = differencing(next(iter(operators.values())).shape[1])
     shown = {"before\ntraining": start}

@@ -27,9 +27,13 @@ def make(outputs: StudyOutputs) -> None:
 
 
 def draw(study: Study, curves: pd.DataFrame, classical: pd.Series, caption: str) -> Figure:
-    """Return the figure of `curves` (columns series, weight, epoch, mean, low, high).
+    """Draw a panel per reading and structure, with a curve per lambda.
 
-    classical: the test error of the classical denoiser of the best lambda, by reading.
+    Args:
+        study: The study, for titles.
+        curves: Test errors with the columns series, weight, epoch, mean, low, high.
+        classical: Test error of the classical denoiser with the best lambda, by reading.
+        caption: The caption.
     """
     style.drawn(SERIES, curves["series"], "figure_4b")
     with style.panels(caption, len(STRUCTURES), len(READINGS), figsize=(7.4, 6.6), sharex=True, sharey="col") as (

@@ -1,4 +1,4 @@
-"""Figure 3: errors of the forward and backward pass of unrolled projected gradient, from the solution and from afar."""
+"""Figure 3: forward and backward errors of unrolled projected gradient, from the solution and from a random start."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ LINES = {
     ("random", "backward"): ("backward, from a random start", Line(style.COLORS[4], "--")),
 }
 THRESHOLDS = (1e-2, 1e-4, 1e-6)
-SMALLEST = 1e-16  # where an error of exactly zero is drawn
+SMALLEST = 1e-16  # errors below are drawn here
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Which problems: logits of norm 1, n of them, k selected; floor: of x in the step's logarithm."""
+    """The problems: k of n logits of norm 1 are selected; floor is the lower limit of x in the step's logarithm."""
 
     instances: int = 24
     iterations: int = 60
@@ -48,9 +48,9 @@ PROFILES = {"smoke": Settings(instances=2), "default": Settings(), "paper": Sett
 
 
 def measure(settings: Settings) -> pd.DataFrame:
-    """Return one row per instance, start, pass and iteration with the relative error in L1, and rho(Phi).
+    """Return one row per instance, start, pass and iteration with the relative error in the L1 norm, and rho(Phi).
 
-    The cotangent is that of the study's loss -log x_y, of a random y.
+    The cotangent is the gradient of the study's loss -log x_y for a random y.
     """
     generator = torch.Generator().manual_seed(settings.seed)
     step = TopKStep(settings.k, settings.stepsize, settings.floor)
@@ -104,7 +104,7 @@ def make(measurement: Measurement) -> None:
 
 
 def summarize(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return the median and the extremes over the instances, by start, pass and iteration."""
+    """Return the median (column mean), smallest and largest error over the instances, by start, pass and iteration."""
     grouped = rows.groupby(["start", "pass", "iteration"])["error"]
     return grouped.agg(mean="median", low="min", high="max").reset_index()
 
@@ -134,7 +134,7 @@ def _theorem(panel: Axes, curves: pd.DataFrame, rho: float) -> None:
 
 
 def rates(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return, for each pass that has an error, the medians of: iterations to THRESHOLDS, rate, and -log rho(Phi)."""
+    """Return the medians of iterations to THRESHOLDS, rate and -log rho(Phi) for each pass with an error above 0."""
     table = []
     for (start, which), (label, _) in LINES.items():
         if (start, which) == ("solution", "forward"):

@@ -46,10 +46,11 @@ def make(outputs: StudyOutputs) -> None:
 
 
 def noise_floor(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return how far exact runs of perturbed initial weights are from unperturbed ones of the same seed.
+    """Return the distance of exact runs with perturbed initial weights from unperturbed ones of the same seed.
 
-    One row per temperature, split, epoch and accuracy with `mean`, the mean accuracy of both, and `low` and `high`,
-    that mean less and plus the largest distance over the seeds and the epochs so far.
+    Returns:
+        One row per temperature, split, epoch and accuracy with the columns mean, the mean accuracy of both; low and
+        high, that mean minus and plus the largest distance over the seeds and the epochs so far.
     """
     place = ["temperature", "split", "epoch", "seed"]
     exact, perturbed = (frame[frame["series"] == series].set_index(place) for series in (EXACT, PERTURBED))

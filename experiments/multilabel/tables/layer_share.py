@@ -1,4 +1,4 @@
-"""How much of a training step of the multilabel study is the layer's: DenseNet 40-40, one batch, on this machine."""
+"""Table of the layer's share of a training step of the multilabel study: DenseNet 40-40, one batch."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ LAYERS: Mapping[str, tuple[str, list[str]]] = {
     "fold_cvxpy": ("f-PGD, cvxpy forward", ["backend=fold", "backend.forward=cvxpy"]),
     "cvxpylayers": ("cvxpylayers (Clarabel)", ["backend=cvxpylayers"]),
 }
-IMAGES = 45_000  # of an epoch of the paper's study
+IMAGES = 45_000  # number of training images of the paper's study
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The network, and how many steps are measured of each layer; one more is not counted."""
+    """The network, and the number `repeats` of measured steps per layer, after a first one that is not counted."""
 
     depth: int = 40
     growth: int = 40
@@ -49,9 +49,9 @@ PROFILES = {
 
 
 def measure(settings: Settings) -> pd.DataFrame:
-    """Return one row per layer and step: seconds of the network with its optimizer, and of the layer.
+    """Return one row per layer and step: seconds of the network with its optimizer, and seconds of the layer.
 
-    The layers of one step share its network, which goes back through the first one's gradient.
+    In each step all layers get the same outputs of the network, which is updated with the gradient of the first layer.
     """
     device = resolve_device(settings.device)
     size = [f"task.n_train={settings.batch_size}", "task.n_val=1", "task.n_test=1", "task.data=stand_in"]
@@ -111,7 +111,7 @@ def make(measurement: Measurement) -> None:
 
 
 def device_name() -> str:
-    """Return what the measurement runs on."""
+    """Return the name of the GPU, or of the CPU if there is none."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     return f"cpu {platform.processor() or platform.machine()}"

@@ -1,4 +1,4 @@
-"""The table of a study: final regret and seconds per epoch, per degree, model and series."""
+"""Table of final regret by degree, and seconds per epoch, for every model and series of a portfolio study."""
 
 from __future__ import annotations
 

@@ -229,7 +229,7 @@ def test_missing_runs_are_named_with_the_command_that_makes_them(tmp_path, plann
 def test_a_series_that_the_figure_does_not_know_is_named(planned, outputs):
     stranger = dataclasses.replace(planned[0], series="spo_minus")
     added = dataclasses.replace(outputs, planned=[*planned, stranger])
-    with pytest.raises(InputError, match=r"figure_4c does not know how to draw the series spo_minus; it has cvxpylay"):
+    with pytest.raises(InputError, match="figure_4c has no line for the series spo_minus; add it, or choose among"):
         figure_4c.make(added)
 
 
