@@ -64,7 +64,7 @@ def generate(
             f"max_segments={max_segments} exceeds the length={length} of the signals; choose fewer segments."
         )
     if not low < high:
-        raise InputError(f"low={low}, high={high}: heights are drawn between low and high; choose low below high.")
+        raise InputError(f"low={low}, high={high}: heights are drawn between low and high; take low below high.")
     gen = torch.Generator().manual_seed(seed)
     total = n_train + n_val + n_test
     segments = torch.randint(1, max_segments + 1, (total, 1), generator=gen)

@@ -61,7 +61,7 @@ def generate(
     if groups not in GROUPINGS:
         raise InputError(f"groups={groups!r} is unknown; choose one of {GROUPINGS}.")
     if not 0 <= noise <= 1:
-        raise InputError(f"noise={noise}: the noise is a probability; choose a number in [0, 1].")
+        raise InputError(f"noise={noise}: the noise is a probability; take a number in [0, 1].")
     drawn = cifar100.load(folder) if source == "cifar100" else stand_in.generate(seed, n_train + n_val, n_test)
     return _split(drawn, seed, (n_train, n_val, n_test), noise, groups)
 
