@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import pandas as pd
 import torch
@@ -18,6 +18,7 @@ from experiments.report.measurements import measured_once, seconds
 from experiments.report.outputs import Measurement
 from experiments.run import components
 from experiments.run.configuration import compose
+from foldopt.linear_solve import LinearSolveInfo
 
 MULTILABEL = ["task=multilabel", "task.data=stand_in", "model=densenet", "model.depth=10", "model.growth=4"]
 # Title and overrides of each layer.
@@ -96,12 +97,15 @@ def parameters_in_training(task: Task, noise: float, generator: torch.Generator)
     return tuple(t + noise * t.std() * torch.randn(t.shape, generator=generator, dtype=t.dtype) for t in known)
 
 
-def _called(backend: LayerBackend, task: Task, parameters: tuple[Tensor, ...]) -> tuple[Tensor, float, Any]:
+def _called(backend: LayerBackend, task: Task, parameters: tuple[Tensor, ...]) -> tuple[Tensor, float, LinearSolveInfo]:
+    """Return the gradient, the seconds of the backward pass, and what the solver of the adjoint equation reports."""
     leaves = tuple(p.clone().requires_grad_() for p in parameters)
     given: Parameters = leaves if len(leaves) > 1 else leaves[0]
     losses = task.decision_losses(backend(given), task.splits["train"])
     gradients, backward = seconds(lambda: torch.autograd.grad(losses.mean(), leaves))
-    info = None if backend.layer.last is None else backend.layer.last.backward
+    last = backend.layer.last
+    info = None if last is None else last.backward
+    assert info is not None, "the layer has just run forward and backward"
     backend.take_failures()
     return torch.cat([g.flatten() for g in gradients]), backward, info
 

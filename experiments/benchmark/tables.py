@@ -1,4 +1,4 @@
-"""Tables of texts in Markdown."""
+"""Tables in Markdown."""
 
 from __future__ import annotations
 
@@ -14,5 +14,5 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 
 def number(value: float | None, form: str = ".2g") -> str:
-    """Return a number as a cell, which is empty where there is none."""
+    """Return a number as a cell, which is empty for None or NaN."""
     return "" if value is None or pd.isna(value) else format(value, form)

@@ -11,7 +11,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import pandas as pd
 import torch
@@ -21,6 +21,11 @@ from experiments.run.folders import write_atomically
 from experiments.sweep.pool import thread_environment
 from foldopt.errors import FoldoptError
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+    Settings = TypeVar("Settings", bound=DataclassInstance)
+
 T = TypeVar("T")
 STATUS = Path("/proc/self/status")
 CLEAR = Path("/proc/self/clear_refs")
@@ -28,7 +33,7 @@ LAST_BITS = 2.0**-50  # relative change of a layer's parameters between passes, 
 
 
 def measured_once(
-    name: str, settings: Any, measure: Callable[[Any], pd.DataFrame], *also: Any, threads: int = 1
+    name: str, settings: Settings, measure: Callable[[Settings], pd.DataFrame], *also: object, threads: int = 1
 ) -> pd.DataFrame:
     """Return ``measure(settings)``, read from results/runs/<name>-<hash> if it has been measured before.
 
@@ -48,7 +53,7 @@ def measured_once(
     return pd.read_csv(path)
 
 
-def in_own_process(function: Callable[..., T], *arguments: Any, threads: int = 1) -> T:
+def in_own_process(function: Callable[..., T], *arguments: object, threads: int = 1) -> T:
     """Return ``function(*arguments)``, computed in a new process with this number of threads."""
     with thread_environment(threads), ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
         return process.submit(function, *arguments).result()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import cast
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -77,7 +77,7 @@ def reproduce(
     return exit_code
 
 
-def _tried(what: str, console: Console, do: Callable[..., None], *arguments: Any) -> int:
+def _tried(what: str, console: Console, do: Callable[..., None], *arguments: object) -> int:
     """Call ``do(*arguments)`` and return 0; if it raises, print the traceback and return 1."""
     try:
         do(*arguments)
