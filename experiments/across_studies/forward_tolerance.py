@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from experiments.report import style
-from experiments.report.aggregation import aggregate
+from experiments.report.aggregation import aggregate, last_test_rows
 from experiments.report.outputs import StudyOutputs
 from experiments.report.style import Line
 from experiments.sweep.studies import Study, StudyRun
@@ -31,7 +31,7 @@ def make(outputs: StudyOutputs) -> None:
     """
     frame = outputs.metrics()
     style.drawn(LINES, frame["series"], "forward_tolerance")
-    last = frame[(frame["split"] == "test") & (frame["epoch"] == frame["epoch"].max())]
+    last = last_test_rows(frame)
     parts = []
     for task, (metric, _) in PANELS.items():
         rows = last[last["series"].str.startswith(task)]

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from experiments.across_studies.linear_solvers import MULTILABEL, parameters_in_training
 from experiments.report import style
+from experiments.report.markdown import number
 from experiments.report.measurements import measured_once, peak_memory, seconds
 from experiments.report.outputs import Measurement
 from experiments.report.style import Line
@@ -217,7 +218,7 @@ def _rows(fitted: pd.DataFrame) -> Iterator[list[str]]:
                 for column in ("time_slope", "memory_slope"):
                     place = (name, backend, axis)
                     value = indexed.loc[place, column] if place in indexed.index else float("nan")
-                    cells.append("–" if pd.isna(value) else f"{value:.1f}")
+                    cells.append(number(value, ".1f", "–"))
             yield [layer.title, BACKENDS[backend][0], *cells]
 
 
@@ -252,8 +253,7 @@ def _draw_panel(
         shown = part[(part["backend"] == backend) & (part[column] > 0)]
         if shown.empty:
             continue
-        exponent = exponents.get(backend, float("nan"))
-        label = "–" if pd.isna(exponent) else f"{exponent:.1f}"
+        label = number(exponents.get(backend), ".1f", "–")
         panel.plot(
             shown["value"],
             unit * shown[column],

@@ -10,8 +10,8 @@ from experiments.benchmark.collection_run import LIMIT, OURS
 from experiments.benchmark.examination import OBJECTIVE, ROWS
 from experiments.benchmark.libraries import LIBRARIES
 from experiments.benchmark.optima import corrected
-from experiments.benchmark.tables import number, table
 from experiments.benchmark.truth import LARGEST, WITH_RESPECT_TO
+from experiments.report.markdown import number, table
 
 CAUSES = ("not unique", "kink", "dependent rows")
 CLOSE = 1e-4  # largest error of the objective, and largest violation of rows and bounds, of a right x

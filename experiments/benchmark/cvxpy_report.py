@@ -16,6 +16,7 @@ import foldopt
 from experiments.benchmark.apart import in_turn
 from experiments.benchmark.cvxpy_differences import directions, slopes, weights
 from experiments.benchmark.cvxpy_kinds import KINDS, Kind, kind
+from experiments.report.markdown import table
 from experiments.report.measurements import peak_memory
 from foldopt.errors import DegenerateError, InputError
 
@@ -179,12 +180,6 @@ def sizes(contenders: Sequence[str], say: Callable[[str], None]) -> list[list[st
     return rows
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a table in Markdown."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def report(
     errors: list[list[str]], times: list[list[str]], made: list[list[str]], contenders: Sequence[str], note: str
 ) -> str:
@@ -201,19 +196,23 @@ size of the derivative. The truth is from extrapolated differences of accurate s
 change by the last extrapolation). Bold: above {RIGHT:.0e}. At degenerate points no derivative exists for the given
 cotangent.
 
-{table(["problem", "true", *titles], errors)}
+{_lines(["problem", "true", *titles], errors)}
 
 ## Milliseconds, forward + backward
 
 The fastest of {ROUNDS} rounds, one thread, float64; in brackets the ratio to foldopt. –: the library does not support
 these cones.
 
-{table(["problem", "batch", *titles], times)}
+{_lines(["problem", "batch", *titles], times)}
 
 ## Making a layer of a large problem
 
 Nonnegative least squares with a parameter of {LARGE:,} by {LARGE:,} entries: seconds and growth of the memory during
 the constructor. Each library has a separate process with a limit of {LIMIT:.0f} s and 12 GiB.
 
-{table(["library", "seconds", "MB"], made)}
+{_lines(["library", "seconds", "MB"], made)}
 """
+
+
+def _lines(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    return "\n".join(table(header, rows))

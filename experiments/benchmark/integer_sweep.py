@@ -7,6 +7,7 @@ shapes with policies, where failing programs share batches with others.
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -21,24 +22,16 @@ from experiments.benchmark.exact import Number, Vector, dot, times
 from experiments.benchmark.integer_draws import cotangents, draw, draw_infeasible, draw_nonconvex, draw_unbounded
 from experiments.benchmark.integer_programs import Bound, Program
 from experiments.benchmark.integer_truth import Derivative, Truth, derivative_of, judged, pieces, truth_of
+from experiments.benchmark.refusals import REASONS, reason
 from foldopt.errors import FoldoptError
 
 Asked = Literal["p", "right-hand sides"]
 F64 = torch.float64
 TOLERANCE = 1e-6  # of solutions and gradients, relative to max(1, largest entry)
 LARGEST_BATCH = 64
-REFUSALS = {
-    "KinkError": "kink",
-    "NotUniqueError": "not unique",
-    "DependentRowsError": "dependent rows",
-    "InfeasibleError": "infeasible",
-    "UnboundedError": "unbounded",
-    "NonconvexError": "nonconvex",
-    "LimitError": "limit reached",
-}
 RIGHT, WRONG, WRONG_X = "right gradient", "wrong gradient", "wrong solution"
 OTHER, RAW = "another refusal", "raw exception"
-COLUMNS = (RIGHT, WRONG, WRONG_X, *REFUSALS.values(), OTHER, RAW)
+COLUMNS = (RIGHT, WRONG, WRONG_X, *REASONS.values(), OTHER, RAW)
 
 
 @dataclass(frozen=True)
@@ -229,7 +222,7 @@ def error_of(sample: Sample, which: int, gradients: dict[str, Tensor]) -> float:
         if difference.numel():
             size = max(1.0, float(true.abs().max()))
             found = float(difference.abs().max()) / size
-            worst = max(worst, found if found == found else float("inf"))
+            worst = max(worst, math.inf if math.isnan(found) else found)
     return worst
 
 
@@ -237,7 +230,7 @@ def is_solution(truth: Truth, x: Tensor) -> bool:
     """Return whether x is a solution up to rounding: it satisfies the rows and has the right Qx and p'x."""
     program = truth.program
     exact: list[float] = x.tolist()
-    if any(value != value for value in exact):
+    if any(map(math.isnan, exact)):
         return False
     size = max(1.0, *map(abs, exact))
 
@@ -255,10 +248,7 @@ def is_solution(truth: Truth, x: Tensor) -> bool:
 
 def refusal(error: Exception) -> str:
     """Return the verdict that an exception stands for."""
-    if not isinstance(error, FoldoptError):
-        return RAW
-    names = [kind.__name__ for kind in type(error).__mro__]
-    return next((REFUSALS[name] for name in names if name in REFUSALS), OTHER)
+    return (reason(error) or OTHER) if isinstance(error, FoldoptError) else RAW
 
 
 def alone(sample: Sample, asked: Asked) -> Iterator[Answer]:

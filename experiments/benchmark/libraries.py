@@ -16,10 +16,9 @@ from torch import Tensor
 from experiments.benchmark.collection import Arguments, Vector
 from experiments.benchmark.hard_cases import F64
 from experiments.benchmark.qp_peers import OF_QPSOLVERS, Setting, moreau_settings, moreau_solution
+from experiments.benchmark.refusals import DEGENERATE, reason
 from experiments.report.measurements import peak_memory, seconds
 from foldopt import QPLayer
-
-REFUSALS = {"KinkError": "kink", "NotUniqueError": "not unique", "DependentRowsError": "dependent rows"}
 
 
 @dataclass(frozen=True)
@@ -107,9 +106,9 @@ def ask(library: Library, args: Arguments, name: str, weights: Vector) -> Answer
         error, known["peak_bytes"] = peak_memory(attempt)
     verdict = prepared.verdict()
     if error is not None:
-        kind = type(error).__name__
         said = "refused" if library.is_refusal(error) else "raw"
-        return Answer(said, verdict=verdict or REFUSALS.get(kind, ""), error=f"{kind}: {error}"[:300], **known)
+        message = f"{type(error).__name__}: {error}"[:300]
+        return Answer(said, verdict=verdict or reason(error, DEGENERATE), error=message, **known)
     answer = Answer("answered", verdict=verdict, **known)
     finite = np.isfinite(known["x"]).all() and np.isfinite(known["gradient"]).all()
     return answer if finite else replace(answer, said="refused", error="NaN", x=None, gradient=None)

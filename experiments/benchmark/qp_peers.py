@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from experiments.benchmark.hard_cases import F64, Case, cases
+from experiments.benchmark.refusals import reason
 from foldopt import QPLayer
-from foldopt.errors import DegenerateError, FoldoptError, InfeasibleError, NonconvexError, UnboundedError
+from foldopt.errors import FoldoptError
 
 CLOSE = 1e-4  # largest error of a right x, in the unit of the case
 CLOSE_GRADIENT = 1e-3  # largest error of a right gradient, relative to its largest entry, or to 1 if that is 0
@@ -218,7 +219,7 @@ def judged(contender: Contender, case: Case) -> str:
             x = contender.solve(p, case)
             (gradient,) = torch.autograd.grad(x.sum(), p)
     except FoldoptError as error:
-        return _refused(case, _cause(error) == case.refusal, f"{type(error).__name__}: {error}")
+        return _refused(case, reason(error) == case.refusal, f"{type(error).__name__}: {error}")
     except Exception as error:
         said = f"{type(error).__name__}: {error}"
         return _refused(case, True, said) if contender.is_refusal(error) else f"raw: {said}"
@@ -245,12 +246,3 @@ def errors(case: Case, x: Tensor, gradient: Tensor) -> tuple[float, float]:
 def _refused(case: Case, cause: bool, said: str) -> str:
     """Return "right" if the case calls for a refusal and the reason is right, else the error."""
     return "right" if case.refusal and cause else f"refused: {said}"
-
-
-def _cause(error: FoldoptError) -> str:
-    kinds = {InfeasibleError: "infeasible", UnboundedError: "unbounded", NonconvexError: "nonconvex"}
-    for kind, cause in kinds.items():
-        if isinstance(error, kind):
-            return cause
-    names = {"KinkError": "kink", "NotUniqueError": "not unique", "DependentRowsError": "dependent rows"}
-    return names.get(type(error).__name__, "") if isinstance(error, DegenerateError) else ""

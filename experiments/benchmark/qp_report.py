@@ -16,7 +16,7 @@ from experiments.benchmark.large_sparse import CONTENDERS as FAST
 from experiments.benchmark.large_sparse import ROUNDS, first, rounds
 from experiments.benchmark.libraries import LIBRARIES
 from experiments.benchmark.qp_peers import CONTENDERS, answer
-from experiments.benchmark.tables import number, table
+from experiments.report.markdown import number, table
 
 Cells = Mapping[str, Mapping[str, str]]  # contender -> case -> result of `judged`
 CASE_LIMIT, SPARSE_LIMIT, ROUNDS_LIMIT = 30.0, 60.0, 600.0  # seconds

@@ -20,6 +20,7 @@ from experiments.benchmark.measure import FLOOR, NETWORK, Settings, measure
 from experiments.benchmark.verdicts import FASTER, exponents, judged, medians, throughput
 from experiments.report import style
 from experiments.report.artifacts import Artifacts, output_root
+from experiments.report.markdown import number
 from experiments.report.measurements import measured_once
 from experiments.run.execution import made_with
 
@@ -170,7 +171,7 @@ def _gpu_rows(rows: pd.DataFrame) -> Iterator[list[str]]:
         ratios = [seconds / row.cuda_many for seconds in (row.cpu_many, row.cpu)]
         yield [
             layer.title + who,
-            *("–" if pd.isna(time) else f"{time:.3g}" for time in times),
+            *(number(time, ".3g", "–") for time in times),
             *("–" if pd.isna(ratio) else _bold(_ratio(ratio), ratio < FASTER) for ratio in ratios),
             *(f"{row.peak_bytes / 1e6:.0f}", f"{row.error_x:.0e}", f"{row.error_vjp:.0e}"),
         ]
@@ -229,11 +230,7 @@ def _layer_rows(rows: pd.DataFrame, table: pd.DataFrame) -> Iterable[list[str]]:
             yield [
                 *(variant, f"{row.n}", f"{row.batch}", title(layer, row.contender), f"{row.threads}"),
                 *(f"{1e6 * row.forward:.3g}", f"{1e6 * row.backward:.3g}", f"{row.ratio:.3g}"),
-                *(
-                    "–" if pd.isna(row.peak_bytes) else f"{row.peak_bytes / 1e6:.0f}",
-                    f"{row.error_x:.0e}",
-                    f"{row.error_vjp:.0e}",
-                ),
+                *(number(row.peak_bytes / 1e6, ".0f", "–"), f"{row.error_x:.0e}", f"{row.error_vjp:.0e}"),
             ]
         for row in refused[refused["layer"] == name].itertuples():
             variant = f"{layer.title}, {row.variant}" if row.variant else layer.title

@@ -1,17 +1,8 @@
-"""Final regrets of the bilinear study, and their ratios to two-stage."""
+"""Ratios of the final regrets of the bilinear study to those of two-stage."""
 
 from __future__ import annotations
 
 import pandas as pd
-
-PLACE = ["n_variables", "interaction"]
-
-
-def final(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return the test rows of each run's last epoch."""
-    test = frame[frame["split"] == "test"]
-    run = ["series", *PLACE, "seed"]
-    return test[test["epoch"] == test.groupby(run)["epoch"].transform("max")]
 
 
 def ratios(last: pd.DataFrame, n: int) -> pd.DataFrame:

@@ -13,7 +13,7 @@ from torch import Tensor
 from experiments.contracts.task import Samples
 from experiments.denoising.problem import DenoisingStep
 from experiments.denoising.task import DenoisingTask
-from experiments.report.measurements import LAST_BITS, seconds
+from experiments.report.measurements import LAST_BITS, timed_gradient
 from experiments.run import components, configuration
 from experiments.run.components import Components
 from foldopt import fold
@@ -100,10 +100,7 @@ class Bench:
     def call(self, layer: Layer) -> tuple[Tensor, Tensor, float, float]:
         """Return x, the gradient with respect to D, and the seconds of the forward and the backward pass."""
         leaf = (self.D * (1 + next(self.turn) * LAST_BITS)).requires_grad_()
-        x, forward = seconds(lambda: layer(leaf))
-        loss = self.loss(x)
-        (gradient,), backward = seconds(lambda: torch.autograd.grad(loss, leaf))
-        return x.detach(), gradient, forward, backward
+        return timed_gradient(layer, leaf, self.loss)
 
     def errors(self, x: Tensor, gradient: Tensor, exact: tuple[Tensor, Tensor]) -> dict[str, float]:
         """Return the relative errors of x and of the gradient against the exact ones."""

@@ -101,7 +101,6 @@ def paired(
 
 def at_best_validation(frame: pd.DataFrame, value: str = "regret_percent") -> pd.DataFrame:
     """Return each run's test row at the epoch above 0 with the smallest validation `value`."""
-    run = ["series", "degree", "model", "seed"]
     validation = frame[(frame["split"] == "val") & (frame["epoch"] > 0)]
-    best = validation.loc[validation.groupby(run)[value].idxmin(), [*run, "epoch"]]
-    return frame[frame["split"] == "test"].merge(best, on=[*run, "epoch"])
+    best = validation.loc[validation.groupby("run")[value].idxmin(), ["run", "epoch"]]
+    return frame[frame["split"] == "test"].merge(best, on=["run", "epoch"])

@@ -11,6 +11,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
+from experiments.report.markdown import table
 from experiments.run.configuration import ROOT
 from experiments.run.folders import write_atomically
 
@@ -48,15 +49,13 @@ class Artifacts:
             self.write(f"figures/{name}.{kind}", buffer.getvalue())
         plt.close(figure)
 
-    def csv(self, name: str, table: pd.DataFrame) -> None:
-        """Write `table` as <name>.csv with 6 significant digits."""
-        self.write(f"{name}.csv", table.to_csv(index=False, float_format="%.6g", lineterminator="\n").encode())
+    def csv(self, name: str, frame: pd.DataFrame) -> None:
+        """Write `frame` as <name>.csv with 6 significant digits."""
+        self.write(f"{name}.csv", frame.to_csv(index=False, float_format="%.6g", lineterminator="\n").encode())
 
     def markdown(self, name: str, header: Sequence[str], rows: Iterable[Sequence[str]], note: str) -> None:
         """Write a table as <name>.md, with `note` below it."""
-        lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-        lines += ["| " + " | ".join(row) + " |" for row in rows]
-        self.write(f"{name}.md", ("\n".join([*lines, "", note]) + "\n").encode())
+        self.write(f"{name}.md", ("\n".join([*table(header, rows), "", note]) + "\n").encode())
 
     def lines(self) -> list[str]:
         """Return one line per file that was written, or one line that says that nothing has changed."""

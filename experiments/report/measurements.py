@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import pandas as pd
 import torch
+from torch import Tensor
 
 from experiments.report.artifacts import RESULTS
 from experiments.run.folders import write_atomically
@@ -66,6 +67,16 @@ def seconds(call: Callable[[], T]) -> tuple[T, float]:
     result = call()
     _synchronize()
     return result, time.perf_counter() - begin
+
+
+def timed_gradient(
+    layer: Callable[[Tensor], Tensor], leaf: Tensor, loss: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor, float, float]:
+    """Return the output of `layer`, the gradient of its loss with respect to `leaf`, and the seconds of both passes."""
+    output, forward = seconds(lambda: layer(leaf))
+    value = loss(output)
+    (gradient,), backward = seconds(lambda: torch.autograd.grad(value, leaf))
+    return output.detach(), gradient, forward, backward
 
 
 def peak_memory(call: Callable[[], T], device: str = "cpu") -> tuple[T, int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -67,9 +67,9 @@ def epochs(panel: Axes) -> None:
     grid(panel)
 
 
-def grid(panel: Axes) -> None:
-    """Draw a light grid behind everything."""
-    panel.grid(visible=True, which="major", color="0.9", linewidth=0.6)
+def grid(panel: Axes, axis: Literal["both", "x", "y"] = "both") -> None:
+    """Draw a light grid of one or both axes behind everything."""
+    panel.grid(visible=True, which="major", axis=axis, color="0.9", linewidth=0.6)
     panel.set_axisbelow(True)
 
 

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import pandas as pd
 
-from experiments.bilinear.series import final, ratios
+from experiments.bilinear.series import ratios
+from experiments.report.aggregation import last_test_rows
 from experiments.report.outputs import StudyOutputs
 from experiments.sweep.studies import Study
 
@@ -45,7 +46,7 @@ def make(outputs: StudyOutputs) -> None:
 
 def summarize(frame: pd.DataFrame) -> pd.DataFrame:
     """Return one row per n and series."""
-    last, rows = final(frame), []
+    last, rows = last_test_rows(frame), []
     training = frame[frame["split"] == "train"]
     for (n, series), part in last.groupby(["n_variables", "series"]):
         own = training[(training["n_variables"] == n) & (training["series"] == series)]
@@ -86,7 +87,7 @@ def _rows(study: Study, table: pd.DataFrame) -> Iterator[list[str]]:
             if series not in rows.index:
                 continue
             row = rows.loc[series]
-            smoothed = series.startswith("fold") and row["spectral_radius"] == row["spectral_radius"]
+            smoothed = series.startswith("fold") and pd.notna(row["spectral_radius"])
             yield [
                 str(n),
                 title,

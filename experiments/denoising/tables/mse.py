@@ -12,7 +12,7 @@ from scipy import stats
 from experiments.denoising.classical import best_classical, classical_errors
 from experiments.denoising.series import READINGS, STRUCTURES
 from experiments.denoising.task import DenoisingTask
-from experiments.report.aggregation import aggregate
+from experiments.report.aggregation import aggregate, last_test_rows
 from experiments.report.outputs import StudyOutputs
 from experiments.run import components, folders
 from experiments.sweep.studies import Study, StudyRun
@@ -49,7 +49,7 @@ def make(outputs: StudyOutputs) -> None:
 def summarize(frame: pd.DataFrame) -> pd.DataFrame:
     """Return test errors before and after training and seconds per epoch, one row per series and weight."""
     test = frame[frame["split"] == "test"]
-    learned = aggregate(test[test["epoch"] == test["epoch"].max()], GROUP, "mse")
+    learned = aggregate(last_test_rows(frame), GROUP, "mse")
     table = learned[[*GROUP, "n", "mean", "sd"]].rename(columns={"n": "seeds", "mean": "learned", "sd": "learned_sd"})
     for name, part in {
         "classical": aggregate(test[test["epoch"] == 0], GROUP, "mse"),

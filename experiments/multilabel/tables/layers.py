@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 from experiments.contracts.task import Samples
 from experiments.multilabel.task import MultilabelTask
-from experiments.report.measurements import measured_once, seconds
+from experiments.report.markdown import number
+from experiments.report.measurements import measured_once, timed_gradient
 from experiments.report.outputs import Measurement
 from experiments.run import components, configuration
 from foldopt.errors import SolverError
@@ -85,10 +86,12 @@ class Bench:
     def call(self, layer: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, float, float]:
         """Return x, the gradient with respect to the features, and the seconds of the forward and the backward pass."""
         leaf = self.features.clone().requires_grad_()
-        log_x, forward = seconds(lambda: layer(leaf))
-        loss = self.task.decision_losses(log_x, self.samples).mean()
-        (gradient,), backward = seconds(lambda: torch.autograd.grad(loss, leaf))
-        return log_x.detach().exp(), gradient, forward, backward
+        log_x, gradient, forward, backward = timed_gradient(layer, leaf, self.loss)
+        return log_x.exp(), gradient, forward, backward
+
+    def loss(self, log_x: Tensor) -> Tensor:
+        """Return the training loss of log x."""
+        return self.task.decision_losses(log_x, self.samples).mean()
 
     def at_bound(self) -> float:
         """Return the share of samples with an x at its bound 1."""
@@ -159,13 +162,9 @@ def _rows(table: pd.DataFrame) -> Iterator[list[str]]:
         yield [
             f"{row.temperature:g}",
             LAYERS[row.layer][0],
-            _number(1e3 * row.seconds_forward, ".3g"),
-            _number(1e3 * row.seconds_backward, ".3g"),
-            _number(row.error_x, ".0e"),
-            _number(row.error_gradient, ".0e"),
+            number(1e3 * row.seconds_forward, ".3g", "–"),
+            number(1e3 * row.seconds_backward, ".3g", "–"),
+            number(row.error_x, ".0e", "–"),
+            number(row.error_gradient, ".0e", "–"),
             f"{row.failures:.0%}",
         ]
-
-
-def _number(value: float, form: str) -> str:
-    return "–" if pd.isna(value) else f"{value:{form}}"

@@ -165,7 +165,7 @@ def test_best_validation_epoch_ignores_the_epoch_before_training_and_reports_the
             for epoch, validation, test in ((0, 0.5, 9.0), (1, 3.0, 4.0), (2, 2.0, 5.0), (3, 2.5, 1.0))
             for split, value in (("val", validation), ("test", test))
         ]
-    ).assign(series="fold", degree=1, model="mlp", seed=0)
+    ).assign(run="fold degree=1 model=mlp seed=0")
     assert at_best_validation(frame)[["epoch", "regret_percent"]].to_numpy().tolist() == [[2, 5.0]]
 
 
