@@ -14,7 +14,7 @@ RATIO_FLOOR = 1e-6
 
 @dataclass(frozen=True)
 class BilinearData:
-    """Features (samples, n_features) and targets (samples, n_targets) per split, float64."""
+    """Features (samples, n_features) and targets (samples, n_targets) by split, float64."""
 
     features: dict[str, Tensor]
     targets: dict[str, Tensor]
@@ -25,11 +25,21 @@ def generate(
 ) -> BilinearData:
     """Draw a data set; the same arguments give the same numbers.
 
-    Features are uniform in [-2, 2]. A network of two layers, the first `hidden` wide, tanh after both, weights from
-    N(0, 1 / inputs) and no biases, maps them to u in (-1, 1), and `nonlinearity` maps u to the targets. The paper
-    leaves the network's width and weights open.
+    Features are uniform in [-2, 2]. A network of two layers without biases, with tanh after both and weights from
+    N(0, 1 / inputs), maps them to u in (-1, 1), and `nonlinearity` maps u to the targets. The paper does not state the
+    width and the weights of this network.
 
-    Raises InputError for a value that is no whole number, or out of range.
+    Args:
+        seed: Seed of all random numbers.
+        n_train: Number of training samples.
+        n_val: Number of validation samples.
+        n_test: Number of test samples.
+        n_targets: Number of targets of a sample.
+        n_features: Number of features of a sample.
+        hidden: Width of the network's hidden layer.
+
+    Raises:
+        InputError: An argument is not a whole number, or out of range.
     """
     sizes = {"n_train": n_train, "n_val": n_val, "n_test": n_test}
     for name, value in {**sizes, "n_targets": n_targets, "n_features": n_features, "hidden": hidden}.items():
@@ -50,17 +60,18 @@ def generate(
 def nonlinearity(u: Tensor) -> Tensor:
     """Return u cos 2u + 5/2 log(|u| / (u + 2)) + u^2 sin 4u for u above -2.
 
-    The paper writes log(u / (u + 2)), which has no value for u in (-2, 0]; |u| stands for u there, and the ratio is
-    held above 1e-6.
+    The paper has log(u / (u + 2)), which is undefined for u in (-2, 0]. Here |u| replaces u, and the ratio is at least
+    1e-6.
     """
     ratio = (u.abs() / (u + 2)).clamp(min=RATIO_FLOOR)
     return u * (2 * u).cos() + 2.5 * ratio.log() + u.square() * (4 * u).sin()
 
 
 def interaction(seed: int, n: int) -> Tensor:
-    """Return Q, (n, n), with independent standard normal entries; `seed` is its own, apart from that of the data.
+    """Return Q, (n, n), with independent standard normal entries; its seed is independent of the seed of the data.
 
-    Raises InputError for a seed or an n that is no whole number or out of range.
+    Raises:
+        InputError: The seed or n is not a whole number, or out of range.
     """
     require_whole("seed", seed, 0)
     require_whole("n", n, 1)

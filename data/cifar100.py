@@ -1,16 +1,19 @@
-"""CIFAR-100 (Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009), by torchvision."""
+"""CIFAR-100 (Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009), loaded by torchvision."""
 
 from __future__ import annotations
 
 import fcntl
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from foldopt.errors import FoldoptError
+
+if TYPE_CHECKING:
+    from torchvision.datasets import CIFAR100
 
 CACHE = Path(__file__).resolve().parent / "cache"
 CLASSES, GROUP = 100, 5
@@ -40,12 +43,18 @@ SUPERCLASSES = {
 
 
 class DataError(FoldoptError, LookupError):
-    """A data set is neither in the cache nor to be had from where it is published."""
+    """A data set is not in the cache and cannot be downloaded."""
 
 
 @dataclass(frozen=True)
 class Images:
-    """Images (N, 3, 32, 32), uint8, with their class, (N,), for training and for test; superclass of each class."""
+    """Images of a data set with their classes.
+
+    Attributes:
+        train: Training images (N, 3, 32, 32), uint8, and their classes (N,).
+        test: Test images and their classes, in the same form.
+        superclass: The superclass of each class, (classes,).
+    """
 
     train: tuple[Tensor, Tensor]
     test: tuple[Tensor, Tensor]
@@ -59,27 +68,28 @@ def superclasses() -> Tensor:
 
 
 def load(folder: Path = CACHE) -> Images:
-    """Return CIFAR-100 from the cache, where it is downloaded to, and checked by its hashes, the first time.
+    """Return CIFAR-100 from the cache `folder`; the first call downloads it there and checks its hashes.
 
-    Raises DataError where it cannot be had, saying which archive to put where.
+    Raises:
+        DataError: It cannot be downloaded. The message says which archive to put where.
     """
     from torchvision.datasets import CIFAR100
 
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "cifar100.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # of several workers one downloads
+        fcntl.flock(lock, fcntl.LOCK_EX)  # only one of several workers downloads
         try:
             train, test = (CIFAR100(str(folder), train=part, download=True) for part in (True, False))
         except (OSError, RuntimeError, EOFError) as error:
             raise DataError(
                 f"CIFAR-100 is not under {folder} and could not be downloaded ({error}). Put its archive "
-                f"{CIFAR100.filename} (md5 {CIFAR100.tgz_md5}) there yourself, or choose task.data=stand_in."
+                f"{CIFAR100.filename} (md5 {CIFAR100.tgz_md5}) there, or choose task.data=stand_in."
             ) from error
     return Images(_tensors(train), _tensors(test), superclasses())
 
 
 def available(folder: Path = CACHE) -> bool:
-    """Return whether `load` would find the data set, or its archive, in the cache; nothing is downloaded."""
+    """Return whether the data set or its archive is in the cache; nothing is downloaded."""
     from torchvision.datasets import CIFAR100
     from torchvision.datasets.utils import check_integrity
 
@@ -90,5 +100,5 @@ def available(folder: Path = CACHE) -> bool:
     return extracted or check_integrity(folder / CIFAR100.filename, CIFAR100.tgz_md5)
 
 
-def _tensors(part: Any) -> tuple[Tensor, Tensor]:
+def _tensors(part: CIFAR100) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets)

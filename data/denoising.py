@@ -1,4 +1,4 @@
-"""Synthetic signals of Amos and Kolter, "OptNet" (2017), section 4.2: piecewise constant, with Gaussian noise."""
+"""Synthetic piecewise constant signals with Gaussian noise (Amos and Kolter, "OptNet", 2017, section 4.2)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from foldopt.errors import InputError
 
 @dataclass(frozen=True)
 class DenoisingData:
-    """Noisy inputs and true signals, (samples, length) each, per split; float64."""
+    """Noisy inputs and true signals, (samples, length) each, by split; float64."""
 
     noisy: dict[str, Tensor]
     signals: dict[str, Tensor]
@@ -32,11 +32,23 @@ def generate(
 ) -> DenoisingData:
     """Draw a data set; the same arguments give the same numbers.
 
-    A signal has 1 to `max_segments` constant segments, their number and then their ends uniformly drawn, and heights
-    uniform between `low` and `high`; the input adds N(0, noise^2) to every entry. The defaults are OptNet's scale;
-    the paper's text says noise of deviation 1 (E.2).
+    The number of constant segments of a signal, their ends, and their heights are drawn uniformly. The input is the
+    signal plus independent N(0, noise^2) in every entry. The defaults have OptNet's scale; the paper (E.2) states noise
+    of standard deviation 1.
 
-    Raises InputError for a value out of range.
+    Args:
+        seed: Seed of all random numbers.
+        n_train: Number of training signals.
+        n_val: Number of validation signals.
+        n_test: Number of test signals.
+        length: Number of entries of a signal.
+        max_segments: Largest number of segments.
+        low: Lower end of the heights.
+        high: Upper end of the heights.
+        noise: Standard deviation of the noise.
+
+    Raises:
+        InputError: An argument is out of range.
     """
     for name, value, least in (
         ("n_train", n_train, 1),
@@ -48,9 +60,11 @@ def generate(
         require_whole(name, value, least)
     require_positive("noise", noise)
     if max_segments > length:
-        raise InputError(f"max_segments={max_segments}: more segments than the length={length} has entries.")
+        raise InputError(
+            f"max_segments={max_segments} exceeds the length={length} of the signals; choose fewer segments."
+        )
     if not low < high:
-        raise InputError(f"low={low}, high={high}: heights are drawn between low and high, take low below high.")
+        raise InputError(f"low={low}, high={high}: heights are drawn between low and high; take low below high.")
     gen = torch.Generator().manual_seed(seed)
     total = n_train + n_val + n_test
     segments = torch.randint(1, max_segments + 1, (total, 1), generator=gen)

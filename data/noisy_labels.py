@@ -19,7 +19,7 @@ GROUPINGS = ("superclasses", "blocks")
 
 @dataclass(frozen=True)
 class NoisyLabels:
-    """Images, uint8 (N, 3, 32, 32), and labels, (N,), by split; those of "train" are noisy, the others true."""
+    """Images (N, 3, 32, 32), uint8, and labels (N,) by split; only the labels of "train" are noisy."""
 
     images: dict[str, Tensor]
     labels: dict[str, Tensor]
@@ -35,14 +35,24 @@ def generate(
     groups: str = "superclasses",
     folder: Path = CACHE,
 ) -> NoisyLabels:
-    """Split the images and draw the noise, once; the same arguments give the same data.
+    """Split the images and draw the noise of the labels once; the same arguments give the same data.
 
-    source: "cifar100", or "stand_in". Train and val are taken from the training images, shuffled, test from the
-    official test images. noise: the probability that a label is drawn anew, uniformly within its group of 5, in which
-    it may stay the same. groups: "superclasses", the true ones, or "blocks" of 5 consecutive labels, as the authors'
-    code has it, which are not CIFAR's superclasses.
+    The splits "train" and "val" are taken from the shuffled training images, "test" from the official test images.
 
-    Raises InputError for a value out of range, DataError where CIFAR-100 cannot be had.
+    Args:
+        source: "cifar100" or "stand_in".
+        seed: Seed of the shuffling, the noise, and the stand-in images.
+        n_train: Number of training images.
+        n_val: Number of validation images.
+        n_test: Number of test images.
+        noise: Probability that a label is redrawn uniformly within its group of 5, which includes the label itself.
+        groups: "superclasses" are the true ones; "blocks" are 5 consecutive labels, as in the authors' code, which
+            differ from CIFAR's superclasses.
+        folder: The cache of CIFAR-100.
+
+    Raises:
+        InputError: An argument is out of range.
+        DataError: CIFAR-100 is neither in the cache nor can be downloaded.
     """
     for name, value in (("n_train", n_train), ("n_val", n_val), ("n_test", n_test)):
         require_whole(name, value, 1)
@@ -51,7 +61,7 @@ def generate(
     if groups not in GROUPINGS:
         raise InputError(f"groups={groups!r} is unknown; choose one of {GROUPINGS}.")
     if not 0 <= noise <= 1:
-        raise InputError(f"noise={noise}: the noise is a probability, take a number in [0, 1].")
+        raise InputError(f"noise={noise}: the noise is a probability; take a number in [0, 1].")
     drawn = cifar100.load(folder) if source == "cifar100" else stand_in.generate(seed, n_train + n_val, n_test)
     return _split(drawn, seed, (n_train, n_val, n_test), noise, groups)
 
@@ -63,7 +73,7 @@ def _split(drawn: Images, seed: int, sizes: tuple[int, int, int], noise: float, 
         ("n_test", n_test, len(drawn.test[1])),
     ):
         if wanted > there:
-            raise InputError(f"{name}={wanted}: the data set has only {there} such images.")
+            raise InputError(f"{name}={wanted}: the data set has only {there} such images; choose fewer.")
     gen = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(drawn.train[1]), generator=gen)
     places = {"train": order[:n_train], "val": order[n_train : n_train + n_val]}
@@ -75,7 +85,7 @@ def _split(drawn: Images, seed: int, sizes: tuple[int, int, int], noise: float, 
 
 
 def resample(labels: Tensor, group: Tensor, noise: float, gen: torch.Generator) -> Tensor:
-    """Return `labels`, (N,), with probability `noise` drawn anew within their group; group: (100,), of each class."""
+    """Redraw each of `labels` (N,) with probability `noise` within its group; group: that of each class, (100,)."""
     members = group.argsort(stable=True).view(-1, GROUP)
     chosen = members[group[labels], torch.randint(GROUP, labels.shape, generator=gen)]
     return torch.where(torch.rand(labels.shape, generator=gen) < noise, chosen, labels)

@@ -12,9 +12,13 @@ from foldopt.checks import require_positive, require_whole
 
 @dataclass(frozen=True)
 class PortfolioData:
-    """Features (samples, n_features) and asset returns (samples, n_assets) per split, and the risk model; float64.
+    """Features and asset returns by split, and the risk model; float64.
 
-    V: (n_assets, n_assets) covariance of the returns. gamma: the risk limit on x'Vx.
+    Attributes:
+        features: (samples, n_features).
+        returns: (samples, n_assets).
+        V: Covariance of the returns, (n_assets, n_assets).
+        gamma: Risk limit on x'Vx.
     """
 
     features: dict[str, Tensor]
@@ -38,12 +42,20 @@ def generate(
     B ~ Bernoulli(1/2) of shape (n_assets, n_features), L ~ U(-0.0025 tau, 0.0025 tau) of shape (n_assets, 4), features
     z ~ N(0, I). Returns are mean + L f + 0.01 tau e with f, e standard normal and mean
     ((0.05 / sqrt(n_features)) B z + 0.1^(1/degree))^degree; V = L L' + (0.01 tau)^2 I; gamma = 2.25 w'Vw with
-    w = (2/n_assets) 1, which is e/10 for their 20 assets.
+    w = (2/n_assets) 1, which equals e/10 for 20 assets.
 
     Args:
-        degree: of the polynomial, from 1; the higher the further from linear. tau: noise level, above 0.
+        seed: Seed of all random numbers.
+        degree: Degree of the polynomial, at least 1.
+        n_train: Number of training samples.
+        n_val: Number of validation samples.
+        n_test: Number of test samples.
+        n_assets: Number of assets.
+        n_features: Number of features.
+        tau: Noise level, above 0.
 
-    Raises InputError for a value out of range.
+    Raises:
+        InputError: An argument is out of range.
     """
     for name, value, least in (
         ("degree", degree, 1),

@@ -1,7 +1,8 @@
-"""A procedural stand-in for CIFAR-100, for where that cannot be had: 20 superclasses of 5 classes, 32 x 32 pixels.
+"""A procedural stand-in for CIFAR-100 where that is not available: 20 superclasses of 5 classes, 32 x 32 pixels.
 
-An object on a plain background: its hue and filling are the superclass, its outline is the class within. Like the
-original it is easy to tell superclasses apart and harder to tell the classes of one; unlike it, it is a toy.
+Each image shows an object on a plain background. Hue and filling of the object determine the superclass, its outline
+the class. As in CIFAR-100, superclasses are easier to tell apart than the classes of a superclass, but the images are
+much simpler.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ OUTLINES = ("disc", "triangle", "square", "star", "flower")
 
 
 def generate(seed: int, n_train: int, n_test: int) -> Images:
-    """Draw images of equally probable classes, of which class // 5 is the superclass; same arguments, same images.
+    """Draw images of equally probable classes; class // 5 is the superclass. The same arguments give the same images.
 
-    Raises InputError for sizes that are no whole numbers above 0.
+    Raises:
+        InputError: A size is not a whole number above 0.
     """
     require_whole("n_train", n_train, 1)
     require_whole("n_test", n_test, 1)
@@ -57,7 +59,7 @@ def _uniform(like: Tensor, gen: torch.Generator, low: float, high: float) -> Ten
 
 
 def _positions(count: int, gen: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Return the pixels' coordinates in units of each object, (N, H, W): moved, turned, stretched and scaled."""
+    """Return the pixels' coordinates x and y, (N, H, W), in the shifted, rotated and scaled frame of each object."""
     line = torch.linspace(-1, 1, SIDE * OVERSAMPLED)
     like = torch.empty(count)
     x, y = (line.view(shape) - _uniform(like, gen, -0.25, 0.25)[:, None, None] for shape in ((1, -1), (-1, 1)))
@@ -68,7 +70,7 @@ def _positions(count: int, gen: torch.Generator) -> tuple[Tensor, Tensor]:
 
 
 def _filled(x: Tensor, y: Tensor, outline: Tensor, filling: Tensor, frequency: Tensor) -> Tensor:
-    """Return how much of each pixel is covered by the object, (N, H, W), 0 to 1."""
+    """Return the share of each pixel that the object covers, (N, H, W)."""
     radius, angle = torch.hypot(x, y), torch.atan2(y, x)
     edge = torch.stack([_edge(name, angle) for name in OUTLINES])[outline, torch.arange(len(outline))]
     whole, hole = (torch.sigmoid(30 * (scale * edge - radius)) for scale in (1.0, 0.6))
@@ -78,7 +80,7 @@ def _filled(x: Tensor, y: Tensor, outline: Tensor, filling: Tensor, frequency: T
 
 
 def _edge(outline: str, angle: Tensor) -> Tensor:
-    """Return the distance of an outline from its centre at each angle."""
+    """Return the distance of the outline from its centre at each angle."""
     if outline == "disc":
         return torch.full_like(angle, 0.85)
     if outline == "flower":
@@ -91,7 +93,7 @@ def _edge(outline: str, angle: Tensor) -> Tensor:
 
 
 def _rgb(hue: Tensor, saturation: Tensor, value: Tensor) -> Tensor:
-    """Return the colours, (N, 3), of hues in turns, saturations and values."""
+    """Return RGB colours (N, 3) of hues (1 is a full turn), saturations and values, (N,) each."""
     turns = torch.remainder(hue[:, None] + torch.tensor([0.0, 2 / 3, 1 / 3]), 1)
     pure = ((turns * 6 - 3).abs() - 1).clamp(0, 1)
     return value[:, None] * (1 - saturation[:, None] * (1 - pure))

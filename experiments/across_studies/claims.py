@@ -1,4 +1,4 @@
-"""Claims on unfolding, folding and what they cost (sections 4 and 5, appendices A, B and D)."""
+"""Claims on unfolding, folding and their costs (sections 4 and 5, appendices A, B and D)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 
 from experiments.report.claims import CONDITIONAL, CONFIRMED, REFUTED, Claim, Finding, Results
 
-WIDE = 100  # a factor in the stepsize that deserves to be called a large range
+WIDE = 100  # ratio of the largest to the smallest stepsize that counts as a large range
 
 
 def _forward_stays(results: Results) -> Finding:
@@ -19,7 +19,7 @@ def _forward_stays(results: Results) -> Finding:
     return Finding(
         f"largest error {worst:.0e} over {part['iteration'].max()} iterations",
         verdict,
-        "The solution is a fixed point of the step, to rounding.",
+        "The solution is a fixed point of the step, up to rounding.",
     )
 
 
@@ -33,7 +33,7 @@ def _faster_from_solution(results: Results) -> Finding:
     return Finding(
         f"{below['solution']} against {below['random']} iterations to a median error of 1e-6",
         verdict,
-        "The rates are the same; from afar the first steps have other Jacobians than those at the solution.",
+        "The rates are the same, but the first steps from a random start have other Jacobians than at the solution.",
     )
 
 
@@ -43,7 +43,7 @@ def _theorem_1(results: Results) -> Finding:
     return Finding(
         f"rate {row['rate']:.3f} against −log ρ(Φ) = {row['theory']:.3f}",
         CONFIRMED if off < 0.15 else REFUTED,
-        f"They differ by {off:.0%}, the rate being measured over a finite tail.",
+        f"They differ by {off:.0%}; the rate is measured over a finite tail of the iteration.",
     )
 
 
@@ -56,7 +56,7 @@ def _krylov(results: Results) -> Finding:
         f"LFPI takes {ratio.min():.0f} to {ratio.max():.0f} times the products of GMRES where it converges; GMRES "
         f"takes {diverged['gmres_products'].min()} to {diverged['gmres_products'].max()} where LFPI solves no sample",
         CONFIRMED if ratio.min() > 1 else REFUTED,
-        "GMRES does not depend on the spectral radius being below 1.",
+        "GMRES converges also where the spectral radius exceeds 1.",
     )
 
 
@@ -72,7 +72,7 @@ def _unrolling_costs(results: Results) -> Finding:
         f"memory grows as iterations to the power {slopes[0]:.2f}, time {slopes[1]:.2f}; at {last['iterations']:.0f} "
         f"iterations {last['peak_bytes'] / 1e6:.0f} MB against {folded['peak_bytes'] / 1e6:.0f} MB folded",
         CONFIRMED if min(slopes) > 0.8 else REFUTED,
-        "Every iteration is kept for the backward pass; folding keeps one.",
+        "Unrolling keeps every iteration for the backward pass, folding only one.",
     )
 
 
@@ -85,7 +85,7 @@ def _larger_stepsizes(results: Results) -> Finding:
         f"from {solved['lfpi_products'].iloc[0]} products at α = {solved['stepsize'].iloc[0]:.2g} to "
         f"{solved['lfpi_products'].iloc[-1]} at {solved['stepsize'].iloc[-1]:.2g}, then ρ(Φ) passes 1 and it diverges",
         CONFIRMED if falls and diverges else REFUTED,
-        "α is relative to 1/L here; divergence sets in between 1 and 2.",
+        "Here α is relative to 1/L, and LFPI diverges from an α between 1 and 2 on.",
     )
 
 
@@ -97,7 +97,7 @@ def _any_stepsize(results: Results) -> Finding:
         f"LFPI solves every sample over a factor of {span:.1f} in α, GMRES over a factor of "
         f"{table['stepsize'].max() / table['stepsize'].min():.0f}",
         CONFIRMED if span >= WIDE else CONDITIONAL if span >= 2 else REFUTED,
-        "With LFPI the range is narrow on this problem; the gradient is the same wherever a solver converges.",
+        "The range of LFPI is narrow on this problem. Wherever a solver converges, the gradient is the same.",
     )
 
 
@@ -106,7 +106,7 @@ def _stationary(results: Results) -> Finding:
     return Finding(
         f"largest residual of the fixed point {worst:.0e} over all α",
         CONFIRMED if worst < 1e-8 else REFUTED,
-        "It grows in proportion to α, from rounding.",
+        "The residual is rounding error and grows in proportion to α.",
     )
 
 

@@ -1,4 +1,4 @@
-"""Sensitivity of training to the tolerance of the forward solver: final test metric against that tolerance."""
+"""Figure of the final test metric against the tolerance of the forward solver."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from experiments.report import style
-from experiments.report.aggregation import aggregate
+from experiments.report.aggregation import aggregate, last_test_rows
 from experiments.report.outputs import StudyOutputs
+from experiments.report.style import Line
 from experiments.sweep.studies import Study, StudyRun
 
-LINES: Mapping[str, dict] = {
-    "portfolio_cvxpylayers": {"color": style.COLORS[4]},
-    "portfolio_cvxpylayers_normalized": {"color": style.COLORS[5]},
-    "denoising_fold": {"color": "k"},
+LINES: Mapping[str, Line] = {
+    "portfolio_cvxpylayers": Line(style.COLORS[4], linewidth=1.4, marker="o"),
+    "portfolio_cvxpylayers_normalized": Line(style.COLORS[5], linewidth=1.4, marker="o"),
+    "denoising_fold": Line("k", linewidth=1.4, marker="o"),
 }
 PANELS: Mapping[str, tuple[str, str]] = {
     "portfolio": ("regret_percent", "Test regret (%)"),
@@ -30,7 +31,7 @@ def make(outputs: StudyOutputs) -> None:
     """
     frame = outputs.metrics()
     style.drawn(LINES, frame["series"], "forward_tolerance")
-    last = frame[(frame["split"] == "test") & (frame["epoch"] == frame["epoch"].max())]
+    last = last_test_rows(frame)
     parts = []
     for task, (metric, _) in PANELS.items():
         rows = last[last["series"].str.startswith(task)]
@@ -47,8 +48,7 @@ def draw(study: Study, table: pd.DataFrame, caption: str) -> Figure:
         for (task, (_, label)), panel in zip(PANELS.items(), axes, strict=True):
             for series in (name for name in LINES if name.startswith(task)):
                 shown = table[table["series"] == series]
-                line = {"marker": "o", "markersize": 3, "linewidth": 1.4, **LINES[series]}
-                style.curve(panel, shown, x="forward_tol", label=study.titles[series], **line)
+                style.curve(panel, shown, LINES[series], study.titles[series], x="forward_tol")
             panel.set(xscale="log", title=task.capitalize(), xlabel="Tolerance of the forward solver", ylabel=label)
             panel.invert_xaxis()
             style.grid(panel)

@@ -1,10 +1,10 @@
-"""Solvers of the adjoint equation beside each other on the layers of all four studies: products, time and accuracy."""
+"""Table of the solvers of the adjoint equation on the layers of all four studies: products, time and accuracy."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import pandas as pd
 import torch
@@ -18,6 +18,7 @@ from experiments.report.measurements import measured_once, seconds
 from experiments.report.outputs import Measurement
 from experiments.run import components
 from experiments.run.configuration import compose
+from foldopt.linear_solve import LinearSolveInfo
 
 MULTILABEL = ["task=multilabel", "task.data=stand_in", "model=densenet", "model.depth=10", "model.growth=4"]
 # Title and overrides of each layer.
@@ -37,7 +38,7 @@ REFERENCE = "direct"
 
 @dataclass(frozen=True)
 class Settings:
-    """How much is measured; noise: of the parameters, in standard deviations of theirs."""
+    """Size of the measurement; noise is added to the parameters, relative to their standard deviation."""
 
     repeats: int = 5
     batch_size: int = 32
@@ -49,7 +50,7 @@ PROFILES = {"smoke": Settings(repeats=1, batch_size=4), "default": Settings(), "
 
 
 def measure(settings: Settings) -> pd.DataFrame:
-    """Return one row per layer, solver and repetition, the solvers taking turns; a first call does not count."""
+    """Return one row per layer, solver and repetition; the solvers take turns, and their first calls do not count."""
     rows = []
     size = [f"task.n_train={settings.batch_size}", "task.n_val=1", "task.n_test=1", "backend=fold"]
     for name, (_, overrides) in LAYERS.items():
@@ -79,9 +80,10 @@ def measure(settings: Settings) -> pd.DataFrame:
 
 
 def parameters_in_training(task: Task, noise: float, generator: torch.Generator) -> tuple[Tensor, ...]:
-    """Return parameters of a task's training samples as a network in training would predict them.
+    """Return parameters for a task's training samples, like those that a network predicts during training.
 
-    That is the truth with noise, in standard deviations of its own, or a start with some.
+    They are the true parameters plus `noise` times their standard deviation times standard normal numbers. Where a task
+    has no true parameters, they are random logits; where it learns one operator, the differencing operator plus noise.
     """
     samples = task.splits["train"]
     if task.shared:
@@ -95,12 +97,15 @@ def parameters_in_training(task: Task, noise: float, generator: torch.Generator)
     return tuple(t + noise * t.std() * torch.randn(t.shape, generator=generator, dtype=t.dtype) for t in known)
 
 
-def _called(backend: LayerBackend, task: Task, parameters: tuple[Tensor, ...]) -> tuple[Tensor, float, Any]:
+def _called(backend: LayerBackend, task: Task, parameters: tuple[Tensor, ...]) -> tuple[Tensor, float, LinearSolveInfo]:
+    """Return the gradient, the seconds of the backward pass, and what the solver of the adjoint equation reports."""
     leaves = tuple(p.clone().requires_grad_() for p in parameters)
     given: Parameters = leaves if len(leaves) > 1 else leaves[0]
     losses = task.decision_losses(backend(given), task.splits["train"])
     gradients, backward = seconds(lambda: torch.autograd.grad(losses.mean(), leaves))
-    info = None if backend.layer.last is None else backend.layer.last.backward
+    last = backend.layer.last
+    info = None if last is None else last.backward
+    assert info is not None, "the layer has just run forward and backward"
     backend.take_failures()
     return torch.cat([g.flatten() for g in gradients]), backward, info
 
@@ -115,10 +120,10 @@ def make(measurement: Measurement) -> None:
         "tables/linear_solvers",
         ("Layer", "Solver", "Products with Φ", "Solved", "Backward (ms)", "Error of the gradient"),
         _rows(table),
-        f"One batch of {settings.batch_size}, float64, one thread, medians of {settings.repeats} with the solvers "
-        "taking turns; products per sample, mean over the batch. Errors are relative, against a direct solve; what is "
-        "not solved has no gradient. `auto` takes closed forms where the step has them. "
-        f"Made by: `{measurement.command}`",
+        f"One batch of {settings.batch_size} samples, float64, one thread, medians of {settings.repeats} rounds in "
+        "which the solvers take turns. Products with Φ and solved: means over the samples. Errors are relative to a "
+        "direct solve; samples that are not solved have no gradient. `auto` takes closed forms where the step has "
+        f"them. Made by: `{measurement.command}`",
     )
 
 

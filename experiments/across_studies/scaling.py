@@ -1,12 +1,11 @@
-"""How time and memory of every backend grow with the size of the problem, the batch, and the solver's iterations."""
+"""Growth of time and memory of every backend with the size of the problem, the batch and the iterations."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
@@ -16,8 +15,10 @@ from torch import Tensor
 
 from experiments.across_studies.linear_solvers import MULTILABEL, parameters_in_training
 from experiments.report import style
+from experiments.report.markdown import number
 from experiments.report.measurements import measured_once, peak_memory, seconds
 from experiments.report.outputs import Measurement
+from experiments.report.style import Line
 from experiments.run import components, configuration
 
 ITERATED = ("unroll", "unfold")
@@ -25,7 +26,7 @@ ITERATED = ("unroll", "unfold")
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer of a study: its overrides, the key of its size n (None: given by the data), and the backends it has."""
+    """A layer of a study: its overrides, the key of its size n (None if the data fix it), and its backends."""
 
     title: str
     overrides: tuple[str, ...]
@@ -49,26 +50,34 @@ LAYERS: Mapping[str, Layer] = {
         ("exact", "fold", "unfold", "cvxpylayers"),
     ),
 }
-BACKENDS: Mapping[str, tuple[str, tuple[str, ...], dict]] = {
-    "exact": ("exact", ("backend=exact",), {"color": style.COLORS[3], "linestyle": ":"}),
-    "fold": ("folded, exact forward", ("backend=fold",), {"color": "k"}),
-    "lfpi": ("folded, by LFPI", ("backend=fold", "linear_solver=lfpi"), {"color": "0.55"}),
-    "gurobi": ("folded, Gurobi forward", ("backend=fold", "backend.forward=gurobi"), {"color": style.COLORS[1]}),
-    "unroll": ("unrolled", ("backend=unroll", "backend.tol=1e6"), {"color": style.COLORS[4]}),
-    "unfold": ("unfolded", ("backend=unfold", "backend.tol=1e6"), {"color": style.COLORS[0]}),
-    "qpth": ("qpth", ("backend=qpth",), {"color": style.COLORS[2]}),
-    "cvxpylayers": ("cvxpylayers (Clarabel)", ("backend=cvxpylayers",), {"color": style.COLORS[5]}),
+BACKENDS: Mapping[str, tuple[str, tuple[str, ...], Line]] = {
+    "exact": ("exact", ("backend=exact",), Line(style.COLORS[3], ":")),
+    "fold": ("folded, exact forward", ("backend=fold",), Line("k")),
+    "lfpi": ("folded, by LFPI", ("backend=fold", "linear_solver=lfpi"), Line("0.55")),
+    "gurobi": ("folded, Gurobi forward", ("backend=fold", "backend.forward=gurobi"), Line(style.COLORS[1])),
+    "unroll": ("unrolled", ("backend=unroll", "backend.tol=1e6"), Line(style.COLORS[4])),
+    "unfold": ("unfolded", ("backend=unfold", "backend.tol=1e6"), Line(style.COLORS[0])),
+    "qpth": ("qpth", ("backend=qpth",), Line(style.COLORS[2])),
+    "cvxpylayers": ("cvxpylayers (Clarabel)", ("backend=cvxpylayers",), Line(style.COLORS[5])),
 }
-LEAST_BYTES = 2**16  # of memory: what is less is lost in the pages of the process
+LEAST_BYTES = 2**16  # smallest peak memory that the counters of the operating system resolve
 AXES: Mapping[str, str] = {"n": "Size n", "batch": "Batch", "iterations": "Iterations"}
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How much is measured.
+    """Size of the measurement.
 
-    sizes: n. batches: at each layer's usual n. iterations: of the backends that iterate on the graph, which take
-    `usual_iterations` elsewhere. limit: seconds of one forward and backward pass, from which on a series stops growing.
+    Attributes:
+        repeats: Number of calls at each place.
+        sizes: Values of n, at the usual batch.
+        batches: Batch sizes, at the usual n.
+        iterations: Numbers of iterations of the backends that iterate on the graph.
+        usual_n: n where it does not vary.
+        usual_batch: Batch size where it does not vary.
+        usual_iterations: Number of iterations where it does not vary.
+        limit: A series ends where one forward and backward pass takes more seconds than this.
+        seed: Seed of the data and the parameters.
     """
 
     repeats: int = 2
@@ -92,13 +101,13 @@ PROFILES = {
 
 
 def measure(settings: Settings, layers: Sequence[str] = tuple(LAYERS)) -> pd.DataFrame:
-    """Return one row per layer, axis, value, backend and repetition: seconds forward and backward, and peak bytes."""
+    """Return one row per layer, axis, value, backend and repetition with the seconds of both passes and peak bytes."""
     return pd.DataFrame(
         row for layer in layers for backend in LAYERS[layer].backends for row in _series(layer, backend, settings)
     )
 
 
-def _series(name: str, backend: str, settings: Settings) -> Iterator[dict]:
+def _series(name: str, backend: str, settings: Settings) -> Iterator[dict[str, str | float]]:
     layer = LAYERS[name]
     grids = {"n": settings.sizes if layer.key else (), "batch": settings.batches}
     grids["iterations"] = settings.iterations if backend in ITERATED else ()
@@ -121,8 +130,8 @@ def _series(name: str, backend: str, settings: Settings) -> Iterator[dict]:
                 break
 
 
-def _layer_call(layer: Layer, backend: str, place: Mapping[str, int], seed: int) -> partial:
-    """Return what makes one forward and backward pass and returns the seconds of each."""
+def _layer_call(layer: Layer, backend: str, place: Mapping[str, int], seed: int) -> partial[tuple[float, float]]:
+    """Return a function that makes a forward and a backward pass and returns the seconds of each."""
     size = [f"task.n_train={place['batch']}", "task.n_val=1", "task.n_test=1"]
     if layer.key:
         size.append(f"{layer.key}={place['n']}")
@@ -143,10 +152,12 @@ def _pass(parts: components.Components, leaves: tuple[Tensor, ...]) -> tuple[flo
 
 
 def slopes(table: pd.DataFrame) -> pd.DataFrame:
-    """Return the exponents of time and memory, fitted to the three largest values of each series in the logarithm.
+    """Fit the exponents of time and memory to the three largest values of each series.
 
-    Columns layer, axis, backend, largest (value), seconds and peak_bytes (there), time_slope, memory_slope (NaN where
-    a series has fewer than two values, or memory below what can be measured).
+    Returns:
+        One row per layer, axis and backend with the columns largest, the largest value; seconds and peak_bytes, those
+        at this value; time_slope and memory_slope, the exponents, NaN for a series with fewer than two values or whose
+        memory is too small to be measured.
     """
     rows = []
     for (layer, axis, backend), part in table.groupby(["layer", "axis", "backend"], sort=False):
@@ -207,12 +218,12 @@ def _rows(fitted: pd.DataFrame) -> Iterator[list[str]]:
                 for column in ("time_slope", "memory_slope"):
                     place = (name, backend, axis)
                     value = indexed.loc[place, column] if place in indexed.index else float("nan")
-                    cells.append("–" if pd.isna(value) else f"{value:.1f}")
+                    cells.append(number(value, ".1f", "–"))
             yield [layer.title, BACKENDS[backend][0], *cells]
 
 
 def draw(table: pd.DataFrame, fitted: pd.DataFrame, caption: str) -> Figure:
-    """Return the figure: a row for time and one for memory per axis, a column per layer, exponents in the legends."""
+    """Draw a row for time and one for memory per axis, a column per layer; the legends have the exponents."""
     measures = (("seconds", "time_slope", "Time (s)", 1.0), ("peak_bytes", "memory_slope", "Memory (MB)", 1e-6))
     kinds = [(axis, *measure) for axis in AXES for measure in measures]
     exponents = fitted.set_index(["layer", "axis", "backend"]).sort_index()
@@ -229,7 +240,7 @@ def draw(table: pd.DataFrame, fitted: pd.DataFrame, caption: str) -> Figure:
         for (_, layer), panel in zip(LAYERS.items(), axes[0], strict=True):
             panel.set_title(layer.title, fontsize=8)
         handles = [
-            plt.Line2D([], [], marker="o", markersize=3, label=title, **line) for title, _, line in BACKENDS.values()
+            replace(line, linewidth=1.5, marker="o").legend_handle(title) for title, _, line in BACKENDS.values()
         ]
         figure.legend(handles=handles, loc="outside upper center", ncols=4, frameon=False)
     return figure
@@ -242,21 +253,18 @@ def _draw_panel(
         shown = part[(part["backend"] == backend) & (part[column] > 0)]
         if shown.empty:
             continue
-        exponent = exponents.get(backend, float("nan"))
-        label = "–" if pd.isna(exponent) else f"{exponent:.1f}"
+        label = number(exponents.get(backend), ".1f", "–")
         panel.plot(
             shown["value"],
             unit * shown[column],
-            marker="o",
             markersize=2.5,
-            linewidth=1.1,
             label=label,
-            **{"linestyle": "-", **BACKENDS[backend][2]},
+            **asdict(replace(BACKENDS[backend][2], linewidth=1.1, marker="o")),
         )
     style.plain_log(panel.xaxis, subs=(1, 2, 5))
     low, high = part.loc[part[column] > 0, column].agg(["min", "max"])
     style.plain_log(panel.yaxis, subs=(1,) if high > 50 * low else (1, 2, 5))
     panel.tick_params(labelsize=6)
     style.grid(panel)
-    panel.set_ylim(top=unit * high * (high / low) ** 0.35)  # room for the legend
+    panel.set_ylim(top=unit * high * (high / low) ** 0.35)  # leaves room for the legend
     panel.legend(fontsize=5.5, frameon=False, loc="upper left", handlelength=1.2, labelspacing=0.15, ncols=2)

@@ -1,1 +1,1 @@
-"""What `make bench` measures: every layer against its peers, in the same run, beside its accuracy."""
+"""The benchmarks: times and errors of every layer and its peers, measured in the same run."""

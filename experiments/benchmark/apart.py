@@ -1,4 +1,4 @@
-"""Runs a function on items in turn, in a process of its own, which may crash or hang."""
+"""Run a function on many items in a separate process, which may crash or hang."""
 
 from __future__ import annotations
 
@@ -7,38 +7,55 @@ import os
 import resource
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
-from typing import Any
+from multiprocessing.process import BaseProcess
+from typing import TypeVar
 
-START = 60.0  # seconds that a process gets for its imports
-MEMORY = 12 * 2**30  # bytes that a process may allocate; MemoryError beyond
+T = TypeVar("T")
+START = 60.0  # seconds in which the process must have made its imports
+MEMORY = 12 * 2**30  # bytes beyond which an allocation of the process raises MemoryError
 
 
-def in_turn(function: Callable[..., Any], items: Sequence[tuple[Any, ...]], limit: float) -> Iterator[tuple[Any, str]]:
-    """Yield (function(*item), "") for each item, or (None, reason) where it crashed or took more than `limit` seconds.
+def in_turn(
+    function: Callable[..., T], items: Sequence[tuple[object, ...]], limit: float
+) -> Iterator[tuple[T | None, str]]:
+    """Call ``function(*item)`` for each item, one after the other, in a process that the items share.
 
-    function: of a module, as the process imports it. All items share a process until one of them ends it.
+    A crash, or a call of more than `limit` seconds, ends the process; the next item gets a new one.
+
+    Args:
+        function: A function of a module, so that the process can import it.
+        items: The arguments of each call.
+        limit: Seconds of a call.
+
+    Yields:
+        (result, "") for each item, or (None, reason) where there is no result.
     """
-    context = multiprocessing.get_context("spawn")
-    process: Any = None
-    ours: Any = None
+    worker: tuple[BaseProcess, Connection] | None = None
     try:
         for item in items:
-            if process is None:
-                ours, theirs = context.Pipe()
-                process = context.Process(target=_serve, args=(function, theirs), daemon=True)
-                process.start()
-                theirs.close()
-            result, reason = _asked(process, ours, item, limit)
-            if not process.is_alive():
-                process = None
-            yield result, reason
+            if worker is None:
+                worker = _started(function)
+            answer: tuple[T | None, str] = _asked(*worker, item, limit)
+            if not worker[0].is_alive():
+                worker = None
+            yield answer
     finally:
-        if process is not None:
-            ours.close()
+        if worker is not None:
+            process, pipe = worker
+            pipe.close()
             process.join()
 
 
-def _asked(process: Any, pipe: Connection, item: tuple[Any, ...], limit: float) -> tuple[Any, str]:
+def _started(function: Callable[..., T]) -> tuple[BaseProcess, Connection]:
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_serve, args=(function, theirs), daemon=True)
+    process.start()
+    theirs.close()
+    return process, ours
+
+
+def _asked(process: BaseProcess, pipe: Connection, item: tuple[object, ...], limit: float) -> tuple[T | None, str]:
     try:
         if pipe.poll(START):
             pipe.recv()
@@ -54,7 +71,7 @@ def _asked(process: Any, pipe: Connection, item: tuple[Any, ...], limit: float) 
     return None, f"time limit of {limit:g} s"
 
 
-def _serve(function: Callable[..., Any], pipe: Connection) -> None:
+def _serve(function: Callable[..., object], pipe: Connection) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # some solvers print from C
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
     while True:
@@ -65,6 +82,6 @@ def _serve(function: Callable[..., Any], pipe: Connection) -> None:
             return
         try:
             answer = function(*item), ""
-        except Exception as error:  # reported to the parent, item by item
+        except Exception as error:  # reported to the parent process
             answer = None, f"{type(error).__name__}: {error}"
         pipe.send(answer)

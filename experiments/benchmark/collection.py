@@ -1,7 +1,7 @@
-"""The Maros-Meszaros quadratic programs: read from a folder, and put to a layer as its arguments.
+"""The Maros-Meszaros quadratic programs: read them from a folder, and convert them to a layer's arguments.
 
-A folder holds one .mat file per problem (P, q, r, l, A, u with infinite bounds as 1e20: min 1/2 x'Px + q'x + r subject
-to l <= Ax <= u) and optima.json, the published optima by name.
+The folder holds a .mat file per problem, and the published optima by name in optima.json. A file has P, q, r, l, A and
+u of min 1/2 x'Px + q'x + r subject to l <= Ax <= u, with infinite bounds as 1e20.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 Vector = NDArray[np.float64]
 INFINITE = 9e19  # the files write infinity as 1e20
-NEGLIGIBLE = 1e-9  # part of the largest entry, up to which another is rounding
+NEGLIGIBLE = 1e-9  # relative to the largest entry; smaller entries are rounding errors
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,10 @@ class Problem:
         return float(0.5 * x @ (self.P @ x) + self.q @ x + self.offset)
 
     def violations(self, x: Vector) -> tuple[float, float]:
-        """Return the worst violation of a row and the worst of a bound.
+        """Return the largest relative violation of a row, and that of a bound.
 
-        Each is relative to its own row, |a_i|'|x| + |the bound that is violated| + max_j |a_ij| times the median size
-        of the variables that are not zero, in the units of the file.
+        The violation of row i is relative to |a_i|'|x| + |the violated bound| + max_j |a_ij| times the median size of
+        the nonzero variables, all in the units of the file.
         """
         size, value, usual = abs(self.A), self.A @ x, typical(x)
         below, above = self.l - value, value - self.u
@@ -105,8 +105,8 @@ def read(folder: Path, name: str) -> Problem:
 def arguments(problem: Problem) -> Arguments:
     """Return `problem` as the arguments of a layer.
 
-    Rows with l == u become Ax = b, also those that fix one variable; other rows one or two rows of Gx <= h; the bounds
-    of the variables lower and upper. Rows and bounds that say nothing are left out, and are infinite.
+    Rows with l == u, including those that fix a variable, become Ax = b. Other rows become one or two rows of Gx <= h,
+    and the bounds of the variables become lower and upper. Rows without a finite bound are left out.
     """
     n, rows = problem.n, problem.A.shape[0]
     is_bound = np.arange(rows) >= rows - n
@@ -127,16 +127,17 @@ def arguments(problem: Problem) -> Arguments:
 
 
 def typical(x: Vector) -> float:
-    """Return the median size of the entries of x that are not negligible, 1 where all are 0."""
+    """Return the median size of the entries of x that are not negligible, 1 if all entries are 0."""
     size = np.abs(x)
     large = size[size > NEGLIGIBLE * size.max(initial=0.0)]
     return float(np.median(large)) if len(large) else 1.0
 
 
 def scales(args: Arguments, x: Vector, names: Sequence[str]) -> dict[str, Vector]:
-    """Return for each argument in `names` (p, b, h, lower, upper) by how much its entries are of order one changed.
+    """Return the scale of each entry of the arguments in `names` (p, b, h, lower, upper), for perturbations.
 
-    An entry counts as much as the terms that it is added to at x; infinite entries do not change.
+    The scale of an entry is its own size or that of the terms that it is added to at x, whichever is larger; infinite
+    entries have scale 0.
     """
     size = np.abs(x)
 

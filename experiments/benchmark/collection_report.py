@@ -1,4 +1,4 @@
-"""The tables of the Maros-Meszaros collection: QPLayer's gradients and refusals, and all libraries beside it."""
+"""Tables on the Maros-Meszaros collection: QPLayer's gradients and refusals, and those of all libraries."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from experiments.benchmark.collection_run import LIMIT, OURS
 from experiments.benchmark.examination import OBJECTIVE, ROWS
 from experiments.benchmark.libraries import LIBRARIES
 from experiments.benchmark.optima import corrected
-from experiments.benchmark.tables import number, table
 from experiments.benchmark.truth import LARGEST, WITH_RESPECT_TO
+from experiments.report.markdown import number, table
 
 CAUSES = ("not unique", "kink", "dependent rows")
-CLOSE = 1e-4  # error of the objective, violation of rows and bounds up to which the x of any library is right
+CLOSE = 1e-4  # largest error of the objective, and largest violation of rows and bounds, of a right x
 KINDS = {
     "right": "right",
     "right refusal": "refused where there is none",
@@ -29,7 +29,7 @@ KINDS = {
 
 
 def report(findings: pd.DataFrame) -> list[str]:
-    """Return the lines of the section; findings: of `examined`."""
+    """Return the lines of both sections; findings: the result of `examined`."""
     ours = findings[findings["library"] == OURS]
     lines = ["## Maros-Meszaros through `QPLayer`", "", *table(("", "Number"), summary(ours)), "", COLLECTION]
     lines += [*table(_columns(), _problems(ours)), ""]
@@ -43,32 +43,34 @@ def report(findings: pd.DataFrame) -> list[str]:
 
 
 COLLECTION = f"""\
-Rows l = u are equalities, the bounds of the variables are `lower` and `upper`, all else is G, h; Q, G and A are given
-as sparse matrices. Violations are relative to the terms of their own row, in the units of the files. A derivative is
-that of w'x, w random and fixed, along two random directions of each argument. It is compared with differences from
-both sides, at the steps on which they agree, by piqp at 1e-12 (Clarabel where that fails) with its active rows solved
-as equalities and checked by the optimality conditions. A refusal is confirmed where differences from the left and from
-the right disagree, where there is no solution on a side, or where w'x differs between solutions.
-† differences from both sides agree: a derivative was refused that exists along these directions.
-‡ more than {LARGEST:,} variables: the solution is checked, the gradient of p is not compared.
+Rows with l = u are equalities, the bounds of the variables are `lower` and `upper`, all other rows are G, h. Q, G and A
+are sparse matrices. Violations are relative to the terms of their row, in the units of the files. Derivatives are those
+of w'x with random fixed w along two random directions of each argument. They are compared with one-sided differences
+from both sides, at steps on which the differences agree. The solver of the differences is piqp at 1e-12 (Clarabel
+where piqp fails); its active rows are then solved as equalities, and the optimality conditions are checked. A refusal
+is confirmed if the differences from the left and the right disagree, if a side has no solution, or if w'x differs
+between solutions.
+† Differences from both sides agree: the layer refused a derivative that exists along these directions.
+‡ More than {LARGEST:,} variables: the solution is checked, but the gradient of p is not compared.
 """
 MISPRINTS = """\
-Where no answer has the published objective, piqp and Clarabel are asked. They agree to 1e-8 on another one, which is
-what all libraries are judged by.
+Where no answer has the published objective, piqp and Clarabel solve the problem, too. They agree to 1e-8 on another
+optimum, by which all libraries are judged.
 """
 LIBRARIES_NOTE = f"""\
-Each is asked for x and for the gradient of w'x with respect to p. Wrong, without an error, a status or NaN: x, where
-the objective or a row or a bound is off by more than 1e-4; the gradient, where it is off by more than 1e-3 along one of
-two directions; any answer where differences show that there is no derivative. Refused: an error of the library's own, a
-status or NaN, where there is a derivative or where that is not known. Raw: an exception that was not meant, or a crash.
-Not compared: more than {LARGEST:,} variables, or differences that are not resolved; x is right there. libdqp gets the
-bounds of variables as rows, and is asked in its sparse form. Seconds are forward and backward, of a first call.
+Each library computes x and the gradient of w'x with respect to p. Wrong means: without an error, a failure status or
+NaN, x is off by more than 1e-4 in the objective, a row or a bound; or the gradient is off by more than 1e-3 along one
+of two directions; or there is an answer where differences show that no derivative exists. Refused: an error that the
+library raises on purpose, a failure status or NaN, where a derivative exists or where that is unknown. Raw: an
+unintended exception, or a crash. Not compared: more than {LARGEST:,} variables, or unresolved differences; x is right
+there. libdqp gets the bounds of the variables as rows, and runs in its sparse form. Seconds are those of a first call,
+forward and backward.
 """
 TIMES = ("Median (s)", "Slowest (s)", "Seconds on what all answer")
 
 
 def summary(ours: pd.DataFrame) -> list[tuple[str, str]]:
-    """Return what is counted of foldopt's answers: titles and numbers."""
+    """Return counts of foldopt's answers: titles and numbers."""
     first = ours.drop_duplicates("problem")
     said, answered = ours["derivative"], ours["said"] == "answered"
     verdicts = first["verdict"].replace("", "none").value_counts()
@@ -78,7 +80,7 @@ def summary(ours: pd.DataFrame) -> list[tuple[str, str]]:
     return [
         ("Problems", str(len(first))),
         (f"Solved: objective to {OBJECTIVE:.0e}, rows and bounds to {ROWS:.0e}", _count(first["solution"] == "solved")),
-        ("Wrong x without a word", _list(first.loc[first["solution"] == "wrong", "problem"])),
+        ("Wrong x without an error", _list(first.loc[first["solution"] == "wrong", "problem"])),
         ("Not solved, refused by cause", _list(causes[(first["solution"] == "") & ~raw])),
         ("Raw exceptions", _list(causes[raw & ~lost])),
         (f"Over {LIMIT:g} s", _list(first.loc[lost, "problem"])),
@@ -106,7 +108,7 @@ def _list(names: pd.Series) -> str:
 
 
 def misprints(ours: pd.DataFrame) -> list[Sequence[str]]:
-    """Return the published optima on another value than which two solvers agree: name, and all values."""
+    """Return the misprinted optima, where two solvers agree on another value: the name, and all values."""
     rows: list[Sequence[str]] = []
     for _, row in ours.drop_duplicates("problem").iterrows():
         found = {solver: row[solver] for solver in ("piqp", "Clarabel") if solver in row and not pd.isna(row[solver])}
@@ -191,7 +193,7 @@ def _beside(asked: pd.DataFrame) -> Iterable[Sequence[str]]:
 
 
 def _cell(row: pd.Series) -> str:
-    """Return the cell of an answer: what it is, and the seconds that it took."""
+    """Return the cell of an answer: its kind and its seconds."""
     words = {"right refusal": "refused: right", "wrong, none": "**answers**", "not judged": "not compared"}
     said = words.get(row["kind"], row["kind"])
     if said.startswith("wrong"):

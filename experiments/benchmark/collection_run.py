@@ -1,4 +1,4 @@
-"""Puts the libraries to the collection: truths, answers and optima, each cell in a process with a time limit."""
+"""Run all libraries on the collection: true derivatives, answers and optima, in processes with time limits."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from experiments.benchmark.optima import OFF, corrected, recomputed
 from experiments.benchmark.truth import LARGEST, Truth, given, truth_of
 
 OURS, PEERS = "foldopt", ("moreau", "moreau_tight", "dqp", "dqp_tight")
-LIMIT = 60.0  # seconds of an answer, forward and backward
-REFERENCE_LIMIT = 300.0  # of the differences of a problem, and of its optimum by two solvers
+LIMIT = 60.0  # seconds for an answer, forward and backward
+REFERENCE_LIMIT = 300.0  # seconds for the differences of a problem, and for its optimum by two solvers
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Cell:
-    """What a library, asked to differentiate an argument of a problem, answered."""
+    """The answer of a library that differentiated a problem with respect to one argument."""
 
     library: str
     problem: str
@@ -33,10 +33,11 @@ class Cell:
 
 
 def examined(folder: Path, names: Sequence[str], say: Say) -> pd.DataFrame:
-    """Return the judged answers (`Finding`) of all libraries to the problems in `names`, one row each.
+    """Judge the answers of all libraries to the problems in `names`.
 
-    Columns besides those of `Finding`: equalities, inequalities, bounds; published, piqp and Clarabel, the optima where
-    the published one was in doubt.
+    Returns:
+        One row per answer with the fields of `Finding` as columns; the numbers of equalities, inequalities and bounds;
+        published, the published optimum; piqp and Clarabel, their optima where the published one is in doubt.
     """
     problems = {name: read(folder, name) for name in names}
     args = {name: arguments(problem) for name, problem in problems.items()}
@@ -61,7 +62,7 @@ def examined(folder: Path, names: Sequence[str], say: Say) -> pd.DataFrame:
 
 
 def _answers(folder: Path, library: str, args: Mapping[str, Arguments], say: Say) -> Iterator[Cell]:
-    """Yield the answers of `library`; foldopt is asked for all gradients that are compared, else for that of p."""
+    """Yield the answers of `library`: all gradients that are compared for foldopt, that of p for other libraries."""
     if not LIBRARIES[library].installed():
         say(f"{library}: not installed")
         return
@@ -78,7 +79,7 @@ def _answers(folder: Path, library: str, args: Mapping[str, Arguments], say: Say
 
 
 def _optima(folder: Path, problems: Mapping[str, Problem], cells: Sequence[Cell]) -> dict[str, dict[str, float]]:
-    """Return what two solvers find where no answer of foldopt has the published objective."""
+    """Return the optima of two solvers for problems on which no answer of foldopt has the published objective."""
     agreed = {
         cell.problem
         for cell in cells

@@ -1,4 +1,4 @@
-"""Derivatives of a CVXPY problem by extrapolated differences of tight solves, without foldopt."""
+"""Derivatives of a CVXPY problem by extrapolated differences of accurate solutions, without foldopt."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ import numpy as np
 
 from experiments.benchmark.cvxpy_kinds import Kind
 
-TOLERANCES = 1e-14, 1e-13, 1e-12, 1e-11, 1e-10, 1e-9  # the first one that the solver reaches
+TOLERANCES = 1e-14, 1e-13, 1e-12, 1e-11, 1e-10, 1e-9  # tried in this order until the solver reaches one
 
 
 def solution(kind: Kind, values: list[np.ndarray]) -> list[np.ndarray]:
-    """Return the variables' values for values of the parameters, as accurately as a solver can.
+    """Return the values of the variables for values of the parameters, as accurately as a solver can.
 
-    Clarabel for quadratic programs; SCS for others: an interior point's error is the root of its objective's.
+    Quadratic programs are solved by Clarabel and others by SCS: the error of an interior point's solution is as large
+    as the square root of the error of its objective.
     """
     for parameter, value in zip(kind.parameters, values, strict=True):
         parameter.value = value
@@ -34,7 +35,7 @@ def solution(kind: Kind, values: list[np.ndarray]) -> list[np.ndarray]:
 
 
 def directions(kind: Kind, seed: int = 0) -> list[np.ndarray]:
-    """Return one direction for each parameter, of its kind: symmetric, diagonal."""
+    """Return one random direction for each parameter, symmetric or diagonal where the parameter is."""
     draw = np.random.default_rng(seed)
     found = []
     for parameter, value in zip(kind.parameters, kind.values, strict=True):
@@ -48,14 +49,15 @@ def directions(kind: Kind, seed: int = 0) -> list[np.ndarray]:
 
 
 def weights(kind: Kind) -> list[np.ndarray]:
-    """Return the weights of the variables' entries in the scalar that is differentiated."""
+    """Return the weights of the variables in the weighted sum that is differentiated."""
     return [np.cos(1 + np.arange(v.size)).reshape(v.shape) for v in kind.variables]
 
 
 def slopes(kind: Kind, step: float = 2e-3) -> list[tuple[float, float]]:
     """Return the derivative of the weighted sum of the variables along each parameter's direction, and its error.
 
-    Central differences at three steps, twice extrapolated (Richardson); the error is what the last one changed.
+    Central differences at three steps are extrapolated twice (Richardson); the error is the change by the second
+    extrapolation.
     """
     found = []
     for number, D in enumerate(directions(kind)):

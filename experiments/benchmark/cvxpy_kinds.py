@@ -1,33 +1,46 @@
-"""Kinds of convex problems as users of CVXPY write them, with values of their parameters; some at degenerate points."""
+"""Typical convex problems of CVXPY users with values of their parameters, some of them degenerate."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import cvxpy as cp
 import numpy as np
+from numpy.typing import NDArray
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A problem, its parameters with their values, the variables that a layer returns, and what is true of it.
+    """A problem with the true verdict on its derivative.
 
-    verdict: that of the derivative, along a cotangent in no special position.
+    Attributes:
+        problem: The problem.
+        parameters: Its parameters.
+        values: Their values.
+        variables: The variables that a layer returns.
+        gp: Whether it is a geometric program.
+        verdict: The verdict on the derivative for a generic cotangent.
     """
 
-    problem: Any
-    parameters: list[Any]
-    values: list[np.ndarray]
-    variables: list[Any]
+    problem: cp.Problem
+    parameters: list[cp.Parameter]
+    values: list[NDArray[np.float64]]
+    variables: list[cp.Variable]
     gp: bool = False
     verdict: str = "differentiable"
 
 
-def _kind(objective: Any, constraints: list[Any], values: dict[Any, Any], variables: list[Any], **more: Any) -> Kind:
+def _kind(
+    objective: cp.Minimize | cp.Maximize,
+    constraints: list[cp.Constraint],
+    values: Mapping[cp.Parameter, object],
+    variables: list[cp.Variable],
+    gp: bool = False,
+    verdict: str = "differentiable",
+) -> Kind:
     numbers = [np.asarray(value, dtype=float) for value in values.values()]
-    return Kind(cp.Problem(objective, constraints), list(values), numbers, variables, **more)
+    return Kind(cp.Problem(objective, constraints), list(values), numbers, variables, gp, verdict)
 
 
 def lasso(draw: np.random.Generator) -> Kind:
@@ -46,7 +59,7 @@ def ridge_with_bounds(draw: np.random.Generator) -> Kind:
 
 
 def regulator(draw: np.random.Generator) -> Kind:
-    """A linear system steered over six steps with bounded inputs (model-predictive control)."""
+    """Control of a linear system over six steps with bounded inputs (model predictive control)."""
     n, m, steps = 4, 2, 6
     dynamics, inputs, start = cp.Parameter((n, n)), cp.Parameter((n, m)), cp.Parameter(n)
     X, U = cp.Variable((n, steps + 1)), cp.Variable((m, steps))
@@ -61,7 +74,7 @@ def regulator(draw: np.random.Generator) -> Kind:
 
 
 def portfolio(draw: np.random.Generator) -> Kind:
-    """The largest return under a limit on risk."""
+    """The portfolio of largest return under a limit on risk."""
     k = 10
     mean, factor, risk, w = cp.Parameter(k), cp.Parameter((k, k)), cp.Parameter(nonneg=True), cp.Variable(k)
     constraints = [cp.norm(factor @ w) <= risk, cp.sum(w) == 1, w >= 0]
@@ -70,7 +83,7 @@ def portfolio(draw: np.random.Generator) -> Kind:
 
 
 def logistic(draw: np.random.Generator) -> Kind:
-    """Logistic regression with both penalties."""
+    """Logistic regression with a quadratic and an absolute-value penalty."""
     N, d = 15, 4
     X, a, offset = cp.Parameter((N, d)), cp.Variable(d), cp.Variable()
     label = (draw.random(N) < 0.5).astype(float)
@@ -80,7 +93,7 @@ def logistic(draw: np.random.Generator) -> Kind:
 
 
 def soft_top_k(draw: np.random.Generator) -> Kind:
-    """The three largest of ten numbers, smoothed by entropy."""
+    """Smooth selection of the three largest of ten numbers."""
     c, p = cp.Parameter(10), cp.Variable(10)
     cost = -c @ p - cp.sum(cp.entr(p)) - cp.sum(cp.entr(1 - p))
     return _kind(cp.Minimize(cost), [cp.sum(p) == 3], {c: 2 * draw.normal(size=10)}, [p])
@@ -99,7 +112,7 @@ def maximum_entropy(draw: np.random.Generator) -> Kind:
 
 
 def quadratic_program(draw: np.random.Generator) -> Kind:
-    """A quadratic program with all of its data as parameters."""
+    """A quadratic program whose data are all parameters."""
     n = 8
     root, q, G, h = cp.Parameter((n, n)), cp.Parameter(n), cp.Parameter((6, n)), cp.Parameter(6)
     A, b, z = cp.Parameter((2, n)), cp.Parameter(2), cp.Variable(n)
@@ -186,7 +199,7 @@ def nearest_semidefinite(draw: np.random.Generator) -> Kind:
 
 
 def matrix_completion(draw: np.random.Generator) -> Kind:
-    """A matrix of small nuclear norm near some observed entries."""
+    """A matrix of small nuclear norm that is close to some observed entries."""
     seen, weight, X = cp.Parameter((4, 3)), cp.Parameter(nonneg=True), cp.Variable((4, 3))
     mask = (draw.random((4, 3)) < 0.7).astype(float)
     cost = cp.sum_squares(cp.multiply(mask, X - seen)) + weight * cp.norm(X, "nuc") + 0.1 * cp.sum_squares(X)
@@ -216,14 +229,14 @@ def total_variation(draw: np.random.Generator) -> Kind:
 
 
 def diagonal_metric(draw: np.random.Generator) -> Kind:
-    """The projection on a simplex in a norm with a diagonal parameter."""
+    """Projection on a simplex in a norm with a diagonal matrix as parameter."""
     D, y, x = cp.Parameter((6, 6), diag=True), cp.Parameter(6), cp.Variable(6)
     values = {D: np.diag(1 + draw.random(6)), y: draw.normal(size=6)}
     return _kind(cp.Minimize(cp.sum_squares(D @ x - y)), [cp.sum(x) == 1, x >= 0], values, [x])
 
 
 def log_utility(draw: np.random.Generator) -> Kind:
-    """A market's equilibrium: logarithms of utilities with shared goods."""
+    """The equilibrium of a market: logarithmic utilities of shared goods."""
     worth, supply, X = cp.Parameter((3, 4), nonneg=True), cp.Parameter(4, nonneg=True), cp.Variable((3, 4))
     cost = cp.sum(cp.log(cp.sum(cp.multiply(worth, X), axis=1))) - 0.1 * cp.sum_squares(X)
     values = {worth: 0.2 + draw.random((3, 4)), supply: 1 + draw.random(4)}
@@ -240,20 +253,20 @@ def weighted_geometric_mean(draw: np.random.Generator) -> Kind:
 
 
 def vertex(draw: np.random.Generator) -> Kind:
-    """A linear program at a vertex: the derivative in the cost is zero, that in the rows is not."""
+    """A linear program at a vertex: the derivative is zero in the cost, but not in the right-hand side."""
     c, b, x = cp.Parameter(3), cp.Parameter(3), cp.Variable(3)
     rows = np.array([[2.0, 1, 0], [1, 3, 1], [0, 1, 2]])
     return _kind(cp.Minimize(c @ x), [rows @ x <= b, x >= 0], {c: [-3, -2, -4], b: [4, 6, 3]}, [x])
 
 
 def relu_at_zero(draw: np.random.Generator) -> Kind:
-    """The positive part where it has a kink."""
+    """The positive part at its kink."""
     x, z = cp.Parameter(3), cp.Variable(3)
     return _kind(cp.Minimize(cp.sum_squares(z - x)), [z >= 0], {x: [1, 0, -2]}, [z], verdict="kink")
 
 
 def norm_ball_from_its_rim(draw: np.random.Generator) -> Kind:
-    """The projection on a ball of a point on its sphere."""
+    """Projection of a point on the boundary of a ball onto the ball."""
     x, z = cp.Parameter(2), cp.Variable(2)
     return _kind(cp.Minimize(cp.sum_squares(z - x)), [cp.norm(z) <= 5], {x: [3, 4]}, [z], verdict="kink")
 
@@ -265,13 +278,13 @@ def semidefinite_at_zero(draw: np.random.Generator) -> Kind:
 
 
 def tied_costs(draw: np.random.Generator) -> Kind:
-    """A linear program with two cheapest goods."""
+    """A linear program with two equally cheap goods."""
     c, x = cp.Parameter(3), cp.Variable(3)
     return _kind(cp.Minimize(c @ x), [cp.sum(x) == 1, x >= 0], {c: [1, 1, 2]}, [x], verdict="not unique")
 
 
 def doubled_rows(draw: np.random.Generator) -> Kind:
-    """The same bound twice, each with a parameter of its own."""
+    """The same bound twice, each with its own parameter."""
     a, b, x = cp.Parameter(), cp.Parameter(), cp.Variable(2)
     cost = cp.sum_squares(x - np.array([3.0, 1.0]))
     return _kind(cp.Minimize(cost), [x[0] <= a, 2 * x[0] <= b], {a: 1, b: 2}, [x], verdict="dependent rows")

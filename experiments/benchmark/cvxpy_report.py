@@ -1,4 +1,4 @@
-"""The tables of `make bench-cvxpy`: CvxpyLayer beside cvxpylayers, errors of gradients and seconds per call."""
+"""The page of `make bench-cvxpy`: gradient errors and times of CvxpyLayer and cvxpylayers."""
 
 from __future__ import annotations
 
@@ -16,21 +16,22 @@ import foldopt
 from experiments.benchmark.apart import in_turn
 from experiments.benchmark.cvxpy_differences import directions, slopes, weights
 from experiments.benchmark.cvxpy_kinds import KINDS, Kind, kind
+from experiments.report.markdown import table
 from experiments.report.measurements import peak_memory
 from foldopt.errors import DegenerateError, InputError
 
-RIGHT = 1e-7  # error of a derivative along one direction, relative to 1 plus its size
+RIGHT = 1e-7  # largest error of a right derivative along a direction, relative to 1 plus its size
 TIMED = ("quadratic program", "portfolio", "logistic", "nearest semidefinite")
 BATCHES = (1, 32, 128)
 ROUNDS = 5
-LARGE = 1_000  # rows and columns of the parameter in the problem whose set-up is measured
-LIMIT = 120.0  # seconds that a set-up may take
+LARGE = 1_000  # rows and columns of the parameter in the problem whose construction is measured
+LIMIT = 120.0  # seconds for a construction
 Call = Callable[..., Sequence[Tensor]]
 
 
 @dataclass(frozen=True)
 class Contender:
-    """How a library makes a layer of a kind of problem."""
+    """A library at one setting; make: (problem) -> its layer."""
 
     title: str
     make: Callable[[Kind], Call]
@@ -60,14 +61,14 @@ CONTENDERS: dict[str, Contender] = {
 
 
 def installed() -> list[str]:
-    """Return the contenders whose solvers are there."""
+    """Return the contenders whose solvers are installed."""
     import cvxpy
 
     return [name for name in CONTENDERS if name != "moreau" or "MOREAU" in cvxpy.installed_solvers()]
 
 
 def answered(k: Kind, contender: Contender, truth: Iterable[tuple[float, float]]) -> str:
-    """Return what a contender says of a kind: its largest error along the parameters' directions, or its refusal."""
+    """Return a contender's largest error along the directions of the parameters, or the error that it raises."""
     values = [torch.tensor(value, requires_grad=True) for value in k.values]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -78,17 +79,17 @@ def answered(k: Kind, contender: Contender, truth: Iterable[tuple[float, float]]
             gradients = torch.autograd.grad(total, values)
         except (DegenerateError, InputError) as error:
             return f"says {type(error).__name__}"
-        except Exception as error:  # of another library: whatever it raises is its answer
+        except Exception as error:  # any exception of another library is an answer for the table
             return f"raises {type(error).__name__}"
     if k.verdict != "differentiable":
-        return "answers without a word"
+        return "answers without an error"
     slope = zip(gradients, directions(k), truth, strict=True)
     worst = max(abs(float((g.numpy() * d).sum()) - true) / (1 + abs(true)) for g, d, (true, _) in slope)
     return f"{worst:.0e}" if worst < RIGHT else f"**{worst:.0e}**"
 
 
 def compared(names: Sequence[str], contenders: Sequence[str], say: Callable[[str], None]) -> list[list[str]]:
-    """Return one row for each kind of problem: its name, what is true, and every contender's answer."""
+    """Return one row for each kind of problem: its name, the true verdict, and the answer of each contender."""
     rows = []
     for name in names:
         k = kind(name)
@@ -101,7 +102,7 @@ def compared(names: Sequence[str], contenders: Sequence[str], say: Callable[[str
 
 
 def batch(k: Kind, size: int, seed: int = 1) -> list[Tensor]:
-    """Return values near those of a kind for a batch, of the parameters' attributes."""
+    """Return a batch of values close to those of a kind that respect the attributes of the parameters."""
     draw, out = np.random.default_rng(seed), []
     for parameter, value in zip(k.parameters, k.values, strict=True):
         noise = 0.05 * np.abs(value).max() * draw.normal(size=(size, *value.shape))
@@ -114,7 +115,7 @@ def batch(k: Kind, size: int, seed: int = 1) -> list[Tensor]:
 
 
 def seconds(call: Call, values: Sequence[Tensor]) -> tuple[float, float]:
-    """Return the seconds of one forward and one backward pass, those of the fastest of some rounds."""
+    """Return the seconds of a forward and a backward pass in the fastest of some rounds."""
     best = np.inf, np.inf
     for _ in range(ROUNDS):
         start = time.perf_counter()
@@ -127,7 +128,7 @@ def seconds(call: Call, values: Sequence[Tensor]) -> tuple[float, float]:
 
 
 def timed(contenders: Sequence[str], say: Callable[[str], None]) -> list[list[str]]:
-    """Return one row for each kind and batch: milliseconds of all, and how many times foldopt's that is."""
+    """Return one row for each kind and batch: milliseconds of each contender, and their ratio to foldopt's."""
     rows = []
     for name in TIMED:
         calls = {who: _made(who, kind(name)) for who in contenders}
@@ -144,7 +145,7 @@ def timed(contenders: Sequence[str], say: Callable[[str], None]) -> list[list[st
 
 
 def _made(who: str, k: Kind) -> Call | None:
-    """Return a contender's layer of a kind, None if it refuses the kind's cones."""
+    """Return a contender's layer for a kind of problem, None if it does not support the cones."""
     try:
         return CONTENDERS[who].make(k)
     except InputError:
@@ -152,15 +153,16 @@ def _made(who: str, k: Kind) -> Call | None:
 
 
 def set_up(who: str) -> tuple[float, float]:
-    """Return the seconds that a contender takes to make a layer of a large problem, and by how many MB memory grows.
+    """Return the seconds that a contender takes to construct the layer of a large problem, and its memory in MB.
 
-    Nonnegative least squares with a parameter of `LARGE` by `LARGE` entries. To be called in a process of its own.
+    The problem is nonnegative least squares with a parameter of `LARGE` by `LARGE` entries. Call this in a separate
+    process.
     """
     import cvxpy as cp
 
     A, b, x = cp.Parameter((LARGE, LARGE)), cp.Parameter(LARGE), cp.Variable(LARGE)
     problem = cp.Problem(cp.Minimize(cp.sum_squares(A @ x - b) + 0.1 * cp.sum_squares(x)), [x >= 0])
-    CONTENDERS[who].make(kind("relu"))  # imports do not count
+    CONTENDERS[who].make(kind("relu"))  # imports modules, which is not measured
     large = Kind(problem, [A, b], [], [x])
     start = time.perf_counter()
     _, grown = peak_memory(lambda: CONTENDERS[who].make(large))
@@ -168,7 +170,7 @@ def set_up(who: str) -> tuple[float, float]:
 
 
 def sizes(contenders: Sequence[str], say: Callable[[str], None]) -> list[list[str]]:
-    """Return one row for each contender: what `set_up` takes, or why there is none."""
+    """Return one row for each contender: seconds and MB of `set_up`, or why there are none."""
     rows = []
     for who in contenders:
         ((found, reason),) = in_turn(set_up, [(who,)], LIMIT)
@@ -176,12 +178,6 @@ def sizes(contenders: Sequence[str], say: Callable[[str], None]) -> list[list[st
         rows.append([CONTENDERS[who].title, *cells])
         say(", ".join(rows[-1]))
     return rows
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a table in Markdown."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def report(
@@ -195,23 +191,28 @@ def report(
 
 ## Errors of gradients
 
-{len(KINDS)} kinds of problems. The largest error of the derivative along one direction for each parameter, relative to
-1 plus its size, against extrapolated differences of tight solves by SCS and Clarabel (± what the last extrapolation
-changed). Bold: above {RIGHT:.0e}. At degenerate points there is no derivative along the incoming gradient.
+{len(KINDS)} kinds of problems. Errors are the largest over one direction for each parameter, relative to 1 plus the
+size of the derivative. The truth is from extrapolated differences of accurate solutions by SCS and Clarabel (±: the
+change by the last extrapolation). Bold: above {RIGHT:.0e}. At degenerate points no derivative exists for the given
+cotangent.
 
-{table(["problem", "true", *titles], errors)}
+{_lines(["problem", "true", *titles], errors)}
 
 ## Milliseconds, forward + backward
 
-The fastest of {ROUNDS} rounds, one thread, float64; in brackets how many times foldopt's. –: it does not take
+The fastest of {ROUNDS} rounds, one thread, float64; in brackets the ratio to foldopt. –: the library does not support
 these cones.
 
-{table(["problem", "batch", *titles], times)}
+{_lines(["problem", "batch", *titles], times)}
 
 ## Making a layer of a large problem
 
-Nonnegative least squares with a parameter of {LARGE:,} by {LARGE:,} entries: seconds of the constructor, and by how
-much memory grows meanwhile, each in a process of its own, which may take {LIMIT:.0f} s and 12 GiB.
+Nonnegative least squares with a parameter of {LARGE:,} by {LARGE:,} entries: seconds and growth of the memory during
+the constructor. Each library has a separate process with a limit of {LIMIT:.0f} s and 12 GiB.
 
-{table(["library", "seconds", "MB"], made)}
+{_lines(["library", "seconds", "MB"], made)}
 """
+
+
+def _lines(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    return "\n".join(table(header, rows))

@@ -1,8 +1,8 @@
-"""Derivatives of the solution of a quadratic program by differences, from a solver that is not foldopt's.
+"""Derivatives of the solution of a quadratic program by differences, with a solver that is independent of foldopt.
 
-The solution is a piecewise affine function of p, b, h and of the bounds, so a one-sided difference is exact until the
-active set changes, and below that step only the solver's error disturbs it. A difference counts where it does not
-depend on the step; where there is no such range of steps it is not resolved.
+The solution is a piecewise affine function of p, b, h and the bounds. A one-sided difference is therefore exact, except
+for the solver's error, up to the step at which the active set changes. A difference counts if several steps agree on
+it; otherwise it is unresolved.
 """
 
 from __future__ import annotations
@@ -18,20 +18,26 @@ from experiments.benchmark.collection import Arguments, Vector
 
 Solver = Callable[[Arguments], Vector | None]
 STEPS: Vector = 10.0 ** np.arange(-8.5, -1.4, 0.5)
-FINER: Vector = 10.0 ** np.arange(-12, -8.4, 0.5)  # where the active set changes too soon for the others
-NOISE: Vector = np.array([1e-12, 2e-12, 3e-12, 4e-12, 5e-12])  # their distance from a line is the solver's error
-WINDOW = 3  # steps in a row on which a difference has to be the same
-CONTINUOUS = 1e-5  # what is less than this of the scale is no jump
-AGREEMENT = 1e-4  # relative; what is larger than ten times that contradicts
-SMALL = 1e-3  # a derivative below this part of |weights|'|x| is resolved to `AGREEMENT` of that part
+FINER: Vector = 10.0 ** np.arange(-12, -8.4, 0.5)  # for active sets that change within the steps above
+NOISE: Vector = np.array(
+    [1e-12, 2e-12, 3e-12, 4e-12, 5e-12]
+)  # steps at which the distance from a straight line is the solver's error
+WINDOW = 3  # number of consecutive steps that must agree on a difference
+CONTINUOUS = 1e-5  # a discontinuity is at least this large relative to the scale
+AGREEMENT = 1e-4  # relative; a deviation of more than ten times this is a contradiction
+SMALL = 1e-3  # derivatives below this part of |weights|'|x| are resolved to `AGREEMENT` times that part
 
 
 @dataclass(frozen=True)
 class Difference:
-    """The derivative of w'x along a direction, from the left and from the right, each with its uncertainty.
+    """The derivatives of w'x along a direction from the left and from the right.
 
-    kind: "smooth" (both sides agree), "kink" (they do not), "jump" (w'x is not continuous: the solution is not unique),
-    "infeasible" (no solution on a side), or "unresolved".
+    Attributes:
+        kind: "smooth" (both sides agree), "kink" (they differ), "jump" (w'x is discontinuous, as the solution is not
+            unique), "infeasible" (one side has no solution) or "unresolved".
+        left: The derivative from the left.
+        right: The derivative from the right.
+        uncertainty: The sum of the uncertainties of both.
     """
 
     kind: str
@@ -41,13 +47,13 @@ class Difference:
 
     @property
     def value(self) -> float:
-        """The mean of both sides."""
+        """The mean of both derivatives."""
         return 0.5 * (self.left + self.right)
 
 
 @dataclass(frozen=True)
 class Plateau:
-    """A slope on which several steps agree: its uncertainty, the value at step 0 that it leads to, and its scale."""
+    """A slope on which several steps agree, with its uncertainty, its extrapolated value at step 0, and its scale."""
 
     slope: float
     error: float
@@ -88,10 +94,17 @@ def difference(solver: Solver, args: Arguments, name: str, direction: Vector, we
 def plateau(
     steps: Vector, along: Iterable[Vector | None], here: Vector, weights: Vector, noise: float
 ) -> Plateau | None:
-    """Return the slope of weights'x where several steps agree on it; None where there is none.
+    """Return the slope of weights'x on which several consecutive steps agree; None if there is no such slope.
 
-    along: the solutions at `steps`, of which no more are asked for than it takes. Of all such ranges it is that of the
-    smallest steps which leads back to the solution `here`, else that of the smallest. noise: error of weights'x.
+    The smallest steps whose slope leads back to the solution `here` are preferred; otherwise the smallest steps that
+    agree are taken.
+
+    Args:
+        steps: Steps of increasing size.
+        along: The solutions at `steps`, which are consumed only as far as needed.
+        here: The solution at step 0.
+        weights: The weights of the solution.
+        noise: Error of weights'x.
     """
     first, value, reach = None, float(weights @ here), float(np.abs(weights) @ np.abs(here))
     slopes: list[float] = []
@@ -110,7 +123,7 @@ def plateau(
             continue
         part = slopes[-WINDOW:]
         scale = max(float(np.median(extents[-WINDOW:])), SMALL * reach)
-        step = float(steps[number - 1])  # of the last slope, which solvers disturb the least
+        step = float(steps[number - 1])  # the step of the last slope, which has the smallest error of the solver
         error = float(np.ptp(part)) + 3 * noise / step
         if error <= AGREEMENT * scale:
             found = Plateau(part[-1], error, values[number - 1] - part[-1] * step, scale)
@@ -121,11 +134,11 @@ def plateau(
 
 
 def gap(solver: Solver, args: Arguments, weights: Vector, unit: float) -> float:
-    """Return how much weights'x differs over the solutions: 0 where the solution is unique along `weights`.
+    """Return the range of weights'x over all solutions: 0 if the solution is unique along `weights`.
 
-    A cost of -+t weights, added to the objective, picks the largest and the smallest value, however small t is. NaN
-    where the difference between them neither stays as t falls nor falls below 1e-6 of |weights|'|x|, and inf where
-    weights'x has no largest or no smallest value. unit: of t.
+    Adding -t weights or +t weights to the cost selects the solution with the largest or the smallest value for any
+    small t > 0. The result is NaN if the difference of these values neither stays constant as t falls nor falls below
+    1e-6 of |weights|'|x|. It is inf if weights'x has no largest or no smallest value. unit: The unit of t.
     """
     if _recedes(args, weights):
         return float("inf")
@@ -145,7 +158,7 @@ def gap(solver: Solver, args: Arguments, weights: Vector, unit: float) -> float:
 
 
 def _recedes(args: Arguments, weights: Vector) -> bool:
-    """Return whether weights'x changes along a ray of solutions, by a linear program over all rays with |d| <= 1."""
+    """Return whether weights'x changes along a ray of solutions: a linear program over all rays d with |d| <= 1."""
     still = sp.vstack([args.Q, args.A], format="csr")
     scale = 1 / np.maximum(abs(still).max(axis=1).toarray().ravel(), 1e-300)
     cost = args.p / max(float(np.abs(args.p).max(initial=0.0)), 1e-300)
@@ -167,10 +180,15 @@ def _recedes(args: Arguments, weights: Vector) -> bool:
 
 
 def judge(predicted: float, truth: Difference, extent: float) -> str:
-    """Return what differences say of a derivative: "confirmed", "close", "contradicted" or "unresolved".
+    """Judge a derivative by differences.
 
-    Close: to 1e-3 and not to 1e-4. extent: size of the terms that were summed, of which errors of 1e-9 are taken for
-    rounding.
+    Args:
+        predicted: The derivative.
+        truth: The differences.
+        extent: Sum of the sizes of the terms of `predicted`; errors below 1e-9 of it are rounding errors.
+
+    Returns:
+        "confirmed", "close" (right to 1e-3 but not to 1e-4), "contradicted" or "unresolved".
     """
     if truth.kind == "unresolved":
         return "unresolved"

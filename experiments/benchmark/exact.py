@@ -1,7 +1,7 @@
 """Linear algebra, linear programs and convex quadratic programs in exact rational arithmetic, for a few variables.
 
-Everything is computed with Python's integers and fractions, never with floats. Pivoting keeps integers: a tableau of
-integers stands for the same tableau divided by its last pivot, and every division in `_pivot` leaves no remainder.
+Everything is computed with Python's integers and fractions, never with floats. Pivoting is fraction-free: a tableau of
+integers stands for this tableau divided by the last pivot, and the divisions in `_pivot` leave no remainder.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def combination(weights: Vector, rows: Matrix, n: int) -> list[Number]:
 
 
 def integers(values: Iterable[Number]) -> list[int]:
-    """Return the smallest positive multiple of a vector that has only integers, divided by their common divisor."""
+    """Return the smallest positive multiple of a vector whose entries are all integers."""
     listed = list(values)
     common = lcm(*(Fraction(value).denominator for value in listed))
     scaled = [int(value * common) for value in listed]
@@ -44,7 +44,7 @@ def integers(values: Iterable[Number]) -> list[int]:
 
 
 def _pivot(tableau: list[list[int]], row: int, column: int, last: int) -> int:
-    """Pivot a tableau of integers in place; return the pivot, by which the new tableau is to be divided."""
+    """Pivot a tableau of integers in place, and return the pivot, the divisor of the new tableau."""
     source = tableau[row]
     pivot = source[column]
     for i, target in enumerate(tableau):
@@ -58,7 +58,7 @@ def _pivot(tableau: list[list[int]], row: int, column: int, last: int) -> int:
 
 
 def _reduced(rows: Matrix, columns: int) -> tuple[list[list[int]], list[int], int]:
-    """Return the rows in reduced echelon form, times the last pivot, with the columns of the pivots and that pivot."""
+    """Return the reduced echelon form times the last pivot, the columns of the pivots, and the last pivot."""
     tableau = [integers(row) for row in rows]
     pivots: list[int] = []
     last = 1
@@ -78,7 +78,7 @@ def rank(rows: Matrix, n: int) -> int:
 
 
 def null_space(rows: Matrix, n: int) -> list[list[int]]:
-    """Return a basis of {x : rows x = 0} of vectors of integers."""
+    """Return an integer basis of {x : rows x = 0}."""
     tableau, pivots, last = _reduced(rows, n)
     basis = []
     for free in (j for j in range(n) if j not in pivots):
@@ -91,7 +91,7 @@ def null_space(rows: Matrix, n: int) -> list[list[int]]:
 
 
 def solve(rows: Matrix, right: Vector, n: int) -> list[Number] | None:
-    """Return a solution x of rows x = right, the one with zeros at the free variables; None where there is none."""
+    """Return the solution x of rows x = right whose free variables are zero; None if there is no solution."""
     tableau, pivots, last = _reduced([[*row, value] for row, value in zip(rows, right, strict=True)], n)
     if any(row[n] for row in tableau[len(pivots) :]):
         return None
@@ -102,7 +102,7 @@ def solve(rows: Matrix, right: Vector, n: int) -> list[Number] | None:
 
 
 def is_positive_semidefinite(Q: Matrix) -> bool:
-    """Say whether a symmetric matrix has no negative eigenvalue, by symmetric elimination."""
+    """Return whether a symmetric matrix has no negative eigenvalue, by symmetric elimination."""
     rest = [[Fraction(value) for value in row] for row in Q]
     while rest:
         n = len(rest)
@@ -117,12 +117,12 @@ def is_positive_semidefinite(Q: Matrix) -> bool:
 
 
 def maximum(cost: Vector, rows: Matrix, right: Vector) -> Number | None:
-    """Return max cost'z over {z : rows z <= right}, where right >= 0, so that z = 0 is feasible; None if unbounded.
+    """Return max cost'z over {z : rows z <= right} for right >= 0, so that z = 0 is feasible; None if unbounded.
 
-    The primal simplex method with Bland's rule, which cannot cycle.
+    This is the primal simplex method with Bland's rule, which cannot cycle.
     """
     n, m = len(cost), len(rows)
-    objective = integers([*cost, 1])  # the last entry tells by how much it was scaled
+    objective = integers([*cost, 1])  # the appended 1 becomes the factor by which the cost was scaled
     scale = objective.pop()
     tableau = []
     for i, (row, value) in enumerate(zip(rows, right, strict=True)):
@@ -154,9 +154,9 @@ def maximum(cost: Vector, rows: Matrix, right: Vector) -> Number | None:
 
 
 def complementary(M: Matrix, q: Vector) -> list[Number] | None:
-    """Return z >= 0 with w = M z + q >= 0 and w'z = 0 for a positive semidefinite M; None where there is none.
+    """Return z >= 0 with w = M z + q >= 0 and w'z = 0 for a positive semidefinite M; None if there is no such z.
 
-    Lemke's method. Ties of the ratio test are broken lexicographically, so that it cannot cycle.
+    This is Lemke's method. Ties of the ratio test are broken lexicographically, so that it cannot cycle.
     """
     size = len(q)
     if all(value >= 0 for value in q):
@@ -165,7 +165,7 @@ def complementary(M: Matrix, q: Vector) -> list[Number] | None:
     for i, (row, value) in enumerate(zip(M, q, strict=True)):
         unit = [0] * size
         unit[i] = 1
-        common = lcm(*(Fraction(entry).denominator for entry in [*row, value]))  # w is counted in units of 1 / common
+        common = lcm(*(Fraction(entry).denominator for entry in [*row, value]))  # w is in units of 1 / common
         tableau.append([*unit, *(int(-common * entry) for entry in row), -common, int(common * value)])
     artificial = 2 * size
     basis = list(range(size))
@@ -198,7 +198,7 @@ def complementary(M: Matrix, q: Vector) -> list[Number] | None:
 
 
 def _lexicographically_smallest(tableau: list[list[int]], candidates: list[int], column: int, size: int) -> int:
-    """Return the row whose right-hand side and entries of w, over that in `column`, come first in the dictionary."""
+    """Return the candidate whose right-hand side and entries of w, divided by that in `column`, are first in order."""
     for place in [-1, *range(size)]:
         best = candidates[0]
         for i in candidates[1:]:

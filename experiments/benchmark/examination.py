@@ -1,4 +1,4 @@
-"""What a library answers to a problem of the collection, and how differences judge its gradient or its refusal."""
+"""The answers of libraries to problems of the collection, and their judgement by differences."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from experiments.benchmark.differences import Difference
 from experiments.benchmark.libraries import LIBRARIES, Answer, ask, warm_up
 from experiments.benchmark.truth import Along, Truth, weights
 
-OBJECTIVE, ROWS = 1e-6, 1e-8  # what counts as solved: relative error of the objective, violation of any row or bound
-NONE = ("jump", "infeasible")  # kinds of differences that show that the solution is not unique, or none
-ABSENT = ("kink", *NONE)  # that show that there is no derivative
+OBJECTIVE, ROWS = 1e-6, 1e-8  # largest relative error of the objective, and violation of a row or bound, if solved
+NONE = ("jump", "infeasible")  # kinds of differences that show that the solution is not unique or does not exist
+ABSENT = ("kink", *NONE)  # kinds of differences that show that there is no derivative
 
 
 @dataclass(frozen=True)
 class Observation:
-    """An answer without x, and what x is worth: its objective, its worst violation of a row and of a bound."""
+    """An answer without x; instead the objective of x and its largest violations of a row and of a bound."""
 
     answer: Answer
     objective: float = np.nan
@@ -30,11 +30,30 @@ class Observation:
 
 @dataclass(frozen=True)
 class Finding:
-    """One library, problem and argument: what was answered, and how it is judged.
+    """The judged answer of a library to a problem, with the derivative with respect to one argument.
 
-    solution: "solved", "wrong", "" where there is none. derivative: "confirmed", "close", "contradicted", "unresolved",
-    for a refusal "kink confirmed", "not unique contradicted" and so on, "not compared" where there is nothing to judge
-    it by. predicted, left, right, uncertainty: along the direction that fares worst. error: of the objective, relative.
+    Attributes:
+        library: The library.
+        problem: The problem.
+        argument: The argument.
+        n: Number of variables.
+        said: "answered", "refused" or "raw", see `Answer`.
+        solution: "solved", "wrong", or "" if there is no solution.
+        verdict: The layer's verdict on the derivative, if it has one.
+        derivative: "confirmed", "close", "contradicted" or "unresolved" for a gradient; the same after the reason for a
+            refusal, such as "kink confirmed"; "not compared" without differences to judge by.
+        objective: Objective at x.
+        objective_error: Its relative error.
+        row_violation: Largest violation of a row.
+        bound_violation: Largest violation of a bound.
+        seconds_forward: Seconds of the forward pass.
+        seconds_backward: Seconds of the backward pass.
+        peak_bytes: Growth of the memory in use.
+        predicted: The derivative along the direction with the worst judgement.
+        left: The difference from the left along this direction.
+        right: The difference from the right along this direction.
+        uncertainty: The uncertainty of these differences.
+        error: The library's error message.
     """
 
     library: str
@@ -60,7 +79,7 @@ class Finding:
 
 
 def examine(folder: Path, library: str, name: str, argument: str) -> Observation:
-    """Return what `library` answers to the problem `name`, with the gradient of w'x with respect to `argument`."""
+    """Let `library` solve the problem `name` and compute the gradient of w'x with respect to `argument`."""
     warm_up(library)
     problem = read(folder, name)
     answer = ask(LIBRARIES[library], arguments(problem), argument, weights(name, problem.n))
@@ -72,7 +91,7 @@ def examine(folder: Path, library: str, name: str, argument: str) -> Observation
 def finding(
     library: str, problem: str, argument: str, n: int, optimum: float, seen: Observation, truth: Truth | None
 ) -> Finding:
-    """Return how what was seen is judged. optimum: the right objective. truth: None for problems not compared."""
+    """Judge an answer; optimum: the right objective; truth: None for problems whose derivatives are not compared."""
     answer = seen.answer
     error = abs(seen.objective - optimum) / max(1.0, abs(optimum))
     solved = error <= OBJECTIVE and max(seen.row, seen.bound) <= ROWS
@@ -103,7 +122,7 @@ def finding(
 
 
 def _gradient(blank: Finding, gradient: Vector, truth: Truth, along: tuple[Along, ...]) -> Finding:
-    """Return the judgement of a gradient, along the direction that fares worst."""
+    """Judge a gradient by the direction with the worst result."""
     if truth.gap > 0:
         return replace(blank, derivative="contradicted (not unique)")
     found = []
@@ -119,7 +138,7 @@ def _gradient(blank: Finding, gradient: Vector, truth: Truth, along: tuple[Along
 
 
 def _refusal(blank: Finding, truth: Truth, along: tuple[Along, ...]) -> Finding:
-    """Return whether differences see the reason for which there is no derivative; any, where none is named."""
+    """Judge a refusal: do differences confirm its reason, or any reason if it names none?"""
     reason = blank.verdict or "refused"
     if truth.gap > 0:
         return replace(blank, derivative=f"{reason} confirmed")
@@ -127,7 +146,7 @@ def _refusal(blank: Finding, truth: Truth, along: tuple[Along, ...]) -> Finding:
     if reason == "not unique":
         if truth.gap == 0:
             return replace(blank, derivative=f"{reason} contradicted")
-        shown = truth.along["p"]  # which shows by a jump, or by the lack of a solution, that there are many
+        shown = truth.along["p"]  # a jump in p, or a p nearby without a solution, shows that the solution is not unique
     kinds = NONE if reason == "not unique" else ABSENT
     for one in shown:
         if one.difference.kind in kinds:

@@ -1,7 +1,7 @@
-"""Small quadratic programs on which layers are wrong, raw or silent, each with its right answer.
+"""Small quadratic programs on which layers give wrong answers or fail with unintended errors, with right answers.
 
-min 1/2 x'Qx + p'x subject to Gx <= h, Ax = b. The right answer is the solution and the gradient of sum(x) with respect
-to p, or the cause for which there is none.
+The programs are min 1/2 x'Qx + p'x subject to Gx <= h, Ax = b. The right answer is the solution and the gradient of
+sum(x) with respect to p, or the reason why there is none.
 """
 
 from __future__ import annotations
@@ -18,10 +18,15 @@ INFINITY = float("inf")
 
 @dataclass(frozen=True)
 class Case:
-    """A program and its right answer.
+    """A program and its right answer: x and the gradient, or a refusal.
 
-    Either x and gradient are given, or refusal: "infeasible", "unbounded", "nonconvex", "not unique" or "kink".
-    unit: in which entries of x are judged, by default max(1, |x|).
+    Attributes:
+        name: What is special about the program.
+        Q, p, G, h, A, b: The program; None for no rows.
+        x: The solution.
+        gradient: The gradient of sum(x) with respect to p.
+        refusal: "infeasible", "unbounded", "nonconvex", "not unique" or "kink" if there is no solution or no gradient.
+        unit: Unit in which errors of x are measured; None for max(1, |x|).
     """
 
     name: str
@@ -61,7 +66,7 @@ NOWHERE = torch.zeros(3, dtype=F64)
 
 
 def _equalities() -> Iterator[Case]:
-    """Yield programs whose equalities depend on each other."""
+    """Yield programs whose equalities are linearly dependent."""
     positive = -_eye(3), NOWHERE
     ones = torch.ones(1, 3, dtype=F64)
     yield Case(
@@ -128,13 +133,13 @@ def _equalities() -> Iterator[Case]:
 
 
 def _networks() -> Iterator[Case]:
-    """Yield assignment, transport and a shortest path, with all rows, one of which follows from the others."""
+    """Yield assignment, transport and a shortest path, with a redundant equality in each."""
 
     def marginals(k: int, m: int) -> Tensor:
         left, right = torch.ones(1, m, dtype=F64), torch.ones(1, k, dtype=F64)
         return torch.cat([torch.kron(_eye(k), left), torch.kron(right, _eye(m))])
 
-    cost = _t(4, 1, 3, 2, 0, 5, 3, 2, 2)  # the next best assignment costs 6 instead of 5
+    cost = _t(4, 1, 3, 2, 0, 5, 3, 2, 2)  # the second-best assignment costs 6, the best one 5
     best = _t(0, 1, 0, 1, 0, 0, 0, 0, 1)
     for ridge in (0.0, 0.01):
         yield Case(
@@ -144,7 +149,7 @@ def _networks() -> Iterator[Case]:
             x=best,
             gradient=0 * best,
         )
-    cost, best = _t(1, 4, 5, 3, 2, 6), _t(2, 0, 1, 0, 3, 1)  # reduced costs 3 and 1 of what is not used
+    cost, best = _t(1, 4, 5, 3, 2, 6), _t(2, 0, 1, 0, 3, 1)  # the unused routes have reduced costs 3 and 1
     for ridge in (0.0, 0.01):
         yield Case(
             f"transport, ridge {ridge:g}",
@@ -199,7 +204,7 @@ def _no_solution() -> Iterator[Case]:
 
 
 def _bounds() -> Iterator[Case]:
-    """Yield an LP and a QP on the simplex with upper bounds that never bind."""
+    """Yield an LP and a QP with upper bounds that are never active."""
     for big in (1e6, 1e10, 1e20, INFINITY):
         rows = torch.cat([-_eye(3), _eye(3)]), torch.cat([NOWHERE, torch.full((3,), big, dtype=F64)])
         one = torch.ones(1, 3, dtype=F64), _t(1)
@@ -218,7 +223,7 @@ def _bounds() -> Iterator[Case]:
 
 
 def _penalties() -> Iterator[Case]:
-    """Yield soft rows with a linear penalty that is larger than it need be."""
+    """Yield soft constraints with linear penalties that are larger than necessary."""
     rows = _m((0.6, -1, 0), (0.8, 0, -1), (0, -1, 0), (0, 0, -1)), _t(0.5, 0.5, 0, 0)
     for penalty in (1e2, 1e4, 1e6, 1e8, 1e10):
         yield Case(
@@ -230,7 +235,7 @@ def _penalties() -> Iterator[Case]:
 
 
 def _units() -> Iterator[Case]:
-    """Yield well-conditioned programs in other units of rows, cost and variables."""
+    """Yield well-conditioned programs in badly scaled units of rows, cost and variables."""
     for scale in (1e-10, 1e-5, 1e5):
         yield Case(
             f"rows times {scale:.0e}",
@@ -258,7 +263,7 @@ def _units() -> Iterator[Case]:
 
 
 def _degenerate() -> Iterator[Case]:
-    """Yield vertices at which more rows are active than there are variables, and weak rows that change nothing."""
+    """Yield vertices with more active rows than variables, and weakly active rows that do not affect the derivative."""
     zero = torch.zeros(2, 2, dtype=F64)
     yield Case(
         "LP, three rows through a vertex",
@@ -285,7 +290,7 @@ def _degenerate() -> Iterator[Case]:
 
 
 def _arguments() -> Iterator[Case]:
-    """Yield arguments that are missing, empty or integer."""
+    """Yield programs whose arguments are missing, empty or of integer dtype."""
     plane, x, gradient = (_m((1, 1, 0)), _t(1)), _t(0.55, 0.45, -0.3), _t(0, 0, -1)
     empty = torch.Tensor()
     yield Case("no inequalities (None)", _eye(3), P3, None, None, *plane, x=x, gradient=gradient)

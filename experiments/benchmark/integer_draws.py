@@ -1,4 +1,4 @@
-"""Draws small quadratic programs with integer data, and the integer vectors g of which g'x is differentiated."""
+"""Draw small quadratic programs with integer data, and integer vectors g whose products g'x are differentiated."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from dataclasses import replace
 from experiments.benchmark.exact import Number, combination, dot, is_positive_semidefinite, times
 from experiments.benchmark.integer_programs import Bound, Kind, Program
 
-# Variables, inequalities, equalities.
+# Numbers of variables, inequalities and equalities.
 SHAPES = [(n, m, k) for n in range(1, 6) for m in (0, 3, 6, 9) for k in (0, 0, 1, 2, 3) if k <= n]
 
 
 def draw(seed: int) -> Program:
-    """Draw a program that has a solution by construction: x, multipliers and slacks are drawn, p and c follow."""
+    """Draw a program that has a solution: x, multipliers and slacks are drawn, and p and c are derived."""
     return _Draft(seed).program()
 
 
@@ -38,7 +38,7 @@ def draw_infeasible(seed: int) -> Program:
 
 
 def draw_unbounded(seed: int) -> Program:
-    """Draw a feasible program and turn its rows so that they leave a ray on which the cost falls."""
+    """Draw a feasible program whose rows allow a ray along which the cost falls."""
     draft = _Draft(seed)
     drawn, n = draft.random, draft.n
     ray = [0] * n
@@ -76,7 +76,7 @@ def draw_nonconvex(seed: int) -> Program:
 
 
 def cotangents(program: Program, seed: int) -> list[tuple[int, ...]]:
-    """Return two integer vectors g: one drawn, and a unit vector, the cost, a row of Q or of the constraints."""
+    """Return two integer vectors g: a random one, and a unit vector, p, or a row of Q or of the constraints."""
     drawn = random.Random(-1 - seed)
     n = program.n
     first = (0,) * n
@@ -89,7 +89,7 @@ def cotangents(program: Program, seed: int) -> list[tuple[int, ...]]:
 
 
 class _Draft:
-    """Draws the parts of a program around a solution x."""
+    """Draws the parts of a program with the solution x."""
 
     def __init__(self, seed: int, rows: int = 0) -> None:
         self.random = random.Random(seed)
@@ -97,18 +97,18 @@ class _Draft:
         self.n, self.m, self.k = drawn.choice([shape for shape in SHAPES if shape[1] + shape[2] >= rows])
         self.bounded = drawn.random() < 0.5
         self.x = [drawn.randint(-2, 2) for _ in range(self.n)]
-        self.redundancy = drawn.choice((0, 0, 0.5, 1))  # of rows that depend on others
+        self.redundancy = drawn.choice((0, 0, 0.5, 1))  # scales the probability of rows that depend on others
         self.factor = self.random_rows(drawn.choice((0, self.n, self.n, self.n + 1, drawn.randint(0, self.n))))
 
     def random_rows(self, count: int) -> list[list[int]]:
-        """Return rows of small integers, many of them 0; none is a row of zeros unless rows may be redundant."""
+        """Return rows of small integers, many of them 0; rows of zeros occur only if rows may be redundant."""
         largest = self.random.choice((1, 2, 2, 3))
         entries = [*range(-largest, largest + 1), 0]
         rows = [[self.random.choice(entries) for _ in range(self.n)] for _ in range(count)]
         return [row if any(row) or self.redundancy else [1] * self.n for row in rows]
 
     def equalities(self) -> list[list[int]]:
-        """Return equality rows, some of which depend on those before them."""
+        """Return equality rows, some of which depend linearly on earlier ones."""
         rows: list[list[int]] = []
         for row in self.random_rows(self.k):
             rows.append(
@@ -126,7 +126,7 @@ class _Draft:
     def program(self) -> Program:
         """Return the program whose solution is x with the drawn multipliers."""
         drawn, n, x = self.random, self.n, self.x
-        tight = drawn.choice((0.2, 0.35, 0.7))  # share of active rows
+        tight = drawn.choice((0.2, 0.35, 0.7))  # probability that a row is active
         multiplier = drawn.choice(((0, 0, 0, 1), (0, 0, 1, 2), (1, 1, 2)))
         A = self.equalities()
         pull = combination([drawn.choice((-2, -1, 0, 1, 2)) for _ in A], A, n)
@@ -179,7 +179,7 @@ class _Draft:
 
 
 def _across(rows: Sequence[Sequence[int]], ray: Sequence[int]) -> list[tuple[int, ...]]:
-    """Return multiples of the rows' parts across a ray, on which the product with the ray is 0."""
+    """Return multiples of the rows' components orthogonal to a ray."""
     length = dot(ray, ray)
     return [_ints(length * value - dot(row, ray) * r for value, r in zip(row, ray, strict=True)) for row in rows]
 

@@ -2,8 +2,8 @@
 
     minimize 1/2 x'Qx + p'x  subject to  Gx <= h, Ax = b, lower <= x <= upper
 
-Integer data make degeneracy common: dependent and repeated rows, ties, active rows without a multiplier, equalities
-that are written as two inequalities, solutions that are not unique. Nothing here uses foldopt or floats.
+Degeneracy is common with integer data: dependent and repeated rows, ties, active rows with zero multipliers, equalities
+written as two inequalities, and solutions that are not unique. Nothing here uses foldopt or floats.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Bound = int | None  # None: no bound
 
 @dataclass(frozen=True)
 class Program:
-    """minimize 1/2 x'Qx + p'x subject to Gx <= h, Ax = b, lower <= x <= upper, in integers; None is no bound."""
+    """min 1/2 x'Qx + p'x subject to Gx <= h, Ax = b, lower <= x <= upper, with integer data; None: no bound."""
 
     Q: tuple[tuple[int, ...], ...]
     p: tuple[int, ...]
@@ -47,11 +47,11 @@ class Program:
 
     @property
     def shape(self) -> tuple[int, int, int, bool, bool]:
-        """Return what programs of one batch have in common: numbers of variables and rows, and which bounds exist."""
+        """Return what programs of a batch have in common: the numbers of variables and rows, and which bounds exist."""
         return self.n, len(self.G), len(self.A), self.lower is not None, self.upper is not None
 
     def rows(self) -> list[Row]:
-        """Return all rows that bound something, in the form a'x <= c."""
+        """Return all rows with a finite right-hand side, in the form a'x <= c or a'x = c."""
         rows = [Row("A", i, a, c, True) for i, (a, c) in enumerate(zip(self.A, self.b, strict=True))]
         rows += [Row("G", i, a, c) for i, (a, c) in enumerate(zip(self.G, self.h, strict=True)) if c is not None]
         for kind, bounds, sign in (("lower", self.lower, -1), ("upper", self.upper, 1)):
@@ -64,7 +64,7 @@ class Program:
 
 @dataclass(frozen=True)
 class Row:
-    """A row a'x <= c, or a'x = c; row `index` of the argument `kind` (a lower bound has its sign changed)."""
+    """The row a'x <= c, or a'x = c, which is row `index` of the argument `kind`; a lower bound is negated."""
 
     kind: Kind
     index: int
@@ -75,16 +75,16 @@ class Row:
 
 @dataclass(frozen=True)
 class Point:
-    """A solution with multipliers of all rows (of equalities of either sign), for the cost p and right-hand sides c."""
+    """A solution x with multipliers y of all rows; those of equalities have either sign."""
 
     x: list[Number]
     y: list[Number]
 
 
 def optimum(program: Program, p: Vector, c: Vector) -> Point | None:
-    """Solve the program with other p and right-hand sides; return None where it is infeasible or unbounded.
+    """Solve the program with cost p and right-hand sides c in place of its own; None if infeasible or unbounded.
 
-    The optimality conditions of what Lemke's method returns are checked, which proves it optimal.
+    The optimality conditions of the result of Lemke's method are checked, which proves that it is optimal.
     """
     n, rows = program.n, program.rows()
     # x = s - t with s, t >= 0; an equality is two inequalities.
@@ -109,7 +109,7 @@ def optimum(program: Program, p: Vector, c: Vector) -> Point | None:
 
 
 def is_optimal(program: Program, p: Vector, c: Vector, point: Point) -> bool:
-    """Check the optimality conditions, which are sufficient as Q is positive semidefinite."""
+    """Return whether the optimality conditions hold; they are sufficient, as Q is positive semidefinite."""
     rows = program.rows()
     pull = combination(point.y, [row.a for row in rows], program.n)
     stationary = all(dot(q, point.x) + a + b == 0 for q, a, b in zip(program.Q, p, pull, strict=True))
@@ -121,7 +121,7 @@ def is_optimal(program: Program, p: Vector, c: Vector, point: Point) -> bool:
 
 
 def status(program: Program) -> Status:
-    """Say which kind of program it is; "unbounded" means feasible with a ray along which the objective falls."""
+    """Return the kind of program; "unbounded" is feasible with a ray along which the objective falls."""
     if not is_positive_semidefinite(program.Q):
         return "nonconvex"
     n, rows = program.n, program.rows()
@@ -136,9 +136,9 @@ def status(program: Program) -> Status:
 
 
 def spread_of(program: Program, p: Vector, c: Vector, point: Point, g: Vector) -> tuple[Number | None, Number | None]:
-    """Return by how much g'x can fall and rise among all solutions, from the one at hand; None is without limit.
+    """Return by how much g'x can fall and rise from `point` to any other solution; None for no limit.
 
-    The solutions of a convex quadratic program have Qx and p'x in common, which describes them without multipliers.
+    All solutions of a convex quadratic program have the same Qx and p'x, which describes them without multipliers.
     """
     rows = program.rows()
     level = [[*q] for q in (*program.Q, p)] + [row.a for row in rows if row.equality]

@@ -1,17 +1,18 @@
-"""What `QPLayer` answers on small random programs with integer data, beside what is true of them.
+"""Answers of `QPLayer` on small random programs with integer data, compared with exact truth.
 
-Every program is asked for the gradient of g'x in four ways: with respect to p alone and with respect to the right-hand
-sides as well (to all arguments where the solution is the only one), one program at a time with errors raised, and in
-batches of equal shapes with policies, where failing programs share batches with good ones.
+The gradient of g'x is computed in four ways: with respect to p only, or to the right-hand sides as well (to all
+arguments if the solution is unique); and for one program at a time, where errors are raised, or in batches of equal
+shapes with policies, where failing programs share batches with others.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -21,29 +22,21 @@ from experiments.benchmark.exact import Number, Vector, dot, times
 from experiments.benchmark.integer_draws import cotangents, draw, draw_infeasible, draw_nonconvex, draw_unbounded
 from experiments.benchmark.integer_programs import Bound, Program
 from experiments.benchmark.integer_truth import Derivative, Truth, derivative_of, judged, pieces, truth_of
+from experiments.benchmark.refusals import REASONS, reason
 from foldopt.errors import FoldoptError
 
 Asked = Literal["p", "right-hand sides"]
 F64 = torch.float64
-TOLERANCE = 1e-6  # of solutions and gradients, relative to 1 or the largest entry
+TOLERANCE = 1e-6  # of solutions and gradients, relative to max(1, largest entry)
 LARGEST_BATCH = 64
-REFUSALS = {
-    "KinkError": "kink",
-    "NotUniqueError": "not unique",
-    "DependentRowsError": "dependent rows",
-    "InfeasibleError": "infeasible",
-    "UnboundedError": "unbounded",
-    "NonconvexError": "nonconvex",
-    "LimitError": "limit reached",
-}
 RIGHT, WRONG, WRONG_X = "right gradient", "wrong gradient", "wrong solution"
 OTHER, RAW = "another refusal", "raw exception"
-COLUMNS = (RIGHT, WRONG, WRONG_X, *REFUSALS.values(), OTHER, RAW)
+COLUMNS = (RIGHT, WRONG, WRONG_X, *REASONS.values(), OTHER, RAW)
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A program, what is true of it, the vectors g, and what is true of the derivatives of g'x."""
+    """A program, the truth about it, vectors g, and the truth about the derivatives of each g'x."""
 
     seed: int
     program: Program
@@ -54,7 +47,16 @@ class Sample:
 
 @dataclass(frozen=True)
 class Answer:
-    """What the layer said of one g'x; error: of the gradient, where it gave one."""
+    """The layer's answer for one g'x.
+
+    Attributes:
+        sample: The sample.
+        which: Index of g in `sample.g`.
+        asked: The arguments of the gradient.
+        said: One of COLUMNS.
+        error: Error of the gradient, if there is one.
+        detail: The error message, if there is one.
+    """
 
     sample: Sample
     which: int
@@ -65,7 +67,7 @@ class Answer:
 
     @property
     def true(self) -> str:
-        """Return the row of the confusion table that this belongs to."""
+        """The true answer, one of ROWS."""
         truth = self.sample.truth
         if truth.status != "solved":
             return truth.status
@@ -80,7 +82,7 @@ class Answer:
 
     @property
     def as_true(self) -> bool:
-        """Say whether the answer is the true one; "not unique" is one at kinks near which x is not unique."""
+        """Whether the answer is right; "not unique" also is at kinks with programs nearby whose x is not unique."""
         if self.true.startswith("differentiable"):
             return self.said == RIGHT
         if self.true.startswith("dependent rows"):
@@ -112,7 +114,15 @@ ROWS = (
 
 @dataclass
 class Sweep:
-    """All answers by way of asking, and what the policy "one_sided" returned at kinks."""
+    """The results of a sweep.
+
+    Attributes:
+        samples: All samples.
+        examined: Number of samples whose truth is checked by differences.
+        answers: The answers, by way of calling and arguments.
+        one_sided: Counts of the results of the policy "one_sided" at kinks.
+        judged: Counts of the checks of the truth.
+    """
 
     samples: list[Sample]
     examined: int = 0
@@ -122,7 +132,7 @@ class Sweep:
 
 
 def sample(seed: int, kind: Callable[[int], Program] = draw) -> Sample:
-    """Draw one program and find out what is true of it."""
+    """Draw one program and determine the truth about it."""
     program = kind(seed)
     truth = truth_of(program)
     g = cotangents(program, seed)
@@ -130,7 +140,7 @@ def sample(seed: int, kind: Callable[[int], Program] = draw) -> Sample:
 
 
 def samples(first: int, solvable: int, failing: int) -> list[Sample]:
-    """Draw programs that have a solution, and `failing` of each kind that has none, with seeds from `first` on."""
+    """Draw `solvable` programs with a solution and `failing` ones of each other kind, with seeds from `first` on."""
     found = [sample(seed) for seed in range(first, first + solvable)]
     for kind in (draw_infeasible, draw_unbounded, draw_nonconvex):
         found += [sample(seed, kind) for seed in range(first, first + failing)]
@@ -138,7 +148,7 @@ def samples(first: int, solvable: int, failing: int) -> list[Sample]:
 
 
 def arguments(programs: Sequence[Program]) -> dict[str, Tensor]:
-    """Return programs of equal shapes as the layer's arguments, with a batch dimension; no bound is inf."""
+    """Return programs of equal shapes as the layer's batched arguments; missing bounds become inf."""
 
     def bounds(values: Iterable[Sequence[Bound] | None], none: float) -> Tensor:
         rows = [[none if value is None else float(value) for value in row or ()] for row in values]
@@ -161,7 +171,7 @@ def arguments(programs: Sequence[Program]) -> dict[str, Tensor]:
 
 
 def differentiated(given: dict[str, Tensor], asked: Asked, unique: bool) -> dict[str, Tensor]:
-    """Return the arguments of which gradients are asked, and make them require one."""
+    """Return the arguments whose gradients are computed, with requires_grad set."""
     names = ["p"]
     if asked != "p":
         names = list(given) if unique else [name for name in given if name not in ("Q", "G", "A")]
@@ -169,9 +179,9 @@ def differentiated(given: dict[str, Tensor], asked: Asked, unique: bool) -> dict
 
 
 def expected(sample: Sample, which: int, names: Iterable[str]) -> dict[str, list[list[Number]]]:
-    """Return the true gradients of g'x with respect to the named arguments, vectors as matrices of one row.
+    """Return the true gradients of g'x with respect to the named arguments, vectors as matrices with one row.
 
-    That of Q is symmetric. Those of Q, G and A are only true where x and the multipliers are unique.
+    The gradient of Q is symmetric. Those of Q, G and A are right only if x and the multipliers are unique.
     """
     truth, derivative = sample.truth, sample.derivatives[which]
     program, n = truth.program, truth.program.n
@@ -192,7 +202,7 @@ def expected(sample: Sample, which: int, names: Iterable[str]) -> dict[str, list
 
 
 def error_of(sample: Sample, which: int, gradients: dict[str, Tensor]) -> float:
-    """Return the largest error of the gradients, each relative to 1 or its largest entry; inf where none exists."""
+    """Return the largest error of the gradients, relative to max(1, largest entry); inf if one does not exist."""
     truth, derivative = sample.truth, sample.derivatives[which]
     if derivative.gradient is None:
         return float("inf")
@@ -212,15 +222,15 @@ def error_of(sample: Sample, which: int, gradients: dict[str, Tensor]) -> float:
         if difference.numel():
             size = max(1.0, float(true.abs().max()))
             found = float(difference.abs().max()) / size
-            worst = max(worst, found if found == found else float("inf"))
+            worst = max(worst, math.inf if math.isnan(found) else found)
     return worst
 
 
 def is_solution(truth: Truth, x: Tensor) -> bool:
-    """Say whether x is one of the solutions, up to rounding: they have Qx and p'x in common and satisfy the rows."""
+    """Return whether x is a solution up to rounding: it satisfies the rows and has the right Qx and p'x."""
     program = truth.program
     exact: list[float] = x.tolist()
-    if any(value != value for value in exact):
+    if any(map(math.isnan, exact)):
         return False
     size = max(1.0, *map(abs, exact))
 
@@ -237,15 +247,12 @@ def is_solution(truth: Truth, x: Tensor) -> bool:
 
 
 def refusal(error: Exception) -> str:
-    """Return the verdict that an error stands for."""
-    if not isinstance(error, FoldoptError):
-        return RAW
-    names = [kind.__name__ for kind in type(error).__mro__]
-    return next((REFUSALS[name] for name in names if name in REFUSALS), OTHER)
+    """Return the verdict that an exception stands for."""
+    return (reason(error) or OTHER) if isinstance(error, FoldoptError) else RAW
 
 
 def alone(sample: Sample, asked: Asked) -> Iterator[Answer]:
-    """Ask for one program's derivatives, with errors raised."""
+    """Yield the answers for a single program, with errors raised."""
     given = arguments([sample.program])
     leaves = differentiated(given, asked, sample.truth.unique)
     x: Tensor | None = None
@@ -260,7 +267,7 @@ def alone(sample: Sample, asked: Asked) -> Iterator[Answer]:
 
 
 def together(group: Sequence[Sample], asked: Asked) -> Iterator[Answer]:
-    """Ask for the derivatives of programs of equal shapes as one batch, with policies that raise nothing."""
+    """Yield the answers for programs of equal shapes in one batch, with policies that raise no errors."""
     given = arguments([sample.program for sample in group])
     leaves = differentiated(given, asked, all(sample.truth.unique for sample in group))
     layer = foldopt.QPLayer(degenerate="least_norm", on_failure="nan")
@@ -273,9 +280,11 @@ def together(group: Sequence[Sample], asked: Asked) -> Iterator[Answer]:
             for sample in group:
                 yield Answer(sample, which, asked, refusal(error), detail=f"{type(error).__name__}: {error}"[:200])
             continue
-        last: Any = layer.last
-        for i, sample in enumerate(group):
-            status, verdict = str(last.status[i]), str(last.verdict[i])
+        last = layer.last
+        assert last is not None, "the layer has just run"
+        verdicts = last.verdict
+        assert verdicts is not None, "it has also run backward"
+        for i, (sample, status, verdict) in enumerate(zip(group, last.status, verdicts, strict=True)):
             if status != "solved":
                 said = status if bool(x[i].isnan().all()) else WRONG_X
                 yield Answer(sample, which, asked, said)
@@ -286,7 +295,7 @@ def together(group: Sequence[Sample], asked: Asked) -> Iterator[Answer]:
 
 
 def _gradients(x: Tensor, g: Tensor, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the gradients of g'x by name, zero for what was not used."""
+    """Return the gradients of g'x by name, zero for unused arguments."""
     found = torch.autograd.grad((x * g).sum(), list(leaves.values()), allow_unused=True, retain_graph=True)
     return {
         name: torch.zeros_like(leaf) if gradient is None else gradient
@@ -295,7 +304,7 @@ def _gradients(x: Tensor, g: Tensor, leaves: dict[str, Tensor]) -> dict[str, Ten
 
 
 def _answered(sample: Sample, which: int, asked: Asked, x: Tensor, gradients: dict[str, Tensor]) -> Answer:
-    """Compare a solution and gradients that the layer calls right with the true ones."""
+    """Compare a solution and gradients that the layer certifies with the true ones."""
     if sample.truth.status != "solved" or not is_solution(sample.truth, x.detach()):
         return Answer(sample, which, asked, WRONG_X)
     error = error_of(sample, which, gradients)
@@ -303,7 +312,7 @@ def _answered(sample: Sample, which: int, asked: Asked, x: Tensor, gradients: di
 
 
 def one_sided(sample: Sample, which: int) -> str:
-    """Say whether the policy "one_sided" returns the gradient of one of the smooth pieces that meet at a kink."""
+    """Return, as text, whether the policy "one_sided" gives the gradient of a smooth piece at a kink."""
     given = arguments([sample.program])
     p = given["p"].requires_grad_()
     g = torch.tensor(sample.g[which], dtype=F64)
@@ -319,9 +328,9 @@ def one_sided(sample: Sample, which: int) -> str:
 
 
 def grouped(found: Iterable[Sample]) -> list[list[Sample]]:
-    """Return the samples in batches of equal shapes, each with at least one more than itself where there is one.
+    """Return the samples in batches of equal shapes.
 
-    Samples with one solution and those without come in different batches: only the first have gradients of Q, G, A.
+    Samples with a unique solution have batches of their own, as only they have gradients of Q, G and A.
     """
     groups: dict[tuple[object, ...], list[Sample]] = defaultdict(list)
     for sample in found:
@@ -330,7 +339,7 @@ def grouped(found: Iterable[Sample]) -> list[list[Sample]]:
 
 
 def checked(sample: Sample) -> Iterator[str]:
-    """Compare what is true of a sample with exact one-sided differences of nearby programs."""
+    """Compare the truth about a sample with exact one-sided differences of nearby programs."""
     truth = sample.truth
     for which, derivative in enumerate(sample.derivatives):
         verdict, table = judged(truth, sample.g[which], sample.seed)
@@ -348,7 +357,7 @@ def checked(sample: Sample) -> Iterator[str]:
 
 
 def sweep(first: int, solvable: int, failing: int, differences: int) -> Sweep:
-    """Ask the layer about all programs; check the truth of the first `differences` by one-sided differences."""
+    """Run the layer on all programs, and check the truth about the first `differences` by one-sided differences."""
     result = Sweep(samples(first, solvable, failing), min(differences, solvable))
     for one in result.samples[: result.examined]:
         result.judged.update(checked(one))

@@ -1,27 +1,28 @@
-"""Exactly what is true of the derivatives of a small quadratic program with integer data.
+"""The exact truth about the derivatives of a small quadratic program with integer data.
 
-What is true of g'x for an integer vector g. Let X be the set of solutions, and let every active row be of one kind:
-strong: an equality, or a row with a positive multiplier in some optimal multiplier (then it is active on all of X);
-touched: any other row that is active somewhere on X (it has the multiplier 0 in every optimal multiplier).
-C holds the rows in the form Cx <= c, C_S and C_T those that are strong and touched.
+The derivatives are those of g'x for an integer vector g. Let X be the set of solutions. A row that is active somewhere
+on X is either
+strong: an equality, or a row that is positive in some optimal multiplier (it is then active on all of X); or
+touched: any other such row (it is 0 in every optimal multiplier).
+C holds the rows in the form Cx <= c, and C_S and C_T the strong and the touched ones.
 
 1. g'x is not unique if it takes several values on X.
 2. Else g'x has a derivative with respect to p if and only if a solution (v, w) of
 
        Qv + C_S'w = g,   C_S v = 0,   C_T v = 0
 
-   exists. The gradient is then -v. If there is none, g'x has a kink in p. The third equation is about all of X, not
-   only about the rows that are active at the solution at hand: where x is not unique, the smallest change of p moves
-   it to an end of X, where other rows are active.
-3. With respect to the right-hand sides as well, w must be 0 at every strong inequality that has the multiplier 0 in
-   some optimal multiplier. The gradient is then (-v, w), and 0 for touched rows.
+   exists. The gradient is then -v. If there is no solution, g'x has a kink in p. The third equation concerns the rows
+   touched anywhere on X, not only those active at one solution: if x is not unique, a small change of p moves it to
+   an end of X, where other rows are active.
+3. For a derivative with respect to the right-hand sides as well, w must also be 0 at every strong inequality that is 0
+   in some optimal multiplier. The gradient is then (-v, w), and 0 for touched rows.
 
-Why. Along p + t d the solutions for small t > 0 are x + t z with x in X and multipliers y + t r, and the rows with
-multipliers are strong or touched. Then g'z = v'Qz + w'C_S z = -d'v - r'Cv + w'C_S z. Here C_S z = 0, because a
-multiplier that is positive in the strong rows bounds their slack by O(t^2), and r'Cv = 0 by the equations on v. Hence
-g'z = -d'v. On the other hand let g'z = -u'd in all directions d. Taking d = -C_i for a strong or a touched row i
-changes no solution (z = 0), so that C_i u = 0; d = -Qz for any z with C_S z = 0 that moves into the touched rows'
-interior gives g'z = u'Qz, and such z span all with C_S z = 0 (otherwise a touched row would be strong). So u solves the
+Proof of 2. Along p + t d the solutions for small t > 0 are x + t z with x in X, the multipliers are y + t r, and rows
+with multipliers are strong or touched. Then g'z = v'Qz + w'C_S z = -d'v - r'Cv + w'C_S z. Here C_S z = 0, because a
+multiplier that is positive in the strong rows bounds their slack by O(t^2), and r'Cv = 0 by the equations for v. Hence
+g'z = -d'v. Conversely, let g'z = -u'd for all directions d. The direction d = -C_i of a strong or touched row i changes
+no solution (z = 0), so that C_i u = 0. For z with C_S z = 0 that points into the interior of the touched rows, d = -Qz
+gives g'z = u'Qz. Such z span all z with C_S z = 0 (otherwise a touched row would be strong), so that u solves the
 equations. `judged` does not rely on this: it solves nearby programs exactly and compares.
 """
 
@@ -38,18 +39,28 @@ from experiments.benchmark.exact import Number, Vector, dot, maximum, null_space
 from experiments.benchmark.integer_programs import Point, Program, Row, Status, optimum, spread_of, status
 
 Verdict = Literal["differentiable", "kink", "not unique", "dependent rows"]
-STEP = Fraction(1, 10**9)  # of one-sided differences; the solutions are piecewise linear, so that they are exact
+STEP = Fraction(1, 10**9)  # of one-sided differences, which are exact as the solutions are piecewise linear
 
 
 @dataclass(frozen=True)
 class Truth:
-    """What is true of a program's solutions.
+    """The truth about a program's set of solutions X.
 
-    point: a solution with multipliers. unique: whether it is the only solution. unique_multipliers: whether those are.
-    strong, touched: the rows of these kinds (positions in `rows`); droppable: strong inequalities that have the
-    multiplier 0 in some optimal multiplier; dependent: whether the strong rows are linearly dependent.
-    lines: directions along which X holds whole lines. bounded: whether X is bounded; where it is not, programs with a
-    p nearby are unbounded, and derivatives are those in the directions that leave it bounded.
+    Attributes:
+        program: The program.
+        status: Whether it has a solution, or why not; the following fields have meaning only if it does.
+        point: A solution with multipliers.
+        rows: All rows of the program.
+        unique: Whether the solution is unique.
+        unique_multipliers: Whether the multipliers are unique.
+        strong: The strong rows, as positions in `rows`.
+        touched: The touched rows.
+        droppable: The strong inequalities that are 0 in some optimal multiplier.
+        dependent: Whether the strong rows are linearly dependent.
+        dependent_equalities: Whether the equalities are linearly dependent.
+        lines: A basis of the directions of lines that lie in X.
+        bounded: Whether X is bounded. If not, some programs with a p nearby are unbounded, and derivatives are those
+            along the other directions.
     """
 
     program: Program
@@ -73,12 +84,17 @@ class Truth:
 
 @dataclass(frozen=True)
 class Derivative:
-    """What is true of the derivatives of g'x.
+    """The truth about the derivatives of g'x.
 
-    verdict: with respect to p. gradient: with respect to p, where it exists; up to a combination of `lines`.
-    verdict_rows: with respect to the right-hand sides as well: "dependent rows" where p's exists and the strong rows
-    are dependent. multipliers: the gradient with respect to c of all rows, where it exists, also then.
-    isolated: g'x is unique at p, but the strong rows alone do not determine it (nearby programs can have several g'x).
+    Attributes:
+        verdict: On the derivative with respect to p.
+        verdict_rows: On the derivative with respect to p and the right-hand sides. It is "dependent rows" if the
+            derivative with respect to p exists and the strong rows are linearly dependent.
+        gradient: With respect to p, if it exists, up to a combination of `Truth.lines`.
+        multipliers: The gradient with respect to the right-hand sides c of all rows, if it exists, which it can also
+            with dependent rows.
+        isolated: Whether g'x is unique at p but not determined by the strong rows alone, so that nearby programs can
+            have several values of g'x.
     """
 
     verdict: Verdict
@@ -89,7 +105,7 @@ class Derivative:
 
 
 def truth_of(program: Program) -> Truth:
-    """Find out all that is true of a program's solutions, exactly."""
+    """Determine the exact truth about a program's solutions."""
     what = status(program)
     if what != "solved":
         return Truth(program, what)
@@ -127,9 +143,10 @@ def truth_of(program: Program) -> Truth:
 
 
 def _supported(rows: list[Row], active: list[int], point: Point) -> tuple[list[int], list[int]]:
-    """Return the strong rows, and the strong inequalities that have the multiplier 0 in some optimal multiplier.
+    """Return the strong rows, and the strong inequalities that are 0 in some optimal multiplier.
 
-    The optimal multipliers are y + sum t_k basis_k with positive entries at inequalities: one linear program per row.
+    The optimal multipliers are y + sum t_k basis_k with nonnegative entries at inequalities. One linear program per row
+    finds whether it can be positive, and whether it can be 0.
     """
     y = [point.y[i] for i in active]
     basis = null_space(list(zip(*(rows[i].a for i in active), strict=True)), len(active)) if active else []
@@ -148,7 +165,7 @@ def _supported(rows: list[Row], active: list[int], point: Point) -> tuple[list[i
 
 
 def derivative_of(truth: Truth, g: Vector) -> Derivative:
-    """Return what is true of the derivatives of g'x at a program that has a solution."""
+    """Return the truth about the derivatives of g'x for a program that has a solution."""
     n, Q = truth.program.n, truth.program.Q
     C_S, C_T = truth.part(truth.strong), truth.part(truth.touched)
     k = len(C_S)
@@ -170,10 +187,10 @@ def derivative_of(truth: Truth, g: Vector) -> Derivative:
 
 
 def pieces(truth: Truth, g: Vector) -> list[list[Number]]:
-    """Return the gradients of g'x with respect to p on the smooth pieces that meet at a program with one solution.
+    """Return the gradients of g'x with respect to p on the smooth pieces that meet at a program with a unique solution.
 
-    On a piece some of the touched rows stay active and the others leave. There are such p nearby if a z exists that
-    keeps the strong rows and those that stay, and moves into the interior of the others.
+    On a piece some of the touched rows stay active and the others become inactive. The piece exists if some z keeps the
+    strong rows and those that stay active, and points into the interior of the others.
     """
     n, Q = truth.program.n, truth.program.Q
     found: list[list[Number]] = []
@@ -182,7 +199,7 @@ def pieces(truth: Truth, g: Vector) -> list[list[Number]]:
             C, leave = truth.part([*truth.strong, *stay]), truth.part([i for i in truth.touched if i not in stay])
             basis = null_space(C, n)
             seen = [[dot(a, direction) for direction in basis] for a in leave]
-            inner = [[*row, 1] for row in seen if any(row)]  # C z + t <= 0, t <= 1; rows of zeros stay, too
+            inner = [[*row, 1] for row in seen if any(row)]  # C z + t <= 0, t <= 1; rows of zeros always stay active
             height = [*([0] * len(basis)), 1]
             if maximum(height, [*inner, height], [*([0] * len(inner)), 1]) == 0 or null_space([*Q, *C], n):
                 continue
@@ -197,7 +214,7 @@ def pieces(truth: Truth, g: Vector) -> list[list[Number]]:
 
 
 def _spread(truth: Truth, w: Vector) -> list[Number]:
-    """Return w of the strong rows as a vector over all rows."""
+    """Return w, given for the strong rows, as a vector over all rows."""
     full: list[Number] = [0] * len(truth.rows)
     for i, value in zip(truth.strong, w, strict=True):
         full[i] = value
@@ -205,21 +222,21 @@ def _spread(truth: Truth, w: Vector) -> list[Number]:
 
 
 def _constant(truth: Truth, g: Vector) -> bool:
-    """Say whether g'x takes one value on the solutions."""
+    """Return whether g'x has the same value at all solutions."""
     program, point = truth.program, truth.point
     return spread_of(program, program.p, [row.c for row in truth.rows], point, g) == (0, 0)
 
 
 @dataclass(frozen=True)
 class Slope:
-    """The one-sided derivative of g'x in one direction: least and greatest, as solutions may not be unique there."""
+    """The smallest and largest one-sided derivative of g'x in a direction, where solutions may not be unique."""
 
     least: Number | None
     greatest: Number | None
 
 
 def slope(truth: Truth, g: Vector, d: Vector, e: Vector | None = None) -> Slope | None:
-    """Return the one-sided derivative along p + t d, c + t e by solving a program nearby; None if it has no solution.
+    """Return the one-sided derivative along p + t d, c + t e by solving a nearby program; None if that has no solution.
 
     g'x must be unique at t = 0.
     """
@@ -235,11 +252,20 @@ def slope(truth: Truth, g: Vector, d: Vector, e: Vector | None = None) -> Slope 
 
 
 def judged(truth: Truth, g: Vector, seed: int = 0, rows: bool = False) -> tuple[Verdict, list[list[Number]]]:
-    """Judge the derivative of g'x by one-sided differences of nearby programs alone.
+    """Judge the derivative of g'x only by one-sided differences of nearby programs.
 
-    Return the verdict and, where it is "differentiable", the directions and slopes it rests on, as rows [*d, slope] (or
-    [*d, *e, slope] if the right-hand sides move as well). It is "differentiable" if one linear function agrees with
-    all of them; directions in which no program nearby has a solution do not count.
+    The verdict is "differentiable" if one linear function agrees with the slopes in all directions. Directions in which
+    nearby programs have no solution do not count.
+
+    Args:
+        truth: The truth about the program.
+        g: The vector g.
+        seed: Seed of the random directions.
+        rows: Whether the right-hand sides change, too.
+
+    Returns:
+        The verdict and, if it is "differentiable", the directions with their slopes as rows [*d, slope], or
+        [*d, *e, slope] if the right-hand sides change.
     """
     program, n, m = truth.program, truth.program.n, len(truth.rows)
     c = [row.c for row in truth.rows]

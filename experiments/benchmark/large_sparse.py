@@ -1,4 +1,4 @@
-"""Time, memory and accuracy on large and sparse programs whose solutions and gradients are known."""
+"""Time, memory and errors on large sparse programs whose solutions and gradients are known."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from experiments.report.measurements import LAST_BITS
 
 ROUNDS = 5
 HORIZON, STATES, CONTROLS = 200, 12, 4
-PUSH = 2.0  # size of the linear cost, which brings half of the controls to their bounds
+PUSH = 2.0  # size of the linear cost, at which half of the controls are at their bounds
 CONTENDERS = ("foldopt_piqp", "dqp_piqp", "dqp_tight", "moreau", "moreau_tight")
 
 
 @dataclass(frozen=True)
 class Case:
-    """A program, weights w, the exact solution x and the exact gradient of w'x with respect to p."""
+    """A program, weights w, its exact solution x, and the exact gradient of w'x with respect to p."""
 
     args: Arguments
     weights: Vector
@@ -34,7 +34,7 @@ class Case:
 
     @property
     def nnz(self) -> int:
-        """The entries of all matrices; a bound counts as one."""
+        """The number of nonzero entries of all matrices, plus the number of finite bounds."""
         bounds = np.isfinite(self.args.lower).sum() + np.isfinite(self.args.upper).sum()
         return int(self.args.Q.nnz + self.args.G.nnz + self.args.A.nnz + bounds)
 
@@ -60,10 +60,10 @@ def simplex(n: int) -> Case:
 
 
 def control(horizon: int = HORIZON, states: int = STATES, controls: int = CONTROLS) -> Case:
-    """Return a linear model predictive control problem with bounds, its truth by `Reference`.
+    """Return a model predictive control problem with bounds; its solution and gradient are from `Reference`.
 
-    Variables are u_0, x_1, u_1, x_2, ...; x_(t+1) = M x_t + B u_t; |u| <= 0.3, |x| <= 4; cost |x|^2 / 2 + |u|^2 / 20
-    and a random linear one.
+    The variables are u_0, x_1, u_1, x_2, ... with x_(t+1) = M x_t + B u_t, |u| <= 0.3 and |x| <= 4. The cost is
+    |x|^2 / 2 + |u|^2 / 20 plus a random linear one.
     """
     rng = np.random.default_rng(0)
     M = rng.standard_normal((states, states))
@@ -104,10 +104,12 @@ def _case(name: str) -> Case:
 
 
 def first(name: str, contender: str) -> dict[str, Any]:
-    """Return the seconds of a first call, and the errors and the memory of a second one.
+    """Return measurements of two calls of a contender on the program `name`.
 
-    Columns: seconds_cold; error_x and error_gradient (largest, relative to the largest entry); peak_bytes; error, which
-    says why there are no numbers.
+    Returns:
+        seconds_cold, of the first call; seconds_forward, seconds_backward and peak_bytes, of the second call; error_x
+        and error_gradient, the largest errors relative to the largest entry; nnz; or only error, the reason why there
+        are no numbers.
     """
     warm_up(contender)
     case, library = _case(name), LIBRARIES[contender]
@@ -126,7 +128,7 @@ def first(name: str, contender: str) -> dict[str, Any]:
 
 
 def rounds(name: str, contenders: tuple[str, ...]) -> dict[str, dict[str, float]]:
-    """Return for each contender its median seconds, forward and backward, in rounds in which all take turns."""
+    """Return the median seconds, forward and backward, of each contender, in rounds in which all take turns."""
     case = _case(name)
     taken: dict[str, list[dict[str, Any]]] = {key: [] for key in contenders}
     with warnings.catch_warnings():

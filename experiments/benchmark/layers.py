@@ -1,4 +1,4 @@
-"""The layers that are measured, at which sizes, and who computes them."""
+"""The layers that are measured, their sizes, and the contenders that compute them."""
 
 from __future__ import annotations
 
@@ -23,15 +23,20 @@ F64 = torch.float64
 Leaves = tuple[Tensor, ...]
 Solve = Callable[[Leaves], Tensor]
 OURS, REFERENCE = "fold", "direct"
-LARGEST = 60_000_000  # entries of a batch of n x n matrices; several of them are in memory at a time
+LARGEST = 60_000_000  # most entries of a batch of n x n matrices, of which several are in memory at a time
 
 
 @dataclass(frozen=True)
 class Contender:
-    """Who computes a layer.
+    """A method that computes a layer.
 
-    overrides: of a study's run, its backend and solvers. peer: whether it is not ours. needs: packages without which it
-    is left out. most: how many samples it is given at most, of the same batch. gpu: whether it computes on one.
+    Attributes:
+        title: Its title in tables.
+        overrides: The overrides of a run that select its backend and solvers.
+        peer: Whether it is another library.
+        needs: The packages that it needs; it is left out without them.
+        most: Largest number of samples that it gets of a batch; None for all.
+        gpu: Whether it can compute on a GPU.
     """
 
     title: str
@@ -42,13 +47,13 @@ class Contender:
     gpu: bool = True
 
     def installed(self) -> bool:
-        """Whether all that it needs is there."""
+        """Whether all packages that it needs are installed."""
         return all(importlib.util.find_spec(name) is not None for name in self.needs)
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a layer is measured: its variant, size n and batch."""
+    """The variant, size n and batch size at which a layer is measured."""
 
     variant: str
     n: int
@@ -57,10 +62,20 @@ class Place:
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer and its contenders: `OURS` is what a user gets, errors are relative to `REFERENCE`, where there is one.
+    """A layer and its contenders.
 
-    key: of n in the task, None where the data has it. n, batch: the study's. variants: overrides by name. system: n ->
-    the size of the linear system behind its backward pass. fast: who is given very large batches too.
+    The contender `OURS` is the default of foldopt. Errors are relative to the contender `REFERENCE`, if there is one.
+
+    Attributes:
+        title: Its title in tables.
+        overrides: The overrides of its runs.
+        key: The configuration key of n; None if the data fix n.
+        n: The study's n.
+        batch: The study's batch size.
+        contenders: The contenders by name.
+        variants: Further overrides by name.
+        system: The size of the linear system of the backward pass as a function of n.
+        fast: The contenders that also get very large batches.
     """
 
     title: str
@@ -74,10 +89,11 @@ class Layer:
     fast: tuple[str, ...] = (OURS,)
 
     def places(self, factors: Sequence[int], many: int = 0) -> list[Place]:
-        """Return every variant at the study's size, and the first one at `factors` times its batch, and its n.
+        """Return all variants at the study's size, and the first variant at multiples of its batch size and of its n.
 
-        many: a very large batch, measured as well, or 0. Sizes of which the matrices of a batch, n by n, have more than
-        `LARGEST` entries are left out.
+        Args:
+            factors: The multiples. Sizes whose batch of n x n matrices exceeds `LARGEST` entries are left out.
+            many: A very large batch size that is measured as well; 0 for none.
         """
         first = next(iter(self.variants))
         grown = [Place(first, self.n, factor * self.batch) for factor in factors if factor > 1]
@@ -88,19 +104,19 @@ class Layer:
         return [*(Place(variant, self.n, self.batch) for variant in self.variants), *grown]
 
     def identity(self) -> dict[str, object]:
-        """Return what the numbers depend on beside the size."""
+        """Return the settings on which the numbers depend, except for the sizes."""
         contenders = {name: (c.overrides, c.most) for name, c in self.contenders.items()}
         given = {"overrides": self.overrides, "variants": self.variants, "contenders": contenders}
         return {**given, "fast": self.fast}
 
     def problem(self, place: Place, names: Collection[str], seed: int) -> tuple[Leaves, Mapping[str, Solve]]:
-        """Return the parameters that it is given at `place`, and how each of the contenders in `names` solves it."""
+        """Return the layer's parameters at `place`, and a function that solves it for each contender in `names`."""
         built = {name: self.built(place, self.contenders[name].overrides) for name in (REFERENCE, *names)}
         leaves = parameters_in_training(built[REFERENCE].task, 0.3, torch.Generator().manual_seed(seed))
         return leaves, {name: partial(_solved, parts) for name, parts in built.items()}
 
     def built(self, place: Place, overrides: Sequence[str]) -> components.Components:
-        """Return the parts of a run at `place`."""
+        """Build the components of a run at `place`."""
         size = [f"task.n_train={place.batch}", "task.n_val=1", "task.n_test=1"]
         size += [f"{self.key}={place.n}"] if self.key else []
         return components.build(compose([*self.overrides, *self.variants[place.variant], *size, *overrides]))
@@ -112,10 +128,10 @@ def _solved(parts: components.Components, leaves: Leaves) -> Tensor:
 
 
 class Vertices(Layer):
-    """The optimal vertex of a bilinear program, which has no derivative: forward passes alone."""
+    """The optimal vertex of a bilinear program; only forward passes, as it has no derivative."""
 
     def problem(self, place: Place, names: Collection[str], seed: int) -> tuple[Leaves, Mapping[str, Solve]]:
-        """Return the parameters, and enumeration and Gurobi."""
+        """Return the parameters, and the solves by enumeration and by Gurobi."""
         task = self.built(place, self.contenders[OURS].overrides).task
         leaves = parameters_in_training(task, 0.3, torch.Generator().manual_seed(seed))
         problem = cast(BilinearProblem, task.problem)
@@ -131,10 +147,10 @@ def _vertex(problem: BilinearProblem, leaves: Leaves) -> Tensor:
 
 
 class QuadraticProgram(Layer):
-    """min 1/2 x'Qx + p'x subject to Gx <= h, n variables and n / 2 inequalities, all of it a sample's own."""
+    """min 1/2 x'Qx + p'x subject to Gx <= h with n variables and n / 2 inequalities; no data are shared in a batch."""
 
     def problem(self, place: Place, names: Collection[str], seed: int) -> tuple[Leaves, Mapping[str, Solve]]:
-        """Return (Q, p, G, h) of random programs, half of their inequalities active or nearly so, and the solves."""
+        """Return (Q, p, G, h) of random programs, about half of whose inequalities are active, and the solves."""
         generator = torch.Generator().manual_seed(seed)
         B, n, m = place.batch, place.n, place.n // 2
 
@@ -191,7 +207,7 @@ def _cone_layer(n: int, m: int) -> Solve:
 
 
 def _folds(*more: str) -> dict[str, Contender]:
-    """Return folding with every solver of the adjoint equation, the automatic choice first."""
+    """Return folding with the automatic choice, and with each solver of the adjoint equation."""
     titles = {
         "direct": "folded, direct",
         "lfpi": "folded, LFPI",

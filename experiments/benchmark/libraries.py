@@ -1,4 +1,4 @@
-"""Libraries that differentiate large and sparse quadratic programs, and what one of them answers to a program."""
+"""Libraries that differentiate large sparse quadratic programs, and how to run them."""
 
 from __future__ import annotations
 
@@ -16,17 +16,18 @@ from torch import Tensor
 from experiments.benchmark.collection import Arguments, Vector
 from experiments.benchmark.hard_cases import F64
 from experiments.benchmark.qp_peers import OF_QPSOLVERS, Setting, moreau_settings, moreau_solution
+from experiments.benchmark.refusals import DEGENERATE, reason
 from experiments.report.measurements import peak_memory, seconds
 from foldopt import QPLayer
-
-REFUSALS = {"KinkError": "kink", "NotUniqueError": "not unique", "DependentRowsError": "dependent rows"}
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A program in the form that a library takes.
+    """A program in the form of a library.
 
-    solve: the argument that is differentiated -> x, (n,). verdict: on the last gradient, "" for libraries without.
+    Attributes:
+        solve: Maps the argument that is differentiated to x, (n,).
+        verdict: Returns the verdict on the last gradient, "" for libraries without verdicts.
     """
 
     solve: Callable[[Tensor], Tensor]
@@ -35,9 +36,11 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Library(Setting):
-    """A library at one setting; prepare: (program, the argument that is differentiated) -> `Prepared`.
+    """A library at one setting.
 
-    Only foldopt takes another argument than p.
+    Attributes:
+        prepare: Maps a program and the name of the argument that is differentiated to `Prepared`. All libraries except
+            foldopt differentiate only p.
     """
 
     prepare: Callable[[Arguments, str], Prepared]
@@ -45,10 +48,18 @@ class Library(Setting):
 
 @dataclass(frozen=True)
 class Answer:
-    """What a library answers: a solution and a gradient, or the error that stopped it.
+    """The answer of a library: a solution and a gradient, or an error.
 
-    said: "answered", "refused" (an error of the library's own, a status, NaN) or "raw" (any other exception). seconds:
-    of the forward and of the backward pass. peak_bytes: by which the two raised the memory in use.
+    Attributes:
+        said: "answered", "refused" (an error that the library raises on purpose, a failure status, or NaN) or "raw"
+            (any other exception).
+        x: The solution, (n,).
+        gradient: The gradient.
+        verdict: The verdict on the derivative, if the library has one.
+        error: The error message.
+        seconds_forward: Seconds of the forward pass.
+        seconds_backward: Seconds of the backward pass.
+        peak_bytes: Growth of the memory in use during both.
     """
 
     said: str
@@ -67,9 +78,9 @@ def tensor(value: Vector) -> Tensor:
 
 
 def one_pass(prepared: Prepared, value: Vector, weights: Vector, known: dict[str, Any]) -> None:
-    """Solve with `value` as the argument that is differentiated, and take the gradient of weights'x.
+    """Solve with `value` as the argument that is differentiated, and compute the gradient of weights'x.
 
-    known: gets x, gradient, seconds_forward and seconds_backward, as far as it comes.
+    x, gradient, seconds_forward and seconds_backward are stored in `known` one by one, until an error occurs.
     """
     leaf = tensor(value).requires_grad_()
     x, known["seconds_forward"] = seconds(lambda: prepared.solve(leaf))
@@ -79,13 +90,13 @@ def one_pass(prepared: Prepared, value: Vector, weights: Vector, known: dict[str
 
 
 def ask(library: Library, args: Arguments, name: str, weights: Vector) -> Answer:
-    """Return what `library` answers, and the gradient of weights'x with respect to the argument `name`."""
+    """Return the answer of `library` with the gradient of weights'x with respect to the argument `name`."""
     known: dict[str, Any] = {}
 
     def attempt() -> Exception | None:
         try:
             one_pass(prepared, getattr(args, name), weights, known)
-        except Exception as error:  # an exception of another library is what the table is to show
+        except Exception as error:  # the tables show the exceptions of other libraries
             return error
         return None
 
@@ -95,9 +106,9 @@ def ask(library: Library, args: Arguments, name: str, weights: Vector) -> Answer
         error, known["peak_bytes"] = peak_memory(attempt)
     verdict = prepared.verdict()
     if error is not None:
-        kind = type(error).__name__
         said = "refused" if library.is_refusal(error) else "raw"
-        return Answer(said, verdict=verdict or REFUSALS.get(kind, ""), error=f"{kind}: {error}"[:300], **known)
+        message = f"{type(error).__name__}: {error}"[:300]
+        return Answer(said, verdict=verdict or reason(error, DEGENERATE), error=message, **known)
     answer = Answer("answered", verdict=verdict, **known)
     finite = np.isfinite(known["x"]).all() and np.isfinite(known["gradient"]).all()
     return answer if finite else replace(answer, said="refused", error="NaN", x=None, gradient=None)
@@ -105,7 +116,7 @@ def ask(library: Library, args: Arguments, name: str, weights: Vector) -> Answer
 
 @cache
 def warm_up(library: str) -> None:
-    """Let `library` solve and differentiate a small program, so that no other is charged for what it loads."""
+    """Let `library` solve and differentiate a small program, so that its imports are not measured later."""
     eye, none = sp.csc_matrix(np.eye(2)), sp.csr_matrix((0, 2))
     bounds = np.zeros(2), np.ones(2)
     args = Arguments(eye, np.array([1.0, -0.5]), none, np.zeros(0), none, np.zeros(0), *bounds)
@@ -131,7 +142,7 @@ def _foldopt(**options: Any) -> Callable[[Arguments, str], Prepared]:
 
 
 def _rows(args: Arguments) -> tuple[sp.csr_matrix, Vector]:
-    """Return all inequalities, those of the bounds too, as rows and right-hand sides."""
+    """Return all inequalities, including the bounds, as rows and right-hand sides."""
     eye = sp.identity(len(args.p), format="csr")
     lower, upper = np.isfinite(args.lower), np.isfinite(args.upper)
     rows = sp.vstack([args.G, -eye[lower], eye[upper]], format="csr")
@@ -143,7 +154,7 @@ def _dqp(**options: Any) -> Callable[[Arguments, str], Prepared]:
         from dqp import dQP
 
         G, h = _rows(args)
-        if not len(h):  # what its code says to give for no inequalities
+        if not len(h):  # the library's way to have no inequalities
             G, h = sp.csr_matrix((1, len(args.p))), np.ones(1)
         equal = (_csc(args.A), tensor(args.b)) if len(args.b) else (None, None)
         layer = dQP.dQP_layer(settings=dQP.build_settings(solve_type="sparse", **options))

@@ -1,4 +1,4 @@
-"""Times, memory and errors of a layer's contenders, taking turns."""
+"""Times, memory and errors of the contenders of a layer, which take turns."""
 
 from __future__ import annotations
 
@@ -24,20 +24,28 @@ COLUMNS = (
     *("variant", "n", "batch", "contender", "samples", "seconds_forward", "seconds_backward", "peak_bytes"),
     *("error_x", "error_vjp", "why"),
 )
-Call = Callable[[], dict[str, float]]  # takes one pass, and returns what it took
-MeasuredRow = dict[str, Any]  # of `COLUMNS`, those that are known: contender, and numbers or why there are none
-FLOOR, NETWORK = "lu", "network"  # beside the contenders: the bare linear solve, and a step of the study's network
+Call = Callable[[], dict[str, float]]  # makes a forward and a backward pass and returns its measurements
+MeasuredRow = dict[str, Any]  # some of `COLUMNS`: the contender, and numbers or the reason why there are none
+FLOOR, NETWORK = "lu", "network"  # measured besides the contenders: a linear solve, a step of the study's network
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How much is measured.
+    """Size of the measurement.
 
-    device: "cpu", or "cuda" for the first variant. factors: of the batch and of n. many: a very large batch, for who is
-    fast; 0 for none. rounds: of every contender at every place, fewer where they take more than `budget` seconds
-    together; a round takes a pass again, and the median, until `turn` seconds are over. limit: seconds of one pass; who
-    is expected to take more is not asked, and where a first call, which else does not count, takes more, it is the only
-    one (on a GPU the second, as kernels are loaded in the first).
+    Attributes:
+        layer: Name of the layer.
+        threads: Number of threads.
+        device: "cpu", or "cuda", on which only the first variant is measured.
+        factors: Multiples of the batch size and of n.
+        many: A very large batch size for the layer's fast contenders; 0 for none.
+        rounds: Number of rounds of each contender at each place.
+        budget: A contender has no further rounds once its rounds at a place have taken more seconds than this.
+        turn: A round repeats the pass until it has taken this many seconds, and counts the median.
+        limit: Seconds of a pass. A contender that is expected to take more is not measured. If its first call takes
+            more, this call is the only one that counts (on a GPU the second call, as the first one loads kernels).
+            Otherwise first calls do not count.
+        seed: Seed of the data.
     """
 
     layer: str
@@ -53,13 +61,15 @@ class Settings:
 
 
 def measure(settings: Settings) -> pd.DataFrame:
-    """Return one row per place, contender and round: seconds and bytes per batch, errors.
+    """Measure all contenders of a layer at all places.
 
-    Columns variant, n, batch, contender, samples (that it was given), seconds_forward, seconds_backward, peak_bytes
-    (NaN where it was called once), error_x, error_vjp (relative to `REFERENCE` on the CPU, to `OURS` where that is too
-    slow; inf for samples without an answer), and why there is no number.
+    Returns:
+        One row per place, contender and round with the columns variant; n; batch; contender; samples, the number that
+        it got; seconds_forward and seconds_backward, per batch; peak_bytes, NaN for a single call; error_x and
+        error_vjp, relative to `REFERENCE` on the CPU (to `OURS` where that is too slow), inf if samples have no answer;
+        why, the reason why there are no numbers.
     """
-    if torch.get_num_threads() != settings.threads:  # to set it makes LU unsafe for peers, see foldopt.batched
+    if torch.get_num_threads() != settings.threads:  # setting it makes LU unsafe for peers, see foldopt.batched
         torch.set_num_threads(settings.threads)
     layer = LAYERS[settings.layer]
     expected: dict[str, float] = {}
@@ -78,8 +88,8 @@ def measure(settings: Settings) -> pd.DataFrame:
 
 
 def _at(layer: Layer, place: Place, expected: Mapping[str, float], settings: Settings) -> Iterator[MeasuredRow]:
-    growth = (place.n / layer.n) ** 2 * place.batch / layer.batch  # what to expect of time: n^2, and often n^3
-    if settings.device != "cpu":  # where small problems take as long as large ones
+    growth = (place.n / layer.n) ** 2 * place.batch / layer.batch  # time grows at least as n^2, often as n^3
+    if settings.device != "cpu":  # small problems take as long as large ones there
         growth = 1.0
     asked = {}
     for name, contender in layer.contenders.items():
@@ -113,18 +123,18 @@ def _at(layer: Layer, place: Place, expected: Mapping[str, float], settings: Set
         there = tuple(t.to(device) for t in given), cotangent[:samples].to(device)
         calls[name] = partial(_measured, solves[name], *there, exact[samples], count(1))
     calls[FLOOR] = _linear_solve(place.batch, layer.system(place.n), device)
-    if layer.key not in (None, "n"):  # a synthetic study: its size is ours to choose
+    if layer.key not in (None, "n"):  # synthetic studies, whose size can be chosen
         calls[NETWORK] = _network_step(layer, place, device)
     yield from _taking_turns(calls, settings)
 
 
 def _taking_turns(calls: Mapping[str, Call], settings: Settings) -> Iterator[MeasuredRow]:
-    """Yield the rows of `calls`, every round in another order, after a first call of each."""
+    """Yield the rows of all calls: after a first call of each, they take turns in an order that rotates by round."""
     memory, spent = {}, {}
     for name, call in calls.items():
         try:
             if settings.device != "cpu":
-                call()  # loads its kernels
+                call()  # loads kernels
             begin = time.perf_counter()
             row = call()
             if time.perf_counter() - begin > settings.limit:
@@ -145,7 +155,7 @@ def _taking_turns(calls: Mapping[str, Call], settings: Settings) -> Iterator[Mea
 
 
 def _round(call: Call, turn: float) -> tuple[dict[str, float], float]:
-    """Return the medians of as many calls as `turn` seconds hold, at least one, and how long that took."""
+    """Return the medians of as many calls as fit into `turn` seconds, at least one, and the seconds of all."""
     begin = time.perf_counter()
     rows = [call()]
     while time.perf_counter() - begin < turn:
@@ -167,7 +177,7 @@ def _pass(solve: Solve, leaves: Leaves, cotangent: Tensor) -> tuple[Tensor, Tens
 def _measured(
     solve: Solve, leaves: Leaves, cotangent: Tensor, exact: tuple[Tensor, Tensor], turn: Iterator[int]
 ) -> dict[str, float]:
-    """Return one pass. As in training, where they change in every step, what it is given was not there before."""
+    """Make one pass with slightly changed parameters: they are new in every pass, as in training."""
     changed = 1 + next(turn) * LAST_BITS
     x, vjp, forward, backward = _pass(solve, tuple(t * changed for t in leaves), cotangent)
     return {
@@ -180,12 +190,12 @@ def _measured(
 
 
 def _error(found: Tensor, exact: Tensor) -> float:
-    """Return the relative error, inf for NaN; of two empty tensors 0."""
+    """Return the relative error, inf if it is NaN, and 0 for empty tensors."""
     return float(((found - exact).norm() / exact.norm()).nan_to_num(nan=torch.inf)) if len(exact) else 0.0
 
 
 def _linear_solve(batch: int, size: int, device: torch.device) -> Call:
-    """Return what solves a batch of general linear systems, the floor of a backward pass."""
+    """Return a call that solves a batch of general linear systems, a lower limit for the time of a backward pass."""
     generator = torch.Generator(device).manual_seed(0)
     M = torch.randn(batch, size, size, generator=generator, dtype=torch.float64, device=device)
     M.diagonal(dim1=1, dim2=2).add_(size)
@@ -199,7 +209,7 @@ def _linear_solve(batch: int, size: int, device: torch.device) -> Call:
 
 
 def _network_step(layer: Layer, place: Place, device: torch.device) -> Call:
-    """Return what takes a training step of the study's network alone, the layer's gradient being given."""
+    """Return a call that makes a training step of the study's network without the layer, whose gradient is given."""
     parts = layer.built(place, layer.contenders[OURS].overrides)
     cfg = configuration.compose([*layer.overrides])
     optimizer = make(cfg.optimizer, "optimizer", params=parts.model.to(device).parameters(), lr=cfg.train.lr)

@@ -1,4 +1,4 @@
-"""The published optima of the collection, beside those that piqp and Clarabel find."""
+"""Check of the published optima of the collection by piqp and Clarabel."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from experiments.benchmark.reference import CLARABEL, PIQP, solved
 
 LOOSER = {"tol_feas": 1e-9, "tol_gap_abs": 1e-9, "tol_gap_rel": 1e-9, "equilibrate_enable": False}
 SETTINGS = {"piqp": PIQP[1:], "Clarabel": (CLARABEL, CLARABEL | LOOSER)}
-AGREED, OFF = 1e-8, 1e-6  # relative: up to which solvers agree, from which a published optimum is a misprint
+AGREED, OFF = 1e-8, 1e-6  # relative: largest difference of solvers that agree, smallest error of a misprint
 
 
 def recomputed(folder: Path, name: str) -> dict[str, float]:
-    """Return the optimum of the problem `name` by each solver, NaN where it does not reach its tolerance."""
+    """Return the optimum of the problem `name` by each solver, NaN if it does not reach its tolerance."""
     problem = read(folder, name)
     args = arguments(problem)
     values = {}
@@ -27,7 +27,7 @@ def recomputed(folder: Path, name: str) -> dict[str, float]:
 
 
 def corrected(published: float, found: Mapping[str, float]) -> float:
-    """Return the published optimum, or what the solvers found where they agree on another."""
+    """Return the published optimum, or that of the solvers if they agree on another one."""
     values = list(found.values())
     if not values:
         return published

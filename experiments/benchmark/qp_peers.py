@@ -1,4 +1,4 @@
-"""What every library that differentiates quadratic programs answers to the hard cases, and how it is judged."""
+"""Answers of the libraries that differentiate quadratic programs to the hard cases, and their judgement."""
 
 from __future__ import annotations
 
@@ -15,24 +15,27 @@ import torch
 from torch import Tensor
 
 from experiments.benchmark.hard_cases import F64, Case, cases
+from experiments.benchmark.refusals import reason
 from foldopt import QPLayer
-from foldopt.errors import DegenerateError, FoldoptError, InfeasibleError, NonconvexError, UnboundedError
+from foldopt.errors import FoldoptError
 
-CLOSE = 1e-4  # error of x, in the unit of the case, up to which it is right
-CLOSE_GRADIENT = 1e-3  # error of the gradient, relative to its largest entry, or to 1 where that is 0
+CLOSE = 1e-4  # largest error of a right x, in the unit of the case
+CLOSE_GRADIENT = 1e-3  # largest error of a right gradient, relative to its largest entry, or to 1 if that is 0
 Solve = Callable[[Tensor, Case], Tensor]
 
 
 class RefusedError(Exception):
-    """A peer says that it has no answer, other than by an exception of its own."""
+    """A library reports by a status, not by an exception, that it has no answer."""
 
 
 @dataclass(frozen=True)
 class Setting:
     """A library at one setting.
 
-    package: of which the version is named, "" for ours. refuses: what its own errors start with; other exceptions are
-    raw.
+    Attributes:
+        title: Its title in tables.
+        package: The package whose version is shown, "" for foldopt.
+        refuses: Beginnings of the errors that it raises on purpose; other exceptions are raw.
     """
 
     title: str
@@ -40,12 +43,12 @@ class Setting:
     refuses: tuple[str, ...]
 
     def is_refusal(self, error: Exception) -> bool:
-        """Whether the library means to say by `error` that it has no answer."""
+        """Whether the library raises `error` on purpose, to say that it has no answer."""
         said = f"{type(error).__name__}: {error}"
         return isinstance(error, FoldoptError) or said.startswith((*self.refuses, "RefusedError"))
 
     def installed(self) -> bool:
-        """Whether its package is there."""
+        """Whether its package is installed."""
         if not self.package:
             return True
         try:
@@ -55,7 +58,7 @@ class Setting:
         return True
 
     def named(self) -> str:
-        """Return its title with the version, where its package is there."""
+        """Return its title, with the version if its package is installed."""
         name, _, setting = self.title.partition(", ")
         version = f" {importlib.metadata.version(self.package)}" if self.package and self.installed() else ""
         return f"{name}{version}" + (f", {setting}" if setting else "")
@@ -63,13 +66,13 @@ class Setting:
 
 @dataclass(frozen=True)
 class Contender(Setting):
-    """A library that is put to the hard cases; solve: (p, case) -> x, (n,)."""
+    """A library at one setting for the hard cases; solve: (p, case) -> x, (n,)."""
 
     solve: Solve
 
 
 def _rows(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return G, h, A, b without None, in float64."""
+    """Return G, h, A, b in float64, with empty tensors in place of None."""
     n = len(case.p)
     none = torch.zeros(0, n, dtype=F64), torch.zeros(0, dtype=F64)
     G, h = none if case.G is None or case.h is None or not case.G.numel() else (case.G, case.h)
@@ -85,7 +88,7 @@ def _qpth(**options: Any) -> Solve:
     def solve(p: Tensor, case: Case) -> Tensor:
         from qpth.qp import QPFunction
 
-        empty = torch.Tensor()  # what its documentation says to give for no constraints
+        empty = torch.Tensor()  # the library's documented way to have no constraints
         given = (empty if value is None else value for value in (case.G, case.h, case.A, case.b))
         return QPFunction(verbose=-1, **options)(case.Q, p[None], *given)[0]
 
@@ -107,7 +110,7 @@ def _dqp(**options: Any) -> Solve:
         from dqp import dQP
 
         G, h, A, b = _rows(case)
-        if not len(h):  # what its code says to give for no inequalities
+        if not len(h):  # the library's way to have no inequalities
             G, h = torch.zeros(1, len(p), dtype=F64), torch.ones(1, dtype=F64)
         layer = dQP.dQP_layer(settings=dQP.build_settings(**options))
         return layer(case.Q, p, G, h, *((A, b) if len(b) else (None, None)))[0].reshape(-1)
@@ -135,7 +138,7 @@ def _moreau(tolerance: float | None = None) -> Solve:
 
 
 def moreau_settings(tolerance: float | None) -> Any:
-    """Return moreau's default settings, or those of its interior point at a tolerance with exact derivatives."""
+    """Return moreau's default settings, or those of its interior point with a tolerance and exact derivatives."""
     import moreau
 
     if tolerance is None:
@@ -145,7 +148,7 @@ def moreau_settings(tolerance: float | None) -> Any:
 
 
 def moreau_solution(solver: Any, *values: Tensor) -> Tensor:
-    """Return x of moreau's `solver` for the values of P and A, q and b; RefusedError where its status is another."""
+    """Return x of moreau's `solver` for the values of P, A, q and b. Raises RefusedError unless it is solved."""
     solution = solver.solve(*values)
     if str(solver.info.status) != "Solved":
         raise RefusedError(f"status {solver.info.status}")
@@ -200,14 +203,14 @@ def _by_name() -> dict[str, Case]:
 
 
 def answer(contender: str, name: str) -> str:
-    """Return what `contender` does with the case `name`, judged."""
+    """Return the judgement of `contender` on the case `name`."""
     return judged(CONTENDERS[contender], _by_name()[name])
 
 
 def judged(contender: Contender, case: Case) -> str:
-    """Return "right", "wrong: ...", "refused: ..." or "raw: ..." for what `contender` does with `case`.
+    """Judge the answer of `contender` to `case`: "right", "wrong: ...", "refused: ..." or "raw: ...".
 
-    Where the right answer is a refusal, foldopt has to name the cause, and any refusal of a peer counts.
+    If the right answer is a refusal, foldopt has to name the reason, while any refusal of another library is right.
     """
     p = case.p.clone().requires_grad_()
     try:
@@ -216,7 +219,7 @@ def judged(contender: Contender, case: Case) -> str:
             x = contender.solve(p, case)
             (gradient,) = torch.autograd.grad(x.sum(), p)
     except FoldoptError as error:
-        return _refused(case, _cause(error) == case.refusal, f"{type(error).__name__}: {error}")
+        return _refused(case, reason(error) == case.refusal, f"{type(error).__name__}: {error}")
     except Exception as error:
         said = f"{type(error).__name__}: {error}"
         return _refused(case, True, said) if contender.is_refusal(error) else f"raw: {said}"
@@ -234,21 +237,12 @@ def judged(contender: Contender, case: Case) -> str:
 def errors(case: Case, x: Tensor, gradient: Tensor) -> tuple[float, float]:
     """Return the errors of x, in the case's unit, and of the gradient, relative to its size."""
     if case.x is None or case.gradient is None:
-        raise ValueError(f"{case.name}: has no right answer to compare with.")
+        raise ValueError(f"the case {case.name!r} has no right answer to compare with.")
     unit = case.unit if case.unit is not None else case.x.abs().clamp(min=1)
     largest = float(case.gradient.abs().max()) or 1.0
     return float(((x - case.x) / unit).abs().max()), float((gradient - case.gradient).abs().max()) / largest
 
 
 def _refused(case: Case, cause: bool, said: str) -> str:
-    """Return "right" where a refusal is, with its cause, the right answer."""
+    """Return "right" if the case calls for a refusal and the reason is right, else the error."""
     return "right" if case.refusal and cause else f"refused: {said}"
-
-
-def _cause(error: FoldoptError) -> str:
-    kinds = {InfeasibleError: "infeasible", UnboundedError: "unbounded", NonconvexError: "nonconvex"}
-    for kind, cause in kinds.items():
-        if isinstance(error, kind):
-            return cause
-    names = {"KinkError": "kink", "NotUniqueError": "not unique", "DependentRowsError": "dependent rows"}
-    return names.get(type(error).__name__, "") if isinstance(error, DegenerateError) else ""

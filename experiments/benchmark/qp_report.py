@@ -1,4 +1,4 @@
-"""The page of `make bench-qp`: the collection, large and sparse programs, and all libraries on the hard cases."""
+"""The page of `make bench-qp`: the collection, large sparse programs, and the hard cases."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from experiments.benchmark.large_sparse import CONTENDERS as FAST
 from experiments.benchmark.large_sparse import ROUNDS, first, rounds
 from experiments.benchmark.libraries import LIBRARIES
 from experiments.benchmark.qp_peers import CONTENDERS, answer
-from experiments.benchmark.tables import number, table
+from experiments.report.markdown import number, table
 
-Cells = Mapping[str, Mapping[str, str]]  # contender -> case -> what `judged` says
+Cells = Mapping[str, Mapping[str, str]]  # contender -> case -> result of `judged`
 CASE_LIMIT, SPARSE_LIMIT, ROUNDS_LIMIT = 30.0, 60.0, 600.0  # seconds
-SLOW = 5.0  # seconds of a pass from which there are no rounds
-RIVAL = "dqp_piqp"  # whose seconds are the unit
+SLOW = 5.0  # a library whose pass takes more seconds than this has no rounds
+RIVAL = "dqp_piqp"  # the library to whose times others are compared
 KINDS = ("right", "wrong", "refused", "raw")
 
 
 def compared(names: Sequence[str], contenders: Sequence[str], say: Callable[[str], None]) -> Cells:
-    """Return what each contender that is installed does with the hard cases in `names`."""
+    """Return the judgements of the installed contenders on the hard cases in `names`."""
     cells: dict[str, dict[str, str]] = {}
     for contender in contenders:
         if not CONTENDERS[contender].installed():
@@ -41,12 +41,12 @@ def compared(names: Sequence[str], contenders: Sequence[str], say: Callable[[str
 
 
 def counted(answers: Iterable[str]) -> Counter[str]:
-    """Return how many answers are right, wrong, refused or raw."""
+    """Count the answers that are right, wrong, refused or raw."""
     return Counter(text.split(":")[0] for text in answers)
 
 
 def fast(names: Sequence[str], say: Callable[[str], None]) -> pd.DataFrame:
-    """Return one row per case in `names` and library: `COLUMNS`, its seconds by `rounds` where it is not slow."""
+    """Return one row per case in `names` and library with `COLUMNS`; seconds are from `rounds` unless it is slow."""
     keys = [key for key in FAST if LIBRARIES[key].installed()]
     items = [(name, key) for name in names for key in keys]
     rows: dict[tuple[str, str], dict[str, Any]] = {}
@@ -66,7 +66,7 @@ def _seconds(row: Mapping[str, Any]) -> float:
 
 
 def report(findings: pd.DataFrame, speed: pd.DataFrame, cells: Cells, note: str) -> str:
-    """Return the page: summaries and tables of what was measured."""
+    """Return the page with all summaries and tables."""
     parts = ["# Quadratic programs: is the derivative right, or refused by its cause?", ""]
     if len(findings):
         parts += collection_report.report(findings)
@@ -88,19 +88,19 @@ SPEED_HEADER = (
     *("Memory (MB)", "Bytes per entry"),
 )
 SPEED = f"""\
-Medians of {ROUNDS} rounds in which all take turns; where a pass takes more than {SLOW:g} s it is that of one call. The
-first call is the first with this program, in a process that has solved a small one. Times are compared with those of
-libdqp with piqp at 1e-6, its default tolerance. The projection onto the simplex is compared with its closed form, the
-control problem with a solution whose optimality conditions hold to rounding and the gradient on its active set. Errors
-are the largest, relative to the largest entry. Memory is by how much a second call raises what the process uses;
-entries are those of the matrices and of the bounds.
+Medians of {ROUNDS} rounds in which all take turns, or a single call if a pass takes more than {SLOW:g} s. First call:
+the first one with this program, in a process that has solved a small program before. Times are compared with libdqp
+with piqp at 1e-6, its default tolerance. The projection onto the simplex is compared with its closed form. The control
+problem is compared with a solution whose optimality conditions hold to rounding, and with the gradient on its active
+set. Errors are the largest, relative to the largest entry. Memory is the growth of the process during a second call;
+entries are those of the matrices plus the finite bounds.
 """
 HARD = """\
-Judged on x and on the gradient of sum(x) with respect to p. Wrong: an answer that is off by more than 1e-4 (x) or
-1e-3 (gradient), or any answer where there is none, without an error, a status or NaN. Refused: an error of the
-library's own, a status or NaN, where there is an answer; where there is none that is right (foldopt has to name
-the cause). Raw: an exception that was not meant, a crash, or more than 30 s. Every library is at its default and,
-where it has one, at a tighter setting.
+Each library is judged by x and by the gradient of sum(x) with respect to p. Wrong: an answer that is off by more than
+1e-4 (x) or 1e-3 (gradient), or any answer where none exists, without an error, a failure status or NaN. Refused: an
+error that the library raises on purpose, a failure status or NaN, where an answer exists; where none exists, a
+refusal is right (foldopt has to name the reason). Raw: an unintended exception, a crash, or more than 30 s. Every
+library runs with its default settings and, if it has them, with tighter ones.
 """
 
 
@@ -141,7 +141,7 @@ def _case_rows(cells: Cells) -> Iterable[Sequence[str]]:
 
 
 def _short(said: str) -> str:
-    """Return the cell of an answer: what is wrong with it in one or two words."""
+    """Return the cell of an answer: the kind, or what is wrong."""
     kind, _, what = said.partition(": ")
     if kind == "wrong":
         return "**answers**" if what.startswith("answers") else f"**{what.split(' by ')[0]}**"

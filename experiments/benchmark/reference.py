@@ -1,6 +1,6 @@
-"""A solver of quadratic programs that is not foldopt's: piqp at 1e-12, else Clarabel, with active rows as equalities.
+"""A solver of quadratic programs that is independent of foldopt: piqp or Clarabel, with active rows as equalities.
 
-What it returns is checked by the optimality conditions, in the units of every row and variable.
+Its solutions are checked by the optimality conditions, relative to the terms of each row and variable.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import scipy.sparse as sp
@@ -17,24 +17,31 @@ from numpy.typing import NDArray
 
 from experiments.benchmark.collection import Arguments, Vector, typical
 
+if TYPE_CHECKING:
+    import qpsolvers
+
 PIQP = tuple({"solver": "piqp", "eps_abs": size, "eps_rel": size, "max_iter": 200} for size in (1e-12, 1e-10, 1e-8))
 CLARABEL = {
     **{"solver": "clarabel", "tol_feas": 1e-10, "tol_gap_abs": 1e-10, "tol_gap_rel": 1e-10, "max_iter": 500},
-    **{"static_regularization_constant": 1e-12, "static_regularization_proportional": 0.0},  # its own stops at 1e-8
+    **{
+        "static_regularization_constant": 1e-12,
+        "static_regularization_proportional": 0.0,
+    },  # its default regularization limits the accuracy to 1e-8
 }
-RATIOS = (1.0, 1e2, 1e-2, 1e4, 1e-4, 1e6, 1e-6)  # of what a row carries to its slack, above which it is tried as active
+RATIOS = (1.0, 1e2, 1e-2, 1e4, 1e-4, 1e6, 1e-6)  # a row is active if ratio * weight > slack; tried in this order
 EXACT = 1e-14  # relative violation of the optimality conditions that is rounding
-FOLLOWED = 1e-15  # up to which a solution on a known active set is taken
-GOOD = 1e-10  # up to which a solution will do where piqp does not reach 1e-12
-KNOWN = 6  # active sets that are remembered
-SHIFT = 1e-9  # of the diagonal of the scaled system, whose solution is refined without it
+FOLLOWED = 1e-15  # largest violation of a solution on a known active set
+GOOD = 1e-10  # largest violation of a solution if piqp does not reach 1e-12
+KNOWN = 6  # most active sets that are kept
+SHIFT = 1e-9  # shift of the diagonal of the scaled system; iterative refinement removes its effect
 
 
 class Reference:
-    """Solves programs with the matrices of `args` and other p, b, h, lower, upper, infinite where those of `args` are.
+    """Solves programs with the matrices of `args` and other p, b, h and finite bounds.
 
-    Active sets are remembered. Where the solution on one of them satisfies the optimality conditions to `FOLLOWED` it
-    is the solution, and piqp is not asked: a program near another costs one solve with a known factorization.
+    Factored active sets are kept. If the solution on one of them satisfies the optimality conditions to `FOLLOWED`, it
+    is returned without a call of piqp, so that programs close to each other share a factorization. The same bounds must
+    be infinite as in `args`.
     """
 
     def __init__(self, args: Arguments) -> None:
@@ -46,10 +53,10 @@ class Reference:
         self.known: list[_ActiveSet] = []
 
     def __call__(self, args: Arguments) -> Vector | None:
-        """Return the solution, (n,); None where none is found.
+        """Return the solution, (n,), or None if none is found.
 
-        Where piqp does not reach 1e-12, a looser tolerance will do, or Clarabel, which is asked where piqp does not say
-        that there is none, if the solution on the active rows is good to 1e-10.
+        If piqp does not reach 1e-12, its looser tolerances are tried, and then Clarabel unless piqp has reported that
+        there is no solution. Their result counts if the solution on its active rows is accurate to 1e-10.
         """
         with np.errstate(all="ignore"):
             for active in self.known:
@@ -72,7 +79,10 @@ class Reference:
     def gradient(self, weights: Vector) -> Vector:
         """Return the derivative of weights'x with respect to p at the last solution, on its active set.
 
-        Exact where every active row has a multiplier. Raises ValueError where the last solution was not exact.
+        It is exact if every active inequality has a positive multiplier.
+
+        Raises:
+            ValueError: No solution has been accurate to rounding.
         """
         if not self.known:
             raise ValueError("gradient needs a solution whose optimality conditions hold to rounding; there is none.")
@@ -80,11 +90,11 @@ class Reference:
         target = np.concatenate([weights, np.zeros(len(active.state) - len(weights))])
         return -active.solve(target, np.zeros(len(target)))[: len(weights)]
 
-    def _sharpened(self, args: Arguments, found: Any) -> tuple[Vector, float]:
-        """Return the solution with its active rows solved as equalities, where that is better, and its error.
+    def _sharpened(self, args: Arguments, found: qpsolvers.Solution) -> tuple[Vector, float]:
+        """Solve the active rows as equalities; return the better of this solution and the given one, and its error.
 
-        A row is active where its part of the terms of stationarity is above its slack, as a part of the terms of the
-        row; where that is hard to tell, more or fewer rows are tried.
+        A row is active if its relative multiplier exceeds its relative slack, see `_conditions`. More and fewer rows
+        are tried until the error is rounding.
         """
         x, y, z = (np.zeros(0) if part is None else np.asarray(part) for part in (found.x, found.y, found.z))
         box = np.zeros(len(x)) if found.z_box is None else np.asarray(found.z_box)  # positive at upper bounds
@@ -104,7 +114,7 @@ class Reference:
         return best, least
 
     def _on(self, active: _ActiveSet, args: Arguments, start: Vector) -> tuple[Vector, float]:
-        """Return the solution on an active set and its error; remember the set where the error is small."""
+        """Return the solution on an active set and its error; keep the set if the error is small."""
         right = self._right(args)
         state = active.solve(np.concatenate([-args.p, args.b, right[active.mask]]), start)
         x, y, dual = state[: len(args.p)], state[len(args.p) :][: len(args.b)], np.zeros(len(right))
@@ -119,9 +129,9 @@ class Reference:
         return np.concatenate([args.h, -args.lower[self.lower], args.upper[self.upper]])
 
     def _conditions(self, args: Arguments, x: Vector, y: Vector, dual: Vector) -> tuple[Vector, Vector, float]:
-        """Return for each inequality row its part of stationarity and its slack, and the largest violation of all.
+        """Return the relative multiplier and slack of each inequality, and the largest violation of all conditions.
 
-        All are relative: of stationarity to the sum of the sizes of its terms, of a row to the sizes of its own.
+        Multipliers are relative to the terms of stationarity to which they contribute, slacks to those of their row.
         """
         size_Q, size_A, size_rows = self.sizes
         right = self._right(args)
@@ -137,8 +147,8 @@ class Reference:
         return weight, slack, worst if np.isfinite(worst) else np.inf
 
 
-def solved(args: Arguments, settings: Mapping[str, Any]) -> Any:
-    """Return what a solver of qpsolvers answers."""
+def solved(args: Arguments, settings: Mapping[str, Any]) -> qpsolvers.Solution:
+    """Solve by a solver of qpsolvers."""
     import qpsolvers
 
     rows = {"G": args.G.tocsc(), "h": args.h} if len(args.h) else {}
@@ -150,27 +160,32 @@ def solved(args: Arguments, settings: Mapping[str, Any]) -> Any:
 
 
 def _extent(size: sp.csr_matrix, right: Vector, x: Vector) -> Vector:
-    """Return the sums of the sizes of the terms of rows, at least that of one variable of the usual size."""
+    """Return the sum of the sizes of each row's terms, at least that of one variable of typical size."""
     usual = typical(x) * size.max(axis=1).toarray().ravel() if len(right) else np.zeros(0)
     return np.maximum(size @ np.abs(x) + np.abs(right) + usual, 1e-300)
 
 
 @dataclass
 class _ActiveSet:
-    """The optimality conditions with some rows as equalities, factored; mask: which of the inequality rows.
+    """The factored optimality conditions with some inequalities as equalities.
 
-    state: the last solution (x, multipliers), from which the next one is refined.
+    Attributes:
+        mask: Which inequalities are equalities.
+        system: The matrix of the conditions.
+        size: The scale of its rows and columns.
+        factors: The factorization of the scaled and shifted matrix.
+        state: The last solution (x, multipliers), from which the next one starts.
     """
 
     mask: NDArray[np.bool_]
     system: sp.csc_matrix
     size: Vector
-    factors: Any
+    factors: spl.SuperLU
     state: Vector
 
     @classmethod
     def of(cls, Q: sp.csc_matrix, kept: sp.csr_matrix, mask: NDArray[np.bool_]) -> _ActiveSet | None:
-        """Factor the conditions with the rows `kept` as equalities; None where they are singular."""
+        """Factor the conditions with the rows `kept` as equalities; None if they are singular."""
         m, n = kept.shape
         system = sp.bmat([[Q, kept.T], [kept, None]], format="csc") if m else sp.csc_matrix(Q)
         size = 1 / np.sqrt(np.maximum(abs(system).max(axis=1).toarray().ravel(), 1e-300))
@@ -182,7 +197,7 @@ class _ActiveSet:
             return None
 
     def solve(self, target: Vector, start: Vector) -> Vector:
-        """Return the solution of the system for `target` near `start`."""
+        """Solve the system for the right-hand side `target` by iterative refinement from `start`."""
         state = start
         for _ in range(10):
             state = state + self.size * self.factors.solve(self.size * (target - self.system @ state))

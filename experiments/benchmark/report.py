@@ -1,4 +1,4 @@
-"""The table of targets, the tables of all contenders, the figure and the JSON of a benchmark."""
+"""The output of `make bench`: tables of targets and of all contenders, the figure and the JSON."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments.benchmark.layers import LAYERS, OURS, Layer
@@ -19,6 +20,7 @@ from experiments.benchmark.measure import FLOOR, NETWORK, Settings, measure
 from experiments.benchmark.verdicts import FASTER, exponents, judged, medians, throughput
 from experiments.report import style
 from experiments.report.artifacts import Artifacts, output_root
+from experiments.report.markdown import number
 from experiments.report.measurements import measured_once
 from experiments.run.execution import made_with
 
@@ -26,7 +28,7 @@ BESIDE = {FLOOR: "batched LU of the backward pass's size", NETWORK: "step of the
 QUICK: Mapping[str, Any] = {
     "limit": 1.0,
     "budget": 0.5,
-}  # on a GPU, where many small kernels make the slow slower still
+}  # on a GPU, where many small kernels make slow contenders even slower
 PROFILES: Mapping[str, Mapping[str, Any]] = {
     "smoke": {"factors": (1,), "many": 128, "rounds": 1, "budget": 0.1, "limit": 2.0},
     "default": {},
@@ -35,7 +37,7 @@ PROFILES: Mapping[str, Mapping[str, Any]] = {
 
 
 def machine() -> dict[str, str | int]:
-    """Return what the numbers were measured on."""
+    """Return the name of the CPU and its number of cores."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
@@ -50,10 +52,20 @@ def make(
     gpu: str | None = None,
     say: Callable[[str], None] = print,
 ) -> tuple[Artifacts, pd.DataFrame]:
-    """Measure the layers in `names` where that is not done yet, and write results/bench and the figure.
+    """Measure the layers in `names`, and write results/bench and the figure.
 
-    gpu: its name, where one is measured too. say: what is being measured. Returns what was written, and `judged`. Every
-    layer is measured in a process of its own, and kept: what was measured when this is stopped is not measured again.
+    Every layer is measured in a separate process. Its measurement is kept, so that a second call does not repeat it.
+
+    Args:
+        profile: The size of the measurement.
+        names: Names of the layers.
+        threads: Numbers of threads.
+        command: The command, for the captions.
+        gpu: Name of the GPU, if one is measured as well.
+        say: Prints progress.
+
+    Returns:
+        The written files, and the table of `judged`.
     """
     frames = []
     for device, count in [*(("cpu", count) for count in threads), *([("cuda", 1)] if gpu else [])]:
@@ -85,9 +97,10 @@ def make(
             *("Error of x, ours / theirs", "Of the vjp"),
         ),
         _verdict_rows(verdicts),
-        "How many times as long the other takes, in the variant where that is least; ≤: how many times as long ours "
-        f"takes, where that is most. **Bold**: missed. {note} Errors, and who is the fastest of the others, with "
-        f"{_threads(max(threads))}; errors are relative, against folding with a direct solver. Made by: `{command}`",
+        "Time of the other contender divided by ours, in the variant with the smallest ratio; ≤: our time divided by "
+        f"that of the other, in the variant with the largest ratio. **Bold**: missed. {note} Errors, and the choice of "
+        f"the fastest other contender, are those with {_threads(max(threads))}; errors are relative to folding with a "
+        f"direct solver. Made by: `{command}`",
     )
     _write_layers(artifacts, "bench/layers", rows, table, note, command)
     grown = {key: f"{exponent:.2f}" for key, exponent in exponents(table).items()}
@@ -124,13 +137,13 @@ def _write_layers(
             *("Error of x", "Of the vjp"),
         ),
         _layer_rows(rows, table),
-        f"Microseconds per sample; ratio: to folding, forward and backward; memory: the highest, of a batch. {note} "
-        f"Made by: `{command}`",
+        "Microseconds per sample. Ratio: time of both passes divided by that of folding. Memory: peak for a batch. "
+        f"{note} Made by: `{command}`",
     )
 
 
 def _write_gpu(artifacts: Artifacts, rows: pd.DataFrame, table: pd.DataFrame, gpu: str, command: str) -> None:
-    """Write bench/cuda.md, bench/cuda_layers.md and bench/cuda.json: the GPU beside the CPU, all contenders on it."""
+    """Write bench/cuda.md, cuda_layers.md and cuda.json: the GPU compared with the CPU, and all contenders on it."""
     measured, medians_there = (frame[frame["device"] == "cuda"] for frame in (rows, table))
     _write_json(artifacts, "bench/cuda", table, machine() | {"gpu": gpu})
     _write_layers(artifacts, "bench/cuda_layers", measured, medians_there, f"{gpu}; float64.", command)
@@ -158,7 +171,7 @@ def _gpu_rows(rows: pd.DataFrame) -> Iterator[list[str]]:
         ratios = [seconds / row.cuda_many for seconds in (row.cpu_many, row.cpu)]
         yield [
             layer.title + who,
-            *("–" if pd.isna(time) else f"{time:.3g}" for time in times),
+            *(number(time, ".3g", "–") for time in times),
             *("–" if pd.isna(ratio) else _bold(_ratio(ratio), ratio < FASTER) for ratio in ratios),
             *(f"{row.peak_bytes / 1e6:.0f}", f"{row.error_x:.0e}", f"{row.error_vjp:.0e}"),
         ]
@@ -173,7 +186,7 @@ def _threads(count: int) -> str:
 
 
 def title(layer: Layer, contender: str) -> str:
-    """Return what a contender, or what is measured beside them, is called."""
+    """Return the title of a contender, or of one of the other measurements."""
     return BESIDE[contender] if contender in BESIDE else layer.contenders[contender].title
 
 
@@ -204,7 +217,7 @@ def _bold(text: str, missed: bool) -> str:
 
 
 def _ratio(value: float) -> str:
-    """Return three digits of a ratio, without a power of ten."""
+    """Return a ratio with three digits, without a power of ten."""
     rounded = float(f"{value:.3g}")
     return f"{rounded:,.0f}×" if rounded >= 100 else f"{rounded:g}×"
 
@@ -217,11 +230,7 @@ def _layer_rows(rows: pd.DataFrame, table: pd.DataFrame) -> Iterable[list[str]]:
             yield [
                 *(variant, f"{row.n}", f"{row.batch}", title(layer, row.contender), f"{row.threads}"),
                 *(f"{1e6 * row.forward:.3g}", f"{1e6 * row.backward:.3g}", f"{row.ratio:.3g}"),
-                *(
-                    "–" if pd.isna(row.peak_bytes) else f"{row.peak_bytes / 1e6:.0f}",
-                    f"{row.error_x:.0e}",
-                    f"{row.error_vjp:.0e}",
-                ),
+                *(number(row.peak_bytes / 1e6, ".0f", "–"), f"{row.error_x:.0e}", f"{row.error_vjp:.0e}"),
             ]
         for row in refused[refused["layer"] == name].itertuples():
             variant = f"{layer.title}, {row.variant}" if row.variant else layer.title
@@ -230,41 +239,42 @@ def _layer_rows(rows: pd.DataFrame, table: pd.DataFrame) -> Iterable[list[str]]:
 
 
 def draw(table: pd.DataFrame, caption: str) -> Figure:
-    """Return the figure: a panel per layer, a bar per contender at the study's size, with how long it takes to ours."""
+    """Draw a panel per layer, with a bar per contender at the study's size."""
     threads = table["threads"].max()
     shown = [name for name in LAYERS if name in set(table["layer"])]
-    with plt.rc_context(style.STYLE):
-        columns = 2
-        rows = -(-len(shown) // columns)
-        figure, axes = plt.subplots(rows, columns, figsize=(7.4, 2.3 * rows), squeeze=False, layout="constrained")
+    columns = 2
+    rows = -(-len(shown) // columns)
+    with style.panels(caption, rows, columns, figsize=(7.4, 2.3 * rows), squeeze=False) as (figure, axes):
         for panel in axes.flat[len(shown) :]:
             panel.set_axis_off()
         for name, panel in zip(shown, axes.flat, strict=False):
             layer = LAYERS[name]
-            first = next(iter(layer.variants))
-            part = table[(table["layer"] == name) & (table["threads"] == threads) & (table["variant"] == first)]
-            part = part[(part["n"] == layer.n) & (part["batch"] == layer.batch)].sort_values("total", ascending=False)
-            colors = [_color(layer, contender) for contender in part["contender"]]
-            micro = 1e6 * part["total"]
-            spread = 1e6 * np.stack([part["total"] - part["fastest"], part["slowest"] - part["total"]]).clip(min=0)
-            whiskers = {"ecolor": "0.5", "elinewidth": 0.8}
-            panel.barh(range(len(part)), micro, xerr=spread, error_kw=whiskers, color=colors, height=0.7)
-            panel.set_yticks(range(len(part)), [title(layer, c) for c in part["contender"]], fontsize=6)
-            for place, (value, ratio) in enumerate(zip(micro, part["ratio"], strict=True)):
-                end = max(value, 1e6 * part["slowest"].iloc[place])
-                panel.text(1.1 * end, place, _ratio(ratio), va="center", fontsize=5.5)
-            panel.set_xscale("log")
-            panel.set_xlim(0.5 * micro.min(), 20 * micro.max())
-            panel.set_title(
-                f"{layer.title}{', ' if first else ''}{first}, n = {layer.n}, batch {layer.batch}",
-                fontsize=7,
-                loc="right",
-            )
-            panel.tick_params(axis="x", labelsize=6)
-            panel.set_xlabel("µs per sample, forward and backward", fontsize=6.5)
-            style.grid(panel)
-        figure.supxlabel(caption, **style.CAPTION)
+            part = table[(table["layer"] == name) & (table["threads"] == threads)]
+            part = part[(part["n"] == layer.n) & (part["batch"] == layer.batch)]
+            _draw_layer(panel, layer, part[part["variant"] == next(iter(layer.variants))])
     return figure
+
+
+def _draw_layer(panel: Axes, layer: Layer, part: pd.DataFrame) -> None:
+    """Draw the bars of a layer, each labelled by the ratio of its time to ours; whiskers: the range of the rounds."""
+    part = part.sort_values("total", ascending=False)
+    variant = next(iter(layer.variants))
+    colors = [_color(layer, contender) for contender in part["contender"]]
+    micro = 1e6 * part["total"]
+    spread = 1e6 * np.stack([part["total"] - part["fastest"], part["slowest"] - part["total"]]).clip(min=0)
+    whiskers = {"ecolor": "0.5", "elinewidth": 0.8}
+    panel.barh(range(len(part)), micro, xerr=spread, error_kw=whiskers, color=colors, height=0.7)
+    panel.set_yticks(range(len(part)), [title(layer, c) for c in part["contender"]], fontsize=6)
+    for place, (value, ratio) in enumerate(zip(micro, part["ratio"], strict=True)):
+        end = max(value, 1e6 * part["slowest"].iloc[place])
+        panel.text(1.1 * end, place, _ratio(ratio), va="center", fontsize=5.5)
+    panel.set_xscale("log")
+    panel.set_xlim(0.5 * micro.min(), 20 * micro.max())
+    named = f"{layer.title}{', ' if variant else ''}{variant}, n = {layer.n}, batch {layer.batch}"
+    panel.set_title(named, fontsize=7, loc="right")
+    panel.tick_params(axis="x", labelsize=6)
+    panel.set_xlabel("µs per sample, forward and backward", fontsize=6.5)
+    style.grid(panel)
 
 
 def _color(layer: Layer, contender: str) -> str:

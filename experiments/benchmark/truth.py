@@ -1,4 +1,4 @@
-"""What differences say of the derivatives of a problem of the collection, whatever a library answers."""
+"""True derivatives of the problems of the collection, by differences and independent of the libraries."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from experiments.benchmark.reference import Reference
 
 WITH_RESPECT_TO = ("p", "b", "h", "lower", "upper")
 DIRECTIONS = 2
-LARGEST = 5000  # variables of a problem whose derivatives are compared with differences
+LARGEST = 5000  # most variables of a problem whose derivatives are compared with differences
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,10 @@ class Along:
 class Truth:
     """The derivatives of weights'x at the solution of a problem.
 
-    gap: how much weights'x differs over the solutions, NaN where it is not known. along: for each argument that has
-    entries, some directions; none where the solution is not unique. reach: |weights|'|x|.
+    Attributes:
+        gap: The range of weights'x over all solutions, NaN if it is unknown.
+        reach: |weights|'|x|, NaN if there is no reference solution.
+        along: Some directions for each argument with finite entries; empty if the solution is not unique.
     """
 
     gap: float = np.nan
@@ -41,7 +43,7 @@ class Truth:
 
 
 def weights(name: str, n: int) -> Vector:
-    """Return the weights w of the problem `name`: its gradients are those of w'x."""
+    """Return the weights w of the problem `name`, whose gradients are those of w'x."""
     return np.random.default_rng(zlib.crc32(name.encode())).standard_normal(n)
 
 
@@ -51,13 +53,13 @@ def given(args: Arguments) -> list[str]:
 
 
 def truth_of(folder: Path, name: str) -> Truth:
-    """Return what differences say of the problem `name`."""
+    """Return the true derivatives of the problem `name`."""
     args = arguments(read(folder, name))
     return truth(args, weights(name, len(args.p)), np.random.default_rng(zlib.crc32(name.encode()) + 1))
 
 
 def truth(args: Arguments, w: Vector, rng: np.random.Generator) -> Truth:
-    """Return what differences say of w'x; an empty `Truth` where the reference finds no solution."""
+    """Return the true derivatives of w'x; an empty `Truth` if the reference finds no solution."""
     reference = Reference(args)
     x = reference(args)
     if x is None:

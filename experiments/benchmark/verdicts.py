@@ -1,4 +1,4 @@
-"""What a benchmark found: medians, targets and whether they are reached, growth, a GPU beside the CPU."""
+"""Evaluation of a benchmark: medians, targets, growth with the size, and the GPU compared with the CPU."""
 
 from __future__ import annotations
 
@@ -12,15 +12,21 @@ from experiments.benchmark.measure import FLOOR, NETWORK
 
 KEYS = ["layer", "device", "threads", "variant", "n", "batch", "contender"]
 CONES = ("clarabel", "scs", "scs_tight")
-EXACT = 1e-7  # an error below this is no worse than any other
-FASTER = 50  # how many times as fast a GPU is to be as all cores of the CPU, in a very large batch
+EXACT = 1e-7  # errors below this count as equally good
+FASTER = 50  # target for the throughput of a GPU relative to all cores of the CPU, in a very large batch
 
 
 @dataclass(frozen=True)
 class Target:
-    """How many times as long `against` takes as `ours`, at least, in every variant at the study's size.
+    """A target for the ratio of the times of contenders, in every variant at the study's size.
 
-    part: "total", "forward" or "backward". Where `at_most`, it is `ours` that takes at most so many times as long.
+    Attributes:
+        layer: Name of the layer.
+        against: The other contenders.
+        factor: The time of each of them must be at least this many times ours.
+        part: The time that is compared: "total", "forward" or "backward".
+        ours: Our contender.
+        at_most: If set, our time must instead be at most `factor` times that of the others.
     """
 
     layer: str
@@ -48,9 +54,10 @@ TARGETS = (
 
 
 def medians(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return one row per place and contender: medians of its rounds, with the ratio of its time to `OURS`.
+    """Return medians over the rounds, one row per place and contender.
 
-    forward, backward, total: seconds per sample; fastest and slowest: total of a round.
+    Further columns: forward, backward and total, seconds per sample; fastest and slowest, the total of a round; ratio
+    of the total to that of `OURS`.
     """
     measured = rows.dropna(subset=["seconds_forward"]).drop(columns="why")
     measured["round"] = (measured["seconds_forward"] + measured["seconds_backward"]) / measured["samples"]
@@ -67,9 +74,9 @@ def medians(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def judged(table: pd.DataFrame, threads: int) -> pd.DataFrame:
-    """Return one row per target that could be measured on the CPU: ratio, whether it holds, the errors on both sides.
+    """Return one row per target that was measured on the CPU: the ratio, whether it holds, and both errors.
 
-    A target of speed does not hold where ours is less accurate than who it is compared with, beyond `EXACT`.
+    A target does not hold if our errors exceed those of the other contender and `EXACT`, unless it is `at_most`.
     """
     rows = []
     for number, target in enumerate(TARGETS):
@@ -106,7 +113,7 @@ def judged(table: pd.DataFrame, threads: int) -> pd.DataFrame:
 
 
 def exponents(table: pd.DataFrame) -> dict[tuple[str, str], float]:
-    """Return, by layer and axis ("batch" or "n"), the exponent of the time of a batch of `OURS` on one thread."""
+    """Return the exponents of the time of a batch of `OURS` on one thread, by layer and axis ("batch" or "n")."""
     found = {}
     ours = table[(table["contender"] == OURS) & (table["device"] == "cpu")]
     ours = ours[ours["threads"] == ours["threads"].min()]
@@ -121,10 +128,12 @@ def exponents(table: pd.DataFrame) -> dict[tuple[str, str], float]:
 
 
 def throughput(table: pd.DataFrame) -> pd.DataFrame:
-    """Return one row per layer and who is fast in it: all cores of the CPU beside the GPU, in a very large batch.
+    """Compare the GPU with all cores of the CPU in a very large batch.
 
-    Columns layer, contender, many (samples), cpu and cuda (seconds per sample at the study's batch), cpu_many and
-    cuda_many (at `many`), peak_bytes, error_x and error_vjp (of the last). Empty where no GPU was measured.
+    Returns:
+        One row per layer and fast contender with the columns layer; contender; many, the batch size; cpu and cuda,
+        seconds per sample at the study's batch size; cpu_many and cuda_many, those at `many`; peak_bytes, error_x and
+        error_vjp, those on the GPU at `many`. Empty if no GPU was measured.
     """
     on = table["device"] == "cuda"
     cores = ~on & (table["threads"] == table.loc[~on, "threads"].max())

@@ -24,7 +24,8 @@ def _bilinear(results: Results) -> Finding:
     return Finding(
         measured,
         CONDITIONAL if close else CONFIRMED,
-        f"The program has to be smoothed to have a gradient; with standardized targets two-stage is at {named} itself.",
+        "The program has a gradient only if it is smoothed. With standardized targets two-stage itself reaches "
+        f"{named}.",
     )
 
 
@@ -35,7 +36,7 @@ def _zero_gradient(results: Results) -> Finding:
         f"{part['zero_first'].min():.0%} of the samples have a zero gradient from the first epoch on; regret "
         f"{part['ratio_mean'].min():.2f} to {part['ratio_mean'].max():.2f} of two-stage's",
         REFUTED if part["zero_first"].min() > 0.9 else CONFIRMED,
-        "The optimum is a vertex, which small changes of c and d leave where it is.",
+        "The optimum is a vertex, and small changes of c and d do not move it.",
     )
 
 
@@ -44,16 +45,16 @@ def _global_optimum(results: Results) -> Finding:
     nonconvex = table[table["kappa"] < 1]
     late = nonconvex.loc[nonconvex["n"] >= 20, "timed_out"]
     return Finding(
-        f"on the smoothed nonconvex program Gurobi times out (5 s) on {late.min():.0%} of the instances from n = 20 "
-        f"on, and is better than our solver on {table['gurobi_better'].max():.0%}",
+        f"on the smoothed nonconvex program Gurobi reaches its time limit on {late.min():.0%} of the instances from "
+        f"n = 20 on, and is better than our solver on {table['gurobi_better'].max():.0%}",
         REFUTED if table["gurobi_better"].max() > 0 else CONFIRMED if late.max() < 0.1 else CONDITIONAL,
-        "Small and convex instances are solved to proven optimality; large nonconvex ones are not, by either.",
+        "Small and convex instances are solved to proven optimality; large nonconvex ones are not, by either solver.",
     )
 
 
 def _timeouts(results: Results) -> Finding:
     return Finding(
-        "–", UNTESTED, "Gurobi as the forward of a whole training run is implemented, but was not run as a series."
+        "–", UNTESTED, "Training with Gurobi as the forward solver is implemented, but the study has no such series."
     )
 
 

@@ -1,8 +1,8 @@
 """Bilinear programs (paper section 6): max c'x + x'Qy + d'y over 0 <= x, y <= 1, sum x = p, sum y = q.
 
-The objective is linear in each block given the other, so an optimum is at a vertex of both, and the optimum as a
-function of (c, d) is piecewise constant: its gradient is zero wherever it exists. A *smoothed* program, with h(x) +
-h(y) subtracted (`experiments.bilinear.smoothing`), has a gradient, and is what the harness folds.
+The objective is linear in x given y and in y given x, so that x and y are vertices at an optimum. The optimum is a
+piecewise constant function of (c, d), and its gradient is zero wherever it exists. The harness therefore folds the
+*smoothed* program, whose objective has h(x) + h(y) subtracted (`experiments.bilinear.smoothing`).
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from foldopt.solvers.gurobi import GlobalSolution, GurobiNonconvexQP
 from foldopt.updates import ProjectedGradient
 
 MAX_VERTICES = 100_000
-CHUNK = 10_000_000  # numbers held at a time by the enumeration
+CHUNK = 10_000_000  # most numbers that the enumeration holds at a time
 SMOOTHINGS: dict[str, Callable[[float], Smoothing]] = {"quadratic": Quadratic, "entropy": Entropy}
 
 
 class Vertex(NamedTuple):
-    """An optimum of the program as it stands, float64: x and y, (B, n) of zeros and ones, and its value, (B,)."""
+    """An optimum of the program without smoothing, float64: x and y, (B, n) of zeros and ones; its value, (B,)."""
 
     x: Tensor
     y: Tensor
@@ -48,19 +48,25 @@ class Vertex(NamedTuple):
 
 
 class BilinearProblem(Problem):
-    """The bilinear program of one Q, as it stands and smoothed.
+    """The bilinear program of one matrix Q, with and without smoothing.
+
+    States and decisions are z = (x, y), (B, 2n).
 
     Args:
-        Q: (n, n). p, q: what x and y sum to, whole numbers in 1..n-1.
-        kappa: strength of the smoothing relative to sigma = ||C Q C||_2, C the projection on sum 0, at least 0. With
-            "quadratic" h(x) = kappa sigma / 2 |x|^2, and the smoothed program is convex from kappa = 1 on. 0: none.
-        smoothing: "quadratic", or "entropy": h(x) = kappa sigma / 4 (x log x + (1 - x) log(1 - x)) summed, convex from
-            1 on as well.
-        stepsize: of projected gradient, relative to 1 / (sigma max(kappa, 1)), below 2; the gradient of the folded
-            layer does not depend on it.
-        starts: from how many points the smoothed program is maximized. time_limit: seconds for Gurobi, per instance.
+        Q: (n, n).
+        p: Sum of x, a whole number in 1..n-1.
+        q: Sum of y, a whole number in 1..n-1.
+        kappa: Strength of the smoothing relative to sigma = |C Q C|_2, where C is the projection on sum 0; 0 for no
+            smoothing. The smoothed program is convex from kappa = 1 on.
+        smoothing: "quadratic": h(x) = kappa sigma / 2 |x|^2; or "entropy": h(x) = kappa sigma / 4 times the sum of
+            x log x + (1 - x) log(1 - x).
+        stepsize: Stepsize of projected gradient relative to 1 / (sigma max(kappa, 1)), below 2. The gradient of the
+            folded layer does not depend on it.
+        starts: Number of points from which the smoothed program is maximized.
+        time_limit: Seconds for Gurobi, per instance.
 
-    States z = (x, y) are (B, 2n); so are decisions. Raises InputError for arguments out of range.
+    Raises:
+        InputError: An argument is out of range.
     """
 
     forwards: ClassVar[Mapping[str, Forward]] = {"exact": Forward(tol=1e-6), "gurobi": Forward(tol=1e-3)}
@@ -86,22 +92,24 @@ class BilinearProblem(Problem):
         for name, total in (("p", p), ("q", q)):
             require_whole(name, total, 1)
             if total >= self.n:
-                raise InputError(f"{name}={total} leaves no choice among n={self.n} variables in [0, 1]; take less.")
+                raise InputError(
+                    f"{name}={total} leaves no choice among n={self.n} variables in [0, 1]; choose a smaller {name}."
+                )
         if not 0 <= kappa < torch.inf:
-            raise InputError(f"kappa={kappa}: the strength of the smoothing is a number of at least 0.")
+            raise InputError(f"kappa={kappa}: the strength of the smoothing must be a number of at least 0.")
         if smoothing not in SMOOTHINGS:
             raise InputError(f"smoothing={smoothing!r} is unknown; choose one of {sorted(SMOOTHINGS)}.")
         require_positive("stepsize", stepsize)
         if stepsize >= 2:
-            raise InputError(f"stepsize={stepsize}: projected gradient needs one below 2.")
+            raise InputError(f"stepsize={stepsize}: projected gradient needs a stepsize below 2.")
         require_whole("starts", starts, 1)
         require_positive("time_limit", time_limit)
         centred = self.Q - self.Q.mean(0)
         self.sigma = float(torch.linalg.matrix_norm(centred - centred.mean(1, keepdim=True), 2))
         if self.sigma <= 1e-12 * float(self.Q.abs().max()):
             raise InputError(
-                f"Q of shape {tuple(Q.shape)}: x'Qy is a sum of functions of x and of y here, so that the program is "
-                "two linear ones; add them to c and d."
+                f"Q of shape {tuple(Q.shape)}: on the feasible set x'Qy is a function of x plus one of y, so that the "
+                "program is linear; add these functions to c and d."
             )
         self.kappa, self.kind, self.time_limit = float(kappa), smoothing, float(time_limit)
         self.smoothing = SMOOTHINGS[smoothing](kappa * self.sigma / (4 if smoothing == "entropy" else 1))
@@ -109,15 +117,15 @@ class BilinearProblem(Problem):
         self.starts = self.spread(min(starts, self.n))
         self.centre = torch.tensor(self.totals, dtype=torch.float64).repeat_interleave(self.n) / self.n
         self.timeouts = 0
-        self._gurobi: tuple[float, GurobiNonconvexQP] | None = None  # for this weight of the penalty
+        self._gurobi: tuple[float, GurobiNonconvexQP] | None = None  # the penalty's weight, and the model with it
 
     @property
     def optimizers(self) -> Mapping[str, Callable[[], Step]]:
         """Update steps that can be folded, by name, the default first.
 
-        "pgd": projected gradient with the projection in closed form; "pgd_b": with its projection a folded ADMM, the
-        paper's f-PGDb; "block": both blocks maximized at once. Entropy has "block" only, as its gradient is infinite
-        at the bounds.
+        "pgd" is projected gradient with the projection in closed form. "pgd_b" projects by a folded ADMM, as the
+        paper's f-PGDb does. "block" maximizes over both blocks at once. With entropy only "block" is available, as the
+        gradient of entropy is infinite at the bounds.
         """
         block: dict[str, Callable[[], Step]] = {"block": lambda: BlockStep(self.Q, self.totals, self.smoothing)}
         smoothing = self.smoothing
@@ -137,7 +145,7 @@ class BilinearProblem(Problem):
         return {**step, **nested, **block}
 
     def unrolled(self, optimizer: str) -> tuple[Callable[..., Tensor], Step]:
-        """Return a cold start, the centre of both blocks, and the step to unroll from there."""
+        """Return the cold start z = (p/n, q/n) and the step to unroll from there."""
         return lambda c, d: self.centre.to(c).expand(len(c), -1), self.optimizers[optimizer]()
 
     def solve(self, forward: str, c: Tensor, d: Tensor, **options: float) -> Tensor:
@@ -151,7 +159,7 @@ class BilinearProblem(Problem):
         return torch.cat([found.x, found.y], 1)
 
     def decide(self, c: Tensor, d: Tensor) -> Tensor:
-        """Return optimal decisions (B, 2n) of the program as it stands."""
+        """Return optimal decisions (B, 2n) of the program without smoothing."""
         found = self.vertex(c, d)
         return torch.cat([found.x, found.y], 1)
 
@@ -160,17 +168,18 @@ class BilinearProblem(Problem):
         return objective(self.Q, z, c, d)
 
     def smoothed_value(self, z: Tensor, c: Tensor, d: Tensor) -> Tensor:
-        """Return the value less the penalties h(x) + h(y), (B,)."""
+        """Return the value minus the penalties h(x) + h(y), (B,)."""
         return self.value(z, c, d) - self.smoothing.penalty(z) if self.kappa else self.value(z, c, d)
 
     def vertex(self, c: Tensor, d: Tensor) -> Vertex:
-        """Solve the program as it stands by enumeration, batched, in float64.
+        """Solve the program without smoothing by enumeration, batched, in float64.
 
-        For each vertex of the block with fewer of them the best vertex of the other is the one of its largest
-        coefficients.
+        The vertices of the block that has fewer of them are enumerated. Given one of them, the best vertex of the other
+        block selects its largest coefficients.
 
-        Raises InputError for wrong shapes, NaN or inf (with the batch indices), and where there are more than 100,000
-        vertices to enumerate.
+        Raises:
+            InputError: A shape is wrong, c or d holds NaN or inf (with the batch indices), or there are more than
+                100,000 vertices to enumerate.
         """
         c, d = self._checked(c, d)
         Q, (p, q) = self.Q.to(c), self.totals
@@ -183,8 +192,13 @@ class BilinearProblem(Problem):
     def smoothed(self, c: Tensor, d: Tensor, starts: Tensor | None = None) -> SmoothedSolution:
         """Solve the smoothed program from several starts to machine precision; see `maximize`.
 
-        starts: (K, n) or (B, K, n), points x to start from; default: `starts` vertices spread over the coordinates.
-        Raises InputError for kappa = 0, wrong shapes, NaN or inf.
+        Args:
+            c: (B, n).
+            d: (B, n).
+            starts: Points x to start from, (K, n) or (B, K, n); None takes vertices spread over the coordinates.
+
+        Raises:
+            InputError: kappa is 0, a shape is wrong, or c or d holds NaN or inf.
         """
         if not self.kappa:
             raise InputError("kappa=0: there is no smoothed program; call vertex, or take kappa above 0.")
@@ -193,12 +207,18 @@ class BilinearProblem(Problem):
         return maximize(self.Q.to(c), c, d, self.totals, self.smoothing, starts.expand(len(c), *starts.shape[-2:]))
 
     def gurobi(self, c: Tensor, d: Tensor, smoothed: bool = True) -> GlobalSolution:
-        """Solve one by one to certified global optimality by Gurobi, within `time_limit` seconds each.
+        """Solve one instance after the other to proven global optimality by Gurobi, within `time_limit` seconds each.
 
-        smoothed: with the quadratic penalties; Gurobi takes no entropy, which raises InputError.
+        Args:
+            c: (B, n).
+            d: (B, n).
+            smoothed: Whether to subtract the quadratic penalties.
+
+        Raises:
+            InputError: The smoothed program has entropy penalties, which Gurobi does not take.
         """
         if smoothed and self.kind == "entropy":
-            raise InputError("smoothing='entropy': Gurobi is given quadratic programs only; choose forward=exact.")
+            raise InputError("smoothing='entropy': Gurobi solves quadratic programs only; choose forward=exact.")
         c, d = self._checked(c, d)
         weight = self.kappa * self.sigma if smoothed else 0.0
         if self._gurobi is None or self._gurobi[0] != weight:
@@ -211,7 +231,7 @@ class BilinearProblem(Problem):
         return found
 
     def smoothed_gurobi(self, c: Tensor, d: Tensor) -> Tensor:
-        """Return Gurobi's optimum of the smoothed program, or what it had at the time limit, polished; (B, 2n)."""
+        """Return Gurobi's best point of the smoothed program within the time limit, polished by `smoothed`; (B, 2n)."""
         z = self.gurobi(c, d).x
         if not self.kappa:
             return z.round()
@@ -219,7 +239,7 @@ class BilinearProblem(Problem):
         return torch.cat([found.x, found.y], 1)
 
     def polyhedron(self, c: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return the feasible set as (G, h, A, b), without the bounds z <= 1 of a block that sums to 1."""
+        """Return the feasible set as (G, h, A, b), without the redundant bounds z <= 1 of a block that sums to 1."""
         eye = torch.eye(2 * self.n, dtype=c.dtype, device=c.device)
         capped = torch.cat([eye[k * self.n : (k + 1) * self.n] for k in (0, 1) if self.totals[k] > 1] or [eye[:0]])
         h = torch.cat([c.new_zeros(2 * self.n), c.new_ones(len(capped))])
@@ -227,7 +247,7 @@ class BilinearProblem(Problem):
         return torch.cat([-eye, capped]), h, A, torch.tensor(self.totals).to(c)
 
     def spectral_radius(self, z: Tensor) -> Tensor:
-        """Return rho(Phi), (B,), of the first of `optimizers` at solutions z (B, 2n), from its closed form."""
+        """Return the spectral radius of Phi, (B,), of the default optimizer's step at solutions z (B, 2n)."""
         w = self.smoothing.slopes(z) if self.kind == "entropy" else ((z > 0) & (z < 1)).to(z)
         # With J = R (I - uu') R, R = diag(sqrt w), the eigenvalues of J H are those of (I - uu') R H R (I - uu').
         root = w.sqrt()
@@ -244,7 +264,7 @@ class BilinearProblem(Problem):
         return torch.where(directions > 0, abs(own), 0) + self.stepsize * coupling
 
     def spread(self, count: int) -> Tensor:
-        """Return `count` vertices x, (count, n), with p ones in a row, cyclically, that start evenly spread."""
+        """Return `count` vertices x, (count, n), evenly spread: p ones in cyclically consecutive places each."""
         first = torch.arange(count) * self.n // count
         where = (first[:, None] + torch.arange(self.totals[0])) % self.n
         return torch.zeros(count, self.n, dtype=torch.float64).scatter(1, where, 1.0)
@@ -267,7 +287,7 @@ def _enumerated(Q: Tensor, c: Tensor, d: Tensor, p: int, q: int) -> tuple[Tensor
     n, count = len(Q), comb(len(Q), p)
     if count > MAX_VERTICES:
         raise InputError(
-            f"p={p} and q={q} of n={n}: {count} vertices are too many to enumerate (at most {MAX_VERTICES}); solve by "
+            f"p={p} and q={q} of n={n}: {count} vertices are too many to enumerate (at most {MAX_VERTICES}); use "
             "Gurobi instead, problem.gurobi(c, d, smoothed=False)."
         )
     ones = torch.tensor(list(combinations(range(n), p)), device=c.device)

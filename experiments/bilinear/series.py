@@ -1,23 +1,14 @@
-"""What the figures and tables of the bilinear study share: final regrets, and their ratios to two-stage."""
+"""Ratios of the final regrets of the bilinear study to those of two-stage."""
 
 from __future__ import annotations
 
 import pandas as pd
 
-PLACE = ["n_variables", "interaction"]
-
-
-def final(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return the test rows of each run's last epoch."""
-    test = frame[frame["split"] == "test"]
-    run = ["series", *PLACE, "seed"]
-    return test[test["epoch"] == test.groupby(run)["epoch"].transform("max")]
-
 
 def ratios(last: pd.DataFrame, n: int) -> pd.DataFrame:
-    """Return for every series and seed its mean regret over that of two-stage, on the matrices Q that it ran on.
+    """Return the mean regret of every series and seed divided by that of two-stage on the same matrices Q.
 
-    Columns series, seed, ratio.
+    Columns: series, seed, ratio.
     """
     rows = last[last["n_variables"] == n]
     reference = rows[rows["series"] == "two_stage"].set_index(["interaction", "seed"])["regret"]

@@ -1,7 +1,8 @@
 """Smoothed bilinear programs: max c'x + x'Qy + d'y - h(x) - h(y) over two capped simplices, h strongly convex.
 
-Given y, the best x is a closed form up to one number, the multiplier of its sum: x = block(c + Qy); likewise y. A
-solution is a fixed point of the two, found by maximizing over the blocks in turn and polished by Newton's method.
+Given y, the best x is x = block(c + Qy), a closed form in which only the multiplier of sum x = p is unknown; likewise
+for y given x. Solutions are fixed points of both maps. They are found by maximizing over the blocks alternately, and
+polished by Newton's method.
 """
 
 from __future__ import annotations
@@ -17,39 +18,39 @@ from experiments.numerics.graphs import replayed
 from foldopt.batched import lu_factor
 from foldopt.projections import capped_simplex
 
-SWEEPS = (3, 12)  # over the blocks: from all starts, then from those kept
-KEPT = 2
+SWEEPS = (3, 12)  # sweeps over the blocks: from all starts, then from the best ones
+KEPT = 2  # number of these
 MAX_NEWTON = 40
-BETWEEN = 8  # sweeps in the place of a Newton step that does not help
-MAX_FULL = 8  # up to this total `Quadratic.rough` is the faster projection
-TOLERANCE = 1e-10  # of the residual; Newton goes on to a tenth of it
+BETWEEN = 8  # sweeps that replace a Newton step which does not reduce the residual
+MAX_FULL = 8  # largest total for which `Quadratic.rough` is faster than the exact projection
+TOLERANCE = 1e-10  # of the residual; Newton's method stops at a tenth of it
 
 
 class Smoothing(Protocol):
     """A strongly convex h, summed over coordinates."""
 
     def penalty(self, x: Tensor) -> Tensor:
-        """Return h of every row of x (B, n), (B,)."""
+        """Return h of each row of x (B, n), (B,)."""
         ...
 
     def block(self, s: Tensor, total: int, near: Tensor | None = None) -> Tensor:
-        """Return argmax s'x - h(x) over 0 <= x <= 1, sum x = total, for every row of s (B, n); differentiable.
+        """Return argmax s'x - h(x) over 0 <= x <= 1, sum x = total, for each row of s (B, n); differentiable.
 
-        near: (B, n), a guess of it, which may save work.
+        near: A guess of the result, (B, n), which may save work.
         """
         ...
 
     def rough(self, s: Tensor, total: int) -> Tensor:
-        """Return `block` to at least five digits and without derivatives, fast: what the sweeps before Newton need."""
+        """Return `block` to at least five digits, without derivatives; the sweeps before Newton's method use it."""
         ...
 
     def slopes(self, x: Tensor) -> Tensor:
-        """Return w (B, n) for which the derivative of `block` at its value x is diag(w) - ww' / sum w."""
+        """Return w (B, n) such that the Jacobian of `block` at its value x is diag(w) - ww' / sum w."""
         ...
 
 
 class Quadratic:
-    """h(x) = weight/2 |x|^2, whose `block` is the projection of s / weight."""
+    """h(x) = weight/2 |x|^2; its `block` is the projection of s / weight on the capped simplex."""
 
     def __init__(self, weight: float) -> None:
         self.weight = weight
@@ -64,7 +65,7 @@ class Quadratic:
 
     @torch.no_grad()
     def rough(self, s: Tensor, total: int) -> Tensor:
-        """Return the projection by one sort per row: the largest entries are full until the rest is below 1."""
+        """Return the projection by one sort per row: the largest entries are set to 1 until all others are below 1."""
         x = s / self.weight
         return capped_simplex(x, total) if total > MAX_FULL else _by_sorting(x, total)
 
@@ -76,7 +77,7 @@ class Quadratic:
 @replayed
 def _by_sorting(x: Tensor, total: int) -> Tensor:
     ordered = x.sort(dim=1, descending=True).values
-    x, ordered = x - ordered[:, :1], ordered - ordered[:, :1]  # as small as they can be
+    x, ordered = x - ordered[:, :1], ordered - ordered[:, :1]  # shifted by the largest entry, to lose fewer digits
     theta = ordered.new_empty(len(x), 1)
     for full in range(total):
         free = ordered[:, full:]
@@ -88,19 +89,19 @@ def _by_sorting(x: Tensor, total: int) -> Tensor:
 
 
 class Entropy:
-    """h(x) = weight (x log x + (1 - x) log(1 - x)), whose `block` is the logistic function of (s - theta) / weight."""
+    """h(x) = weight (x log x + (1 - x) log(1 - x)); its `block` is the logistic function of (s - theta) / weight."""
 
     def __init__(self, weight: float) -> None:
         self.weight = weight
 
     def penalty(self, x: Tensor) -> Tensor:
-        """Return the negative entropy times the weight, (B,)."""
+        """Return the weight times the negative entropy, (B,)."""
         return self.weight * (torch.xlogy(x, x) + torch.xlogy(1 - x, 1 - x)).sum(1)
 
     def block(self, s: Tensor, total: int, near: Tensor | None = None) -> Tensor:
-        """Return the logistic function at (s - theta) / weight, theta such that the sum is total (below n).
+        """Return the logistic function of (s - theta) / weight, where theta makes the sum equal total (below n).
 
-        Its first derivative is exact; theta is found without gradients and corrected to first order.
+        theta is computed without gradients and then corrected to first order, so that the first derivative is exact.
         """
         with torch.no_grad():
             theta = self._threshold(s, total)
@@ -112,7 +113,7 @@ class Entropy:
 
     @torch.no_grad()
     def rough(self, s: Tensor, total: int) -> Tensor:
-        """Return `block` with a sum that is right to 1e-5."""
+        """Return `block`, with an error of at most 1e-5 in its sum."""
         return ((s - self._threshold(s, total, 1e-5)) / self.weight).sigmoid()
 
     def slopes(self, x: Tensor) -> Tensor:
@@ -120,9 +121,9 @@ class Entropy:
         return x * (1 - x) / self.weight
 
     def _threshold(self, s: Tensor, total: int, tol: float = 0.0) -> Tensor:
-        """Return theta (B, 1) by Newton's method, bisecting where that leaves the bracket of the root.
+        """Return theta (B, 1) by Newton's method, with bisection where a step leaves the bracket of the root.
 
-        tol: error of the sum at which to stop before the root is found to rounding.
+        tol: Error of the sum at which to stop; 0 goes on to rounding.
         """
         ends = s.topk(total + 1, dim=1).values
         n, eps = s.shape[1], torch.finfo(s.dtype).eps
@@ -143,11 +144,11 @@ class Entropy:
 
 
 class GradientStep(nn.Module):
-    """One step of projected gradient ascent on a smoothed program, its adjoint in closed form.
+    """One projected gradient ascent step on the quadratically smoothed program, with its adjoint in closed form.
 
-    ``GradientStep(Q, totals, smoothing, stepsize)(z, c, d)`` on z = (x, y), (B, 2n), with the quadratic smoothing. I -
-    Phi = I - P (I - alpha H) with P the derivative of the projection and H the Hessian of minus the objective; on the
-    range of P it is alpha P H P, and `coupled` inverts that.
+    It is called as ``step(z, c, d)`` with z = (x, y), (B, 2n). I - Phi = I - P (I - alpha H), where P is the Jacobian
+    of the projection and H the Hessian of the negative objective. On the range of P this is alpha P H P, which
+    `coupled` inverts.
     """
 
     def __init__(self, Q: Tensor, totals: tuple[int, int], smoothing: Quadratic, stepsize: float) -> None:
@@ -174,10 +175,10 @@ class GradientStep(nn.Module):
 
 
 class BlockStep(nn.Module):
-    """Both blocks maximized at once: (x, y) -> (block(c + Qy), block(d + Q'x)), on z = (x, y) of shape (B, 2n).
+    """Maximize over both blocks at once: (x, y) -> (block(c + Qy), block(d + Q'x)), on z = (x, y) of shape (B, 2n).
 
-    Its fixed points are the stationary points of the smoothed program, whatever h; with the quadratic one it is a step
-    of projected gradient with stepsize 1 / weight.
+    The fixed points are the stationary points of the smoothed program, for any h. With the quadratic h it is a
+    projected gradient step with stepsize 1 / weight.
     """
 
     def __init__(self, Q: Tensor, totals: tuple[int, int], smoothing: Smoothing) -> None:
@@ -199,7 +200,7 @@ class BlockStep(nn.Module):
 
 
 def project(z: Tensor, totals: tuple[int, int], near: Tensor | None = None) -> Tensor:
-    """Return the nearest feasible point to z = (x, y), (B, 2n); near: a guess of it, see `capped_simplex`."""
+    """Return the feasible point nearest to z = (x, y), (B, 2n); near: a guess of it, see `capped_simplex`."""
     blocks = 2 * len(z), z.shape[1] // 2
     guess = None if near is None else near.reshape(blocks)
     return capped_simplex(z.reshape(blocks), z.new_tensor(totals).repeat(len(z)), near=guess).reshape(z.shape)
@@ -219,10 +220,10 @@ def objective(Q: Tensor, z: Tensor, c: Tensor, d: Tensor) -> Tensor:
 
 
 def coupled(Q: Tensor, w: Tensor, g: Tensor) -> Tensor:
-    """Return u = J (g + (Q u_y, Q'u_x)), (B, 2n), J the derivative of both blocks, of slopes w (B, 2n).
+    """Solve u = J (g + (Q u_y, Q'u_x)) for u, (B, 2n), where J is the Jacobian of both blocks with slopes w (B, 2n).
 
-    u moves the solution as g moves (c, d). One system is solved per sample, of the size of what is free to move in a
-    block: u is zero where w is. NaN in the samples where it is singular.
+    u is the change of the solution when (c, d) changes by g, (B, 2n). u is zero where w is, so that the linear system
+    of a sample is as large as the number of free coordinates of a block. Samples whose system is singular get NaN.
     """
     n = len(Q)
     x, y = (Chosen(part != 0) for part in w.chunk(2, 1))
@@ -240,10 +241,16 @@ def coupled(Q: Tensor, w: Tensor, g: Tensor) -> Tensor:
 
 
 class SmoothedSolution(NamedTuple):
-    """What `maximize` found, float64.
+    """Solutions of a batch of smoothed programs, in float64.
 
-    x, y: (B, n). value: (B,), penalties included. residual: (B,), how far one sweep over the blocks moves x.
-    iterations: (B,) int, Newton steps. ok: (B,) bool, residual small. start: (B,) int, the start it was reached from.
+    Attributes:
+        x: (B, n).
+        y: (B, n).
+        value: Objective including the penalties, (B,).
+        residual: How far one sweep over the blocks moves x, (B,).
+        iterations: Number of Newton steps, (B,) int.
+        ok: Whether the residual is below the tolerance, (B,) bool.
+        start: Index of the start that led to the solution, (B,) int.
     """
 
     x: Tensor
@@ -258,9 +265,15 @@ class SmoothedSolution(NamedTuple):
 def maximize(
     Q: Tensor, c: Tensor, d: Tensor, totals: tuple[int, int], smoothing: Smoothing, starts: Tensor
 ) -> SmoothedSolution:
-    """Maximize a smoothed bilinear program from several starts, batched; the best local optimum is returned.
+    """Maximize smoothed bilinear programs from several starts, and return the best local optimum of each.
 
-    Q: (n, n). c, d: (B, n). totals: what x and y sum to. starts: (B, K, n), points x to start from.
+    Args:
+        Q: (n, n).
+        c: (B, n).
+        d: (B, n).
+        totals: The sums of x and y.
+        smoothing: The penalty h.
+        starts: Points x to start from, (B, K, n).
     """
     B, K, n = starts.shape
 
@@ -305,9 +318,9 @@ def _climb(
 def _sweep(
     Q: Tensor, x: Tensor, near: Tensor, c: Tensor, d: Tensor, totals: tuple[int, int], smoothing: Smoothing
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the best x for the best y for x, the best y for that one, and how far x moved, (B,).
+    """Maximize over y given x, then over x given y, then over y again.
 
-    near: a guess of the first y.
+    Returns the new x and y, and how far x has moved, (B,). near: A guess of the first y.
     """
     y = smoothing.block(d + x @ Q, totals[1], near)
     new = smoothing.block(c + y @ Q.mT, totals[0], x)
@@ -317,9 +330,9 @@ def _sweep(
 def _newton(
     Q: Tensor, x: Tensor, c: Tensor, d: Tensor, totals: tuple[int, int], smoothing: Smoothing
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Polish x to a fixed point of `_sweep` by Newton's method; sweeps take over where that brings it no closer.
+    """Polish x to a fixed point of `_sweep` by Newton's method, with sweeps where a Newton step does not help.
 
-    Returns x, the best y for it, and how many steps that took, (B,).
+    Returns x, the best y for it, and the number of steps, (B,).
     """
     iterations = torch.zeros(len(x), dtype=torch.long, device=x.device)
     y = smoothing.block(d + x @ Q, totals[1], smoothing.rough(d + x @ Q, totals[1]))
@@ -331,7 +344,7 @@ def _newton(
             break
         now, C, D, Y, step = (t[todo] for t in (x, c, d, y, moved))
         r = step - now
-        # r + J Q J (Q'r + ...): what the sweep leaves of an error, summed up
+        # Newton's method: x + (I - T)^-1 r = step + T (I - T)^-1 r, where T is the Jacobian of a sweep at x.
         weights = torch.cat([smoothing.slopes(step), smoothing.slopes(Y)], 1)
         more = coupled(Q, weights, torch.cat([torch.zeros_like(r), r @ Q], 1))[:, : x.shape[1]]
         trial = step + torch.where(more.isfinite().all(1, keepdim=True), more, 0)
@@ -350,7 +363,7 @@ def _newton(
 
 
 def _derivative(w: Tensor) -> Tensor:
-    """Return diag(w) - ww' / sum w for every row of w, (B, k), as (B, k, k)."""
+    """Return diag(w) - ww' / sum w for each row of w, (B, k), as (B, k, k)."""
     total = w.sum(1, keepdim=True).clamp(min=torch.finfo(w.dtype).tiny)
     J = w[:, :, None] * (w / -total)[:, None, :]
     J.diagonal(dim1=1, dim2=2).add_(w)

@@ -1,4 +1,4 @@
-"""Predict the linear coefficients of a nonconvex bilinear program, decide by its optimum, lose regret (paper E.1)."""
+"""The bilinear task: predict the linear coefficients of a nonconvex bilinear program, minimize regret (paper E.1)."""
 
 from __future__ import annotations
 
@@ -17,15 +17,18 @@ INTERACTIONS = 15
 
 
 class BilinearTask(Task):
-    """Bilinear task on the data of `data.bilinear.generate`, with one of 15 matrices of `data.bilinear.interaction`.
+    """The bilinear task on the data of `data.bilinear.generate`, with one of 15 matrices `data.bilinear.interaction`.
 
-    interaction: which Q, 0..14; it is its seed, which has nothing to do with that of the data.
-    n_variables: n, of each block.
-    p, q, kappa, smoothing, stepsize, starts, time_limit: as for `BilinearProblem`. Others: as for `generate`.
-    standardize: the model predicts (target - mean) / deviation, with one mean and one deviation of all training
-    targets.
+    The loss of a decision is its regret in the *smoothed* program. The metrics are those of the program without
+    smoothing.
 
-    The loss of a decision is its regret in the *smoothed* program. The metrics are those of the program as it stands.
+    Args:
+        interaction: Which Q, 0..14. It is the seed of Q, which is independent of the seed of the data.
+        n_variables: Number of variables n of each block.
+        standardize: The model predicts (target - mean) / deviation, with one mean and one standard deviation over all
+            training targets.
+        p, q, kappa, smoothing, stepsize, starts, time_limit: See `BilinearProblem`.
+        seed, n_train, n_val, n_test, n_features, hidden: See `data.bilinear.generate`.
     """
 
     objective: ClassVar[str] = "regret"
@@ -57,7 +60,9 @@ class BilinearTask(Task):
     ) -> None:
         require_whole("interaction", interaction, 0)
         if interaction >= INTERACTIONS:
-            raise InputError(f"interaction={interaction}: there are {INTERACTIONS} matrices Q, take 0..14.")
+            raise InputError(
+                f"interaction={interaction}: there are {INTERACTIONS} matrices Q; choose one of 0..{INTERACTIONS - 1}."
+            )
         require_whole("n_variables", n_variables, 2)
         drawn = bilinear.generate(seed, n_train, n_val, n_test, 2 * n_variables, n_features, hidden)
         Q = bilinear.interaction(interaction, n_variables)
@@ -98,7 +103,7 @@ class BilinearTask(Task):
         return (outputs - (samples["targets"] - self.shift) / self.scale).square().mean(1)
 
     def metrics(self, outputs: Tensor, samples: Samples) -> dict[str, float]:
-        """Return regret, regret_percent (of the sum of |optimal values|), mse and prediction_scale."""
+        """Return the mean regret, also in percent of the sum of |optimal values|, the MSE and the prediction scale."""
         c, d = self.parameters(outputs, samples)
         regret = samples["optimal"] - self.problem.value(self.problem.decide(c, d), *self.truth(samples))
         predicted = torch.cat([c, d], 1)
@@ -112,8 +117,8 @@ class BilinearTask(Task):
     def diagnose(self, outputs: Tensor, samples: Samples) -> dict[str, float]:
         """Return spectral_radius, global_fraction and solver_timeouts (since the last call) for a training batch.
 
-        global_fraction is the share of samples on which maximizing over the blocks from the centre alone ends at the
-        best optimum found from vertices all around; empty for the program without smoothing, as spectral_radius.
+        global_fraction is the share of samples in which the local optimum reached from the centre is as good as the
+        best one reached from n vertices. Without smoothing only solver_timeouts is returned.
         """
         problem = self.problem
         late, problem.timeouts = problem.timeouts, 0

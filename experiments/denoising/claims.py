@@ -17,8 +17,8 @@ def _denoiser_learns(results: Results) -> Finding:
         f"all of D learned: the test error falls in {better.sum()} of {len(free)} settings of data and λ; with D a "
         f"filter in {(shaped['last'] < shaped['first']).sum()} of {len(shaped)}",
         CONFIRMED if better.all() else CONDITIONAL if better.any() else REFUTED,
-        "9900 entries of D overfit 9000 signals, and rows that do not sum to zero punish the signal's level; a D of "
-        "few parameters learns at every λ.",
+        "The 9900 entries of D overfit 9000 signals, and rows that do not sum to zero penalize the level of the "
+        "signal. A D with few parameters improves at every λ.",
     )
 
 
@@ -43,14 +43,16 @@ def _denoiser_like_qpth(results: Results) -> Finding:
     return Finding(
         f"mean final test errors differ by at most {apart:.2%}; least adjusted p of a paired test {p:.1g}",
         CONFIRMED if apart < 0.02 else REFUTED,
-        "No difference beyond chance was found at any λ." if p >= 0.05 else "Some are beyond chance, and as small.",
+        "No difference is statistically significant at any λ."
+        if p >= 0.05
+        else "Some are significant, though as small.",
     )
 
 
 CLAIMS: Sequence[Claim] = (
     Claim(
         "§6, Figure 4(b)",
-        "f-FDPG learns a better denoiser than the classical one it starts as, for various λ.",
+        "f-FDPG learns a better denoiser than the classical one that it starts from, for various λ.",
         ("make figure-4b",),
         _denoiser_learns,
     ),

@@ -1,10 +1,12 @@
-"""The classical denoiser: total variation with the weight that is best on the test signals of each data set."""
+"""The classical denoiser: total variation with the weight lambda of smallest error on the test signals."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import cast
 
 import pandas as pd
 from scipy.optimize import minimize_scalar
@@ -37,11 +39,14 @@ class DataSets:
 
 
 def best_classical(planned: Sequence[StudyRun]) -> pd.DataFrame:
-    """Return the classical denoiser of the least test error: reading, seed, weight, mse, one row per data set.
+    """Return the weight lambda of smallest test error for each data set, and that error.
 
-    lambda is sought between the smallest and the largest of the study for that reading.
+    lambda is searched between the smallest and the largest value that the study has for this reading of the data.
+
+    Returns:
+        One row per data set with the columns reading, seed, weight and mse.
     """
-    sets = {}
+    sets: dict[tuple[str, int], DataSet] = {}
     for run in planned:
         if run.series in READINGS:
             weights = [other.point["task.weight"] for other in planned if other.series == run.series]
@@ -54,17 +59,18 @@ def _search(settings: DataSets) -> pd.DataFrame:
     rows = []
     for place in settings.sets:
         task = components.build(configuration.compose(list(place.overrides))).task
-
-        def error(log_weight: float, task: DenoisingTask = task) -> float:
-            return float(classical_errors(task, math.exp(log_weight)).mean())
-
+        error = partial(_mean_error, cast(DenoisingTask, task))
         bounds = math.log(place.low), math.log(place.high)
         found = minimize_scalar(error, bounds=bounds, method="bounded", options={"xatol": 1e-3})
         rows.append({"reading": place.reading, "seed": place.seed, "weight": math.exp(found.x), "mse": found.fun})
     return pd.DataFrame(rows)
 
 
+def _mean_error(task: DenoisingTask, log_weight: float) -> float:
+    return float(classical_errors(task, math.exp(log_weight)).mean())
+
+
 def classical_errors(task: DenoisingTask, weight: float) -> Tensor:
-    """Return the squared error of each test signal after total variation of this weight, (samples,)."""
+    """Return the mean squared error of each test signal denoised with this weight, (samples,)."""
     task.problem = DenoisingProblem(weight, task.n_inputs)
     return task.errors(differencing(task.n_inputs), task.splits["test"])

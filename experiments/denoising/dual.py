@@ -1,4 +1,4 @@
-"""Linear systems of the dual of total variation denoising: blocks of M = D D', for a batch that shares D."""
+"""Linear systems of the dual of total variation denoising, whose matrices are blocks of M = D D'."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from experiments.numerics.blocks import Chosen
 from foldopt.batched import lu_factor
 from foldopt.errors import InputError
 
-LARGEST = 4_000_000  # entries of factored blocks that are kept for the next system
-SAFE = 1e-10  # pivots of Cholesky that are further apart are left to LU
+LARGEST = 4_000_000  # most entries of a factorization that is kept for the next system
+SAFE = 1e-10  # smallest ratio of Cholesky pivots; blocks below it are factored by LU
 
 
 def stepsize(D: Tensor, M: Tensor | None = None) -> Tensor:
-    """Return a stepsize of the dual, at most 1 / |D|_2^2 and close to it; ().
+    """Return a stepsize for dual proximal gradient, at most 1 / |D|_2^2 and close to it; shape ().
 
-    (28b) has 1/4, which is right for the differencing operator but not for what is learned from it. |D|_2^2 is the
-    spectral radius of M = D D', and that of M^8 is at most any norm of M^8.
+    Eq. (28b) takes 1/4, which suits the differencing operator but not an operator that was learned from it. |D|_2^2 is
+    the spectral radius of M = D D', which is bounded by the eighth root of any norm of M^8.
     """
     M = D.detach() @ D.detach().mT if M is None else M
     size = M.abs().sum(1).amax()
@@ -31,10 +31,11 @@ def stepsize(D: Tensor, M: Tensor | None = None) -> Tensor:
 
 
 class DualSystem:
-    """Systems with blocks of M = D D', (m, m), for a batch that shares D.
+    """Linear systems with blocks of M = D D', (m, m), for a batch of signals that share D, (m, n).
 
-    M is inverted once. A block system then takes one small system in the coordinates that are *not* free, which are
-    few: those where the solution jumps. Its factorization is kept for the next system of the same blocks.
+    M is inverted once. A system on the free coordinates is then reduced to a smaller one on the coordinates that are
+    *not* free, which are few: those where the denoised signal jumps. The factorization of that system is kept for the
+    next call with the same blocks.
     """
 
     _last: ClassVar[DualSystem | None] = None
@@ -51,7 +52,7 @@ class DualSystem:
 
     @cached_property
     def inverse(self) -> Tensor:
-        """The inverse of M; raises InputError if the rows of D are dependent."""
+        """The inverse of M, (m, m). Raises InputError if the rows of D are linearly dependent."""
         root, info = torch.linalg.cholesky_ex(self.M)
         pivots = root.diagonal().square()
         if int(info) or float(pivots.min()) <= 1e-13 * float(pivots.max()):
@@ -62,36 +63,44 @@ class DualSystem:
         return torch.cholesky_inverse(root)
 
     def damped(self, rho: Tensor) -> Tensor:
-        """Return the inverse of M + rho I, (m, m); rho (), above 0."""
+        """Return the inverse of M + rho I, (m, m); rho is a positive number of shape ()."""
         shifted = self.M.clone()
         shifted.diagonal().add_(rho)
         return torch.cholesky_inverse(torch.linalg.cholesky_ex(shifted)[0])
 
     @classmethod
     def of(cls, D: Tensor) -> DualSystem:
-        """Return the system of D: the last one if that had the same D, as a forward pass and its backward pass have."""
+        """Return the system of D, reusing the last one if D is unchanged, as from a forward to its backward pass."""
         last = cls._last
         if last is None or last.D.dtype != D.dtype or last.D.device != D.device or not torch.equal(last.D, D):
             cls._last = last = cls(D)
         return last
 
     def solve(self, r: Tensor, free: Tensor) -> Tensor:
-        """Return z, (B, m), with (M z)_F = r_F on each sample's free set F, (B, m) bool, and zero elsewhere."""
+        """Return z with (M z)_F = r_F and zero outside F, where F is the free set of each sample.
+
+        Args:
+            r: Right-hand sides, (B, m).
+            free: Free sets, (B, m) bool.
+
+        Returns:
+            z, (B, m).
+        """
         kept = self._blocks
         if kept is not None and kept.adapt(free):
             return kept.solve(r)
         blocks = _Blocks(self, free)
-        if kept is None or len(free) >= len(kept.free):  # not where a part of a batch is looked at
+        if kept is None or len(free) >= len(kept.free):  # a part of a batch does not replace the whole
             self._blocks = blocks if blocks.root.numel() <= LARGEST else None
         return blocks.solve(r)
 
 
 class _Blocks:
-    """The factored systems of the free sets of a batch, (B, m) bool, by the smaller of the free and the bound ones."""
+    """Factored systems on the free sets of a batch, (B, m) bool, or on their complements where these are smaller."""
 
     def __init__(self, dual: DualSystem, free: Tensor) -> None:
         bound, inside = (int(s.sum(1).max()) if len(s) else 0 for s in (~free, free))
-        inverse = dual.inverse  # which refuses dependent rows
+        inverse = dual.inverse  # computed in either case, as it raises for dependent rows
         self.free, self.inverse = free.clone(), None if inside < bound else inverse
         self.K = dual.M if self.inverse is None else self.inverse
         self.chosen = Chosen(self._side(free))
@@ -103,7 +112,7 @@ class _Blocks:
         return free if self.inverse is None else ~free
 
     def adapt(self, free: Tensor) -> bool:
-        """Return whether these are the systems of `free`; those of a few samples are replaced if that makes them so."""
+        """Return whether the factorization is that of `free`, after factoring anew where few samples have changed."""
         if free.shape != self.free.shape:
             return False
         rows = (free != self.free).any(1).nonzero()[:, 0]
@@ -125,11 +134,11 @@ class _Blocks:
         return exact
 
     def solve(self, r: Tensor) -> Tensor:
-        """Return what `DualSystem.solve` does."""
+        """Solve as `DualSystem.solve` does."""
         r = torch.where(self.free, r, 0)
         if self.inverse is None:
             return self._within(r)
-        # Add to r what makes z vanish in the coordinates that are not free.
+        # Correct r such that z vanishes in the coordinates that are not free.
         excess = self._within(r @ self.inverse)
         return torch.where(self.free, (r - excess) @ self.inverse, 0)
 
@@ -140,7 +149,7 @@ class _Blocks:
 
 
 def _cholesky(blocks: Tensor) -> tuple[Tensor, bool]:
-    """Return the Cholesky factors of (B, k, k) and whether these can be trusted."""
+    """Return the Cholesky factors of (B, k, k) and whether all of them are accurate."""
     root, info = torch.linalg.cholesky_ex(blocks)
     sizes = root.diagonal(dim1=1, dim2=2).square()
     close = sizes.amin(1) > SAFE * sizes.amax(1) if root.shape[1] else True

@@ -13,19 +13,26 @@ STRUCTURES = ("free", "zero_sum", "filter")
 
 
 class Operator(nn.Module):
-    """The operator D itself, (n_outputs, n_inputs), whatever the inputs; starts as the differencing operator.
+    """A model that returns an operator D, (n_outputs, n_inputs), for any inputs; D starts as the differencing one.
 
-    structure: "free" learns every entry. "zero_sum" subtracts each row's mean, so that D x does not depend on the level
-    of x. "filter" learns one filter of 2 half_width + 1 taps on the differences of x, the same for all rows, and the
-    weight of each row, as its logarithm; its rows sum to zero too.
+    Args:
+        n_inputs: Length of the signals.
+        n_outputs: Number of rows of D, n_inputs - 1.
+        structure: "free" learns every entry. "zero_sum" subtracts the mean of each row, so that D x does not depend on
+            the level of x. "filter" learns one filter on the differences of x that all rows share, and the logarithm of
+            a weight for each row; these rows sum to zero, too.
+        half_width: The filter has 2 half_width + 1 taps.
+
+    Raises:
+        InputError: The sizes are not those of a differencing operator, or an option is out of range.
     """
 
     def __init__(self, n_inputs: int, n_outputs: int, structure: str, half_width: int) -> None:
         super().__init__()
         if n_outputs != n_inputs - 1:
             raise InputError(
-                f"model=operator starts as the differencing operator, {(n_inputs - 1, n_inputs)}, but the task asks "
-                f"for {(n_outputs, n_inputs)}; choose model=mlp."
+                f"model=operator is an operator of shape {(n_inputs - 1, n_inputs)}, but the task asks for "
+                f"{(n_outputs, n_inputs)}; choose model=mlp."
             )
         if structure not in STRUCTURES:
             raise InputError(f"model.structure={structure!r} is unknown; choose one of {STRUCTURES}.")
@@ -35,6 +42,7 @@ class Operator(nn.Module):
         if structure == "filter":
             self.log_weights = nn.Parameter(torch.zeros(n_outputs, dtype=start.dtype))
             self.taps = nn.Parameter(torch.eye(2 * half_width + 1, dtype=start.dtype)[half_width].clone())
+            self.differences: Tensor
             self.register_buffer("differences", start, persistent=False)
         else:
             self.D = nn.Parameter(start)
@@ -46,7 +54,7 @@ class Operator(nn.Module):
         return self.D - self.D.mean(1, keepdim=True) if self.structure == "zero_sum" else self.D.clone()
 
     def _filtered(self) -> Tensor:
-        """Return the banded Toeplitz matrix of the taps, times the differencing operator."""
+        """Return the product of the banded Toeplitz matrix of the taps with the differencing operator."""
         place = torch.arange(len(self.log_weights), device=self.taps.device)
         offset = place - place[:, None] + self.half_width
         inside = (offset >= 0) & (offset <= 2 * self.half_width)

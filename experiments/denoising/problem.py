@@ -1,7 +1,7 @@
-"""Total variation denoising with any operator (paper section 6): min_x 1/2 |x - d|^2 + weight |D x|_1.
+"""Total variation denoising with any operator D (paper section 6): min_x 1/2 |x - d|^2 + weight |D x|_1.
 
-Solved by its dual min_w 1/2 |d + D'w|^2 subject to |w| <= weight, of which x = d + D'w; at the solution w_i is
--weight sign((Dx)_i) where (Dx)_i is not zero, and free where it is.
+The dual is min_w 1/2 |d + D'w|^2 subject to |w| <= weight, and x = d + D'w. At the solution w_i is -weight sign((Dx)_i)
+where (Dx)_i is not zero, and between the bounds where it is.
 """
 
 from __future__ import annotations
@@ -26,16 +26,20 @@ from foldopt.updates import DualProximalGradient
 
 FDPGState = tuple[Tensor, Tensor, Tensor, Tensor]
 MAX_PIVOTS = 60
-GUESS, RHO, RELAXATION = 20, 0.5, 1.8  # of ADMM before the first pivot
-EARLY = (1, 2, 4, 8)  # iterations of FDPG at which its residual is looked at, beside every 20th
+GUESS, RHO, RELAXATION = 20, 0.5, 1.8  # iterations, penalty and over-relaxation of ADMM before the first pivot
+EARLY = (1, 2, 4, 8)  # iterations of FDPG at which its residual is computed, besides every 20th
 TOLERANCE = 1e-11
 
 
 class DenoisingSolution(NamedTuple):
-    """What a solver of the denoising problem found, float64.
+    """Solutions of a batch of denoising problems, in float64.
 
-    x: (B, n). w: (B, m), the dual. iterations: (B,) int. residual: (B,), the KKT residual of the dual relative to the
-    size of D d. ok: (B,) bool, residual small.
+    Attributes:
+        x: Denoised signals, (B, n).
+        w: Dual solutions, (B, m).
+        iterations: Number of iterations, (B,) int.
+        residual: KKT residual of the dual relative to the size of D d, (B,).
+        ok: Whether the residual is below the tolerance, (B,) bool.
     """
 
     x: Tensor
@@ -46,10 +50,10 @@ class DenoisingSolution(NamedTuple):
 
 
 class DenoisingStep(DualProximalGradient):
-    """One dual proximal gradient step (eq. 28) with the inverse of I - Phi in closed form.
+    """One dual proximal gradient step (eq. 28), with the inverse of I - Phi in closed form.
 
-    ``DenoisingStep()(w, D, d, weight)``, D (m, n) shared by the batch, d (B, n), weight () above 0. Its stepsize is
-    that of `stepsize`, with which the iteration converges for every D.
+    It is called as ``DenoisingStep()(w, D, d, weight)`` with w (B, m), D (m, n) shared by the batch, d (B, n) and a
+    positive weight of shape (). Its stepsize is `stepsize(D)`, with which the iteration converges for every D.
     """
 
     def __init__(self) -> None:
@@ -61,9 +65,9 @@ class DenoisingStep(DualProximalGradient):
     def inverse(
         self, g: Tensor, transposed: bool, stepped: Tensor, w: Tensor, D: Tensor, d: Tensor, weight: Tensor
     ) -> Tensor:
-        """Return v = Phi^T v + g, or v = Phi v + g if `transposed`, (B, m).
+        """Return the solution of v = Phi^T v + g, or of v = Phi v + g if `transposed`, (B, m).
 
-        Rows of Phi are zero where the step ends at a bound and those of I - s D D' elsewhere, on the free set.
+        Rows of Phi are zero where the step ends at a bound; on the free set they are those of I - s D D'.
         """
         dual = DualSystem.of(D)
         s = dual.stepsize
@@ -76,9 +80,10 @@ class DenoisingStep(DualProximalGradient):
 
 
 class FDPG(nn.Module):
-    """One FDPG iteration (28a-d), for unrolling: the dual step from y, and Nesterov's momentum.
+    """One iteration of FDPG (eqs. 28a-d), for unrolling: a dual step from y with Nesterov's momentum.
 
-    Its state is (w, y, 1 / t, s): the dual (B, m), its extrapolation, and (B, 1) each, momentum and stepsize.
+    The state is (w, y, 1 / t, s): the dual w (B, m), its extrapolation y (B, m), the momentum parameter t (B, 1) and
+    the stepsize s (B, 1).
     """
 
     @staticmethod
@@ -88,7 +93,7 @@ class FDPG(nn.Module):
         return zero, zero, one, stepsize(D) * one
 
     def forward(self, state: FDPGState, D: Tensor, d: Tensor, weight: Tensor) -> FDPGState:
-        """Return the state after one iteration; the prox of (28b) is a projection on |w| <= weight in the dual."""
+        """Return the state after one iteration; in the dual the prox of (28b) is a projection on |w| <= weight."""
         w, y, reciprocal, s = state
         moved = y - s * (DenoisingStep.primal(y, D, d) @ D.mT)
         new = moved - soft_threshold(moved, weight)
@@ -98,9 +103,14 @@ class FDPG(nn.Module):
 
 
 class DenoisingProblem(Problem):
-    """The denoising problem of one weight (the paper's lambda, above 0) on signals of length n; D is the parameter.
+    """The denoising problem; its parameters are the operator D and the signals d.
 
-    Raises InputError for a weight that is no positive number and an n that is no whole number above 1.
+    Args:
+        weight: The paper's lambda, above 0.
+        n: Length of the signals, at least 2.
+
+    Raises:
+        InputError: The weight is not a positive number, or n is not a whole number above 1.
     """
 
     forwards: ClassVar[Mapping[str, Forward]] = {"exact": Forward(tol=1e-6), "fdpg": Forward(tol=1e-5, adjustable=True)}
@@ -121,7 +131,7 @@ class DenoisingProblem(Problem):
         return FDPG.start, FDPG()
 
     def solve(self, forward: str, D: Tensor, d: Tensor, _: Tensor, **options: Any) -> Tensor:
-        """Return the dual (B, m) at the solution that the solver `forward` finds; options: tol, of fdpg."""
+        """Return the dual solution (B, m) of the solver `forward`; options: `tol`, the tolerance of "fdpg"."""
         return (self.fdpg(D, d, **options) if forward == "fdpg" else self.exact(D, d)).w
 
     def decisions(self, state: Any, D: Tensor, d: Tensor, _: Tensor) -> Tensor:
@@ -134,15 +144,18 @@ class DenoisingProblem(Problem):
         return D, d, torch.tensor(self.weight, dtype=d.dtype, device=d.device)
 
     def exact(self, D: Tensor, d: Tensor, *, warm: Tensor | None = None) -> DenoisingSolution:
-        """Solve to machine precision, batched, in float64: a primal-dual active set on the dual.
+        """Solve to machine precision, batched, in float64, by a primal-dual active set method on the dual.
 
-        Each pivot solves for the free coordinates, fixes those that leave their bounds and frees those whose (Dx)_i has
-        the wrong sign (Hintermueller, Ito and Kunisch, SIAM J. Optim. 13(3), 2002).
+        Each pivot solves for the free coordinates, fixes those that exceed their bounds, and frees fixed ones whose
+        (Dx)_i has the wrong sign (Hintermueller, Ito and Kunisch, SIAM J. Optim. 13(3), 2002).
 
         Args:
-            D: (m, n), independent rows. d: (B, n). warm: (B, m), duals of similar instances to start from.
+            D: Operator with linearly independent rows, (m, n).
+            d: Noisy signals, (B, n).
+            warm: Dual solutions of similar instances to start from, (B, m).
 
-        Raises InputError for wrong shapes, NaN or inf (with the batch indices), and dependent rows of D.
+        Raises:
+            InputError: A shape is wrong, a tensor holds NaN or inf, or rows of D are linearly dependent.
         """
         D, d = _checked(D, d)
         dual = DualSystem.of(D)
@@ -167,7 +180,7 @@ class DenoisingProblem(Problem):
         return self._certified(D, d, dual, q, w, iterations)
 
     def fdpg(self, D: Tensor, d: Tensor, *, iterations: int = 10_000, tol: float = 1e-8) -> DenoisingSolution:
-        """Solve by FDPG (eq. 28) from zero, until every sample's residual is below `tol`."""
+        """Solve by FDPG (eq. 28) from zero, until the residual of every sample is at most `tol`."""
         D, d = _checked(D, d)
         M, q = D @ D.mT, d @ D.mT
         for taken, w in enumerate(islice(self._descent(M, q, stepsize(D)), iterations), 1):
@@ -178,15 +191,15 @@ class DenoisingProblem(Problem):
         return DenoisingSolution(d + w @ D, w, counts, residual, residual <= tol)
 
     def _guess(self, dual: DualSystem, q: Tensor) -> Tensor:
-        """Return w after some over-relaxed steps of ADMM, which split off |w| <= weight (Boyd et al., 2011, 3.4.3).
+        """Guess w by a few over-relaxed steps of ADMM that split off |w| <= weight (Boyd et al., 2011, section 3.4.3).
 
-        M w is of the size of q and w of that of the weight, so their ratio is what a penalty has to be like.
+        The penalty is proportional to |q| / weight, since M w is about as large as q, and w about as large as weight.
         """
         rho = (RHO * q.abs().mean() / self.weight).clamp(min=1e-3 * float(dual.M.diagonal().mean()))
         return _admm(q, dual.damped(rho), rho, self.weight)
 
     def _descent(self, M: Tensor, q: Tensor, step: Tensor) -> Iterator[Tensor]:
-        """Yield the iterates of FDPG from zero; its y is w extrapolated by the momentum of (28c-d)."""
+        """Yield the iterates w of FDPG from zero; y is w extrapolated by the momentum of eqs. (28c-d)."""
         keep, move = torch.eye(len(M), dtype=M.dtype, device=M.device) - step * M, -step * q
         w = y = torch.zeros_like(q)
         t = 1.0
@@ -197,9 +210,11 @@ class DenoisingProblem(Problem):
             yield w
 
     def qp(self, D: Tensor, d: Tensor, weight: Tensor, ridge: float) -> tuple[Tensor, ...]:
-        """Return (Q, p, G, h, A, b) of the quadratic program (33) in (x, t): -t <= D x <= t.
+        """Return (Q, p, G, h, A, b) of the quadratic program (33) in (x, t), with -t <= D x <= t.
 
-        ridge: on the diagonal of t, above 0, for solvers that need a positive definite Q; it changes the solution.
+        Args:
+            ridge: Diagonal entry of Q for t, above 0, for solvers that need a positive definite Q. It changes the
+                solution slightly.
         """
         m, n = D.shape
         Q = torch.diag(torch.cat([d.new_ones(n), d.new_full((m,), ridge)]))
@@ -209,13 +224,14 @@ class DenoisingProblem(Problem):
         return Q, p, G, d.new_zeros(2 * m), d.new_zeros(0, n + m), d.new_zeros(0)
 
     def qp_decisions(self, found: Tensor) -> Tensor:
-        """Return the denoised signals (B, n) of the solutions (x, t) of that program."""
+        """Return the denoised signals x (B, n) of solutions (x, t) of the quadratic program."""
         return found[:, : (found.shape[1] + 1) // 2]
 
     def cvxpy(self, scaling: str) -> CvxpyForm:
-        """Return the problem in cvxpy's form with its parameters (D, d) and variable x.
+        """Return the cvxpy problem with its parameters (D, d) and variable x.
 
-        scaling: "paper" takes the problem as it is written; "normalized" divides the objective by the weight.
+        Args:
+            scaling: "paper" states the problem as the paper does; "normalized" divides the objective by the weight.
         """
         cp = cvxpy_for(scaling)
         x, d, D = cp.Variable(self.n), cp.Parameter(self.n), cp.Parameter((self.n - 1, self.n))
@@ -224,11 +240,11 @@ class DenoisingProblem(Problem):
         return cp.Problem(cp.Minimize(objective)), [D, d], [x]
 
     def _sides(self, w: Tensor) -> Tensor:
-        """Return -1, 0 or 1 where w is at its lower bound, free, at its upper bound."""
+        """Return -1 where w is at its lower bound, 1 where it is at its upper bound, and 0 elsewhere."""
         return torch.where(w.abs() >= self.weight * (1 - 1e-9), w.sign(), 0)
 
     def _on_sides(self, dual: DualSystem, q: Tensor, side: Tensor, near: Tensor | None = None) -> Tensor:
-        """Return w with the bounds that `side` names and no slope elsewhere; `near` is refined to it."""
+        """Return w at the bounds that `side` names, with zero gradient elsewhere; `near`, if given, is refined."""
         w = self.weight * side if near is None else torch.where(side == 0, near, self.weight * side)
         return w + dual.solve(-q - w @ dual.M, side == 0)
 
@@ -238,7 +254,7 @@ class DenoisingProblem(Problem):
         w = self._on_sides(dual, q, self._sides(w), w)
         residual = self._residual(dual.M, q, w)
         hard = (residual > TOLERANCE).nonzero()[:, 0]
-        if len(hard):  # the pivots went round in a circle
+        if len(hard):  # the pivots cycled
             rough = self.fdpg(D, d[hard], tol=1e-13).w
             polished = self._on_sides(dual, q[hard], self._sides(rough), rough)
             better = self._residual(dual.M, q[hard], polished) < self._residual(dual.M, q[hard], rough)
@@ -247,7 +263,10 @@ class DenoisingProblem(Problem):
         return DenoisingSolution(d + w @ D, w, iterations, residual, residual <= TOLERANCE)
 
     def _residual(self, M: Tensor, q: Tensor, w: Tensor) -> Tensor:
-        """Return how far a projected gradient step of size 1 / max M_ii moves w, relative to its own size, (B,)."""
+        """Return how far a projected gradient step of size 1 / max M_ii moves w, (B,).
+
+        The distance is relative to max |q| / max M_ii or to the weight, whichever is larger.
+        """
         size = M.diagonal().amax()
         moved = w - (w - (q + w @ M) / size).clamp(-self.weight, self.weight)
         scale = (q.abs().amax(1) / size).clamp(min=self.weight)
@@ -256,13 +275,15 @@ class DenoisingProblem(Problem):
 
 @replayed
 def _admm(q: Tensor, inverse: Tensor, rho: Tensor, weight: float) -> Tensor:
-    """Return z after `GUESS` steps from zero: w = (rho (2z - v) - q) (M + rho I)^-1, v += RELAXATION (w - z), then z.
+    """Return z after `GUESS` steps of ADMM from zero, given the inverse of M + rho I.
 
-    v is z plus the scaled dual. The new v is RELAXATION w + (2 - RELAXATION) z less 2z - v, so that one matrix does.
+    v is z plus the scaled dual. A step is w = (rho (2z - v) - q) (M + rho I)^-1, v <- v + RELAXATION (w - z), and
+    z = the projection of v on |z| <= weight. With u = 2z - v, the new v is RELAXATION w + (2 - RELAXATION) z - u, which
+    takes one matrix product.
     """
     move, pull = -RELAXATION * (q @ inverse), RELAXATION * rho * inverse
     pull.diagonal().sub_(1)
-    z = u = torch.zeros_like(q)  # u: 2z - v
+    z = u = torch.zeros_like(q)
     for _ in range(GUESS):
         v = torch.addmm(torch.add(move, z, alpha=2 - RELAXATION), u, pull)
         z = v.clamp(-weight, weight)
@@ -271,7 +292,7 @@ def _admm(q: Tensor, inverse: Tensor, rho: Tensor, weight: float) -> Tensor:
 
 
 def differencing(n: int) -> Tensor:
-    """Return the differencing operator, (n - 1, n), float64: rows (1, -1), whose denoiser is total variation's."""
+    """Return the differencing operator of total variation, (n - 1, n), float64: (D x)_i = x_i - x_(i+1)."""
     eye = torch.eye(n, dtype=torch.float64)
     return eye[:-1] - eye[1:]
 
@@ -279,8 +300,8 @@ def differencing(n: int) -> Tensor:
 def _checked(D: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
     if D.dim() != 2 or d.dim() != 2 or D.shape[1] != d.shape[1]:
         raise InputError(
-            f"D has shape {tuple(D.shape)} and d {tuple(d.shape)}, expected (m, n) and (B, n): signals of the length "
-            "that D was made for."
+            f"D has shape {tuple(D.shape)} and d {tuple(d.shape)}, expected (m, n) and (B, n): pass signals as long as "
+            "the rows of D."
         )
     if not D.isfinite().all():
         raise InputError(f"D of shape {tuple(D.shape)} holds NaN or inf; lower train.lr.")

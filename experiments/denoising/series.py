@@ -1,4 +1,4 @@
-"""The series of Figure 4(b): readings of the data and structures of the operator; what its figures and tables share."""
+"""The series of Figure 4(b): readings of the data and structures of the operator."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ SERIES = {reading + suffix: how for suffix, how in STRUCTURES.items() for readin
 
 
 def learned_and_classical(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return the test rows of the last epoch and, as the series "classical", of the one before training.
+    """Return the test rows of the last epoch as series "learned", and those before training as series "classical".
 
-    The column setting has the series that they were.
+    The column `setting` has the original series.
     """
     before = frame[(frame["split"] == "test") & (frame["epoch"] == 0)]
     return pd.concat(

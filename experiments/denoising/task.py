@@ -1,4 +1,4 @@
-"""Learn the operator of a total-variation denoiser from noisy and true signals (paper sections 6 and E.2)."""
+"""The denoising task: learn the operator of a total variation denoiser (paper sections 6 and E.2)."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ from foldopt.errors import InputError
 
 
 class DenoisingTask(Task):
-    """Denoising of the signals of `data.denoising.generate`; arguments as there, seed included.
+    """The denoising task on the signals of `data.denoising.generate`; the loss is the MSE of the denoised signals.
 
-    weight: lambda of the denoiser, above 0. The loss is the mean squared error of the denoised signal.
+    Args:
+        weight: The denoiser's lambda, above 0.
+        seed, n_train, n_val, n_test, length, max_segments, low, high, noise: See `data.denoising.generate`.
     """
 
     shared: ClassVar[bool] = True
@@ -47,7 +49,8 @@ class DenoisingTask(Task):
     def parameters(self, outputs: Tensor, samples: Samples) -> tuple[Tensor, Tensor]:
         """Return the operator (n - 1, n) and the noisy signals (B, n).
 
-        Raises InputError for a model that returns something else than such an operator.
+        Raises:
+            InputError: The model's output does not have the shape of the operator.
         """
         if tuple(outputs.shape) != (self.n_outputs, self.n_inputs):
             raise InputError(
@@ -61,14 +64,14 @@ class DenoisingTask(Task):
         return (decisions - samples["signals"]).square().mean(1)
 
     def metrics(self, outputs: Tensor, samples: Samples) -> dict[str, float]:
-        """Return the mean squared error of the exactly denoised signals, and the spectral norm of the operator."""
+        """Return the mean squared error with the exact solver, and the spectral norm of the operator."""
         return {
             "mse": float(self.errors(outputs, samples).mean()),
             "operator_norm": float(torch.linalg.matrix_norm(outputs.double(), 2)),
         }
 
     def errors(self, outputs: Tensor, samples: Samples) -> Tensor:
-        """Return the mean squared error of each exactly denoised signal, (B,)."""
+        """Return the mean squared error of each signal with the exact solver, (B,)."""
         D, d = self.parameters(outputs, samples)
         x = torch.cat([self.problem.exact(D, part).x for part in d.split(256)])
         return self.decision_losses(x, samples)

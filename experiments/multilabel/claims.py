@@ -8,7 +8,7 @@ from experiments.report.claims import CONDITIONAL, CONFIRMED, REFUTED, Claim, Fi
 
 
 def _distances(results: Results, split: str) -> tuple[float, float, bool]:
-    """Return the largest distance to exact of the mean accuracies of backward passes, and of the perturbed control."""
+    """Return the largest distances of mean accuracies from exact: of the backward passes, of the perturbed control."""
     table, stand_in = results.multilabel("figures/figure_7")
     place = ["temperature", "split", "epoch", "accuracy"]
     means = table[table["split"] == split].pivot_table(index=place, columns="series", values="mean")
@@ -21,10 +21,10 @@ def _bounds(results: Results) -> Finding:
     shares = results("tables/topk_layers").groupby("temperature")["at_bound"].first()
     named = ", ".join(f"{share:.0%} at τ = {temperature:g}" for temperature, share in shares[::-1].items())
     return Finding(
-        f"samples of which an indicator is at its bound 1: {named}",
+        f"samples with an indicator at its bound 1: {named}",
         CONDITIONAL if shares.loc[1.0] == 0 else CONFIRMED,
-        "The authors' code normalizes the features with τ = 1, where no bound is ever active: the layer is k times a "
-        "softmax, and the loss a cross entropy plus a constant.",
+        "The authors' code normalizes the features with τ = 1. No bound is ever active there: the layer is k times a "
+        "softmax, and the loss is a cross entropy plus a constant.",
     )
 
 
@@ -34,12 +34,12 @@ def _same_curves(split: str) -> Callable[[Results], Finding]:
         known = "on stand-in images, a short run" if stand_in else "on CIFAR-100"
         inside = distance <= 2 * floor
         return Finding(
-            f"mean accuracies at most {distance:.1f} points from exact's at any epoch; runs from initial weights 1e-6 "
-            f"apart: {floor:.1f}",
+            f"mean accuracies differ from those of exact by at most {distance:.1f} points at any epoch; runs whose "
+            f"initial weights differ by 1e-6: {floor:.1f}",
             REFUTED if not inside else CONDITIONAL if stand_in else CONFIRMED,
-            f"They differ by no more than twice what equal ones do that start 1e-6 apart ({known})."
+            f"The differences are at most twice those of exact runs whose initial weights differ by 1e-6 ({known})."
             if inside
-            else f"They differ by more than twice what a start 1e-6 apart does ({known}).",
+            else f"The differences exceed twice those of exact runs whose initial weights differ by 1e-6 ({known}).",
         )
 
     return judge
@@ -55,8 +55,8 @@ def _gradients_agree(results: Results) -> Finding:
     return Finding(
         f"largest relative error of the gradient of a training step against exact: {named}",
         CONFIRMED if smooth and ours.max() < 1e-2 else CONDITIONAL if smooth else REFUTED,
-        "All of it comes from cvxpy's forward pass, which they share: where an indicator comes close to its bound, an "
-        "inexact one is on the wrong side of it. With an exact forward the errors are rounding.",
+        "The errors come from cvxpy's forward pass, which all of them share: an inexact indicator near its bound can "
+        "be on the wrong side of it. With an exact forward pass only rounding errors remain.",
     )
 
 

@@ -1,9 +1,9 @@
 """Smooth top-k selection (paper eq. 19): max c'x - sum x log x subject to 0 <= x <= 1, sum x = k.
 
-Eq. (19) prints the entropy with the wrong sign; this is the concave problem that its authors solve. With a threshold
-theta, the optimum is log x = min(0, c - theta): k times a softmax, of which entries above 1 are cut off and what they
-lose is given to the others. Small entries are far below what a float holds, so solutions, decisions and derivatives
-are in log x wherever a method allows it.
+Eq. (19) prints the entropy with the wrong sign; this is the concave problem that its authors solve. The optimum is
+log x = min(0, c - theta) with a threshold theta: k times a softmax, in which entries above 1 are reduced to 1 and the
+excess is distributed to the others. Small entries underflow as floats, so that solutions, decisions and derivatives
+are in terms of log x wherever a method allows it.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from foldopt.solvers.cvxpylayers import ConeLayer
 from foldopt.updates import SQPData
 
 TopKState = Tensor | tuple[Tensor, Tensor, Tensor]
-SMALLEST = 1e-300  # of x inside a logarithm
-AT_BOUND = 1e-4  # an x that an iterative solver found counts as 1 from here on
+SMALLEST = 1e-300  # lower limit of x inside a logarithm
+AT_BOUND = 1e-4  # distance from 1 within which an x found by an iterative solver counts as 1
 MAX_PIVOTS = 50
 
 
 class TopKSolution(NamedTuple):
-    """What the exact solver found: log x, (B, n), and which entries are below their bound, (B, n) bool."""
+    """An exact solution: log x, (B, n), and which entries are below their bound, `free`, (B, n) bool."""
 
     log_x: Tensor
     free: Tensor
@@ -41,15 +41,18 @@ class TopKProblem(Problem):
     """Smooth selection of k of n classes.
 
     Args:
-        n, k: whole numbers, 1 <= k < n. stepsize: alpha of projected gradient (eq. 4); the gradient of the folded layer
-            does not depend on it. solver: cvxpy's, behind the forward "cvxpy", as for `ConeLayer`.
+        n: Number of classes.
+        k: Number of classes that are selected, 1 <= k < n.
+        stepsize: alpha of projected gradient (eq. 4). The gradient of the folded layer does not depend on it.
+        solver: cvxpy's solver for the forward pass "cvxpy", see `ConeLayer`.
 
-    Raises InputError for arguments out of range.
+    Raises:
+        InputError: An argument is out of range.
     """
 
     forwards: ClassVar[Mapping[str, Forward]] = {"exact": Forward(tol=1e-6), "cvxpy": Forward(tol=1e-3)}
     lacking: ClassVar[Mapping[str, str]] = {
-        "qp": "its objective has an entropy, so it is no quadratic program; qpth can do the projection of a step: "
+        "qp": "its objective has an entropy, so it is not a quadratic program; qpth can do the projection of a step: "
         "backend=fold backend.optimizer=pgd_a"
     }
 
@@ -57,7 +60,7 @@ class TopKProblem(Problem):
         require_whole("n", n, 2)
         require_whole("k", k, 1)
         if k >= n:
-            raise InputError(f"k={k} leaves no choice among n={n} classes; take less.")
+            raise InputError(f"k={k} leaves no choice among n={n} classes; choose a smaller k.")
         require_positive("stepsize", stepsize)
         self.n, self.k, self.stepsize, self.solver = n, k, float(stepsize), solver
         self._cone: ConeLayer | None = None
@@ -66,8 +69,8 @@ class TopKProblem(Problem):
     def optimizers(self) -> Mapping[str, Callable[[], Step]]:
         """Update steps that can be folded, by name, the default first.
 
-        "pgd": projected gradient with the projection in closed form. "pgd_a", "pgd_b": with qpth, or a folded ADMM, as
-        the projection (the paper's f-PGDa and f-PGDb). "sqp": sequential quadratic programming.
+        "pgd" is projected gradient with the projection in closed form. "pgd_a" projects by qpth and "pgd_b" by a folded
+        ADMM, as the paper's f-PGDa and f-PGDb do. "sqp" is sequential quadratic programming.
         """
         return {
             "pgd": lambda: TopKStep(self.k, self.stepsize),
@@ -77,7 +80,7 @@ class TopKProblem(Problem):
         }
 
     def solve(self, forward: str, c: Tensor, **options: float) -> Tensor:
-        """Return x (B, n) at the solution that the solver `forward` finds."""
+        """Return the solution x (B, n) of the solver `forward`."""
         c = self._checked(c)
         if forward == "exact":
             return self._indicators(c)
@@ -86,7 +89,7 @@ class TopKProblem(Problem):
         return self._cone(c)
 
     def state(self, optimizer: str, solution: Tensor, c: Tensor) -> TopKState:
-        """Return the state of an update step at a solution x, (B, n): for "sqp" with the multipliers that x has."""
+        """Return the state of an update step at a solution x (B, n); for "sqp" it includes the multipliers."""
         return multipliers(solution, c) if optimizer == "sqp" else solution
 
     def decisions(self, state: Any, *_: Tensor) -> Tensor:
@@ -94,15 +97,15 @@ class TopKProblem(Problem):
         return self.cvxpy_decisions(state if isinstance(state, Tensor) else state[0])
 
     def cvxpy_decisions(self, solutions: Tensor) -> Tensor:
-        """Return log x, (B, n); an x that a solver left below 0 counts as 1e-300."""
+        """Return log x, (B, n); entries that a solver left below 1e-300 count as 1e-300."""
         return solutions.clamp(min=SMALLEST).log()
 
     def exact(self, c: Tensor) -> TopKSolution:
-        """Solve in closed form; see `solve_topk`. Raises InputError for wrong shapes and NaN or inf in c."""
+        """Solve in closed form, see `solve_topk`. Raises InputError for a wrong shape, and for NaN or inf in c."""
         return solve_topk(self._checked(c), self.k)
 
     def closed_form(self, c: Tensor, *_: Tensor) -> Tensor:
-        """Return log x, (B, n), of the exact solution, with its exact derivative."""
+        """Return log x (B, n) of the exact solution, differentiable."""
         return self.exact(c).log_x
 
     def _indicators(self, c: Tensor) -> Tensor:
@@ -115,7 +118,7 @@ class TopKProblem(Problem):
         return torch.cat([-eye, eye]), h, c.new_ones(1, self.n), c.new_full((1,), self.k)
 
     def cvxpy(self, scaling: str) -> CvxpyForm:
-        """Return the problem in cvxpy's form with its parameter c and variable x; both scalings are the same here."""
+        """Return the cvxpy problem with its parameter c and variable x; both scalings give the same problem."""
         cp = cvxpy_for(scaling)
         x, c = cp.Variable(self.n), cp.Parameter(self.n)
         constraints = [cp.sum(x) == self.k, x <= 1]  # the entropy's domain is x >= 0
@@ -136,13 +139,15 @@ class TopKProblem(Problem):
 
 
 def solve_topk(c: Tensor, k: int) -> TopKSolution:
-    """Solve max c'x - sum x log x over 0 <= x <= 1, sum x = k, in closed form and in log x.
+    """Solve max c'x - sum x log x over 0 <= x <= 1, sum x = k, in closed form for log x.
 
-    With the m largest entries at their bound, theta_m = logsumexp of the others - log(k - m), and m is the smallest for
-    which the largest of the others is at most theta_m. It is found without gradients; what follows is differentiable to
-    any order. Where an entry of c equals theta its derivative is a one-sided one.
+    If the m largest entries are at their bound, theta_m = logsumexp of the others - log(k - m). The solution has the
+    smallest m for which the largest of the others is at most theta_m. m is found without gradients; given m, log x is
+    differentiable to any order. Where an entry of c equals theta, its derivative is one-sided.
 
-    c: (B, n), any floating dtype, which the answer has too. k: below n.
+    Args:
+        c: Logits, (B, n), of any floating dtype; the result has the same dtype.
+        k: Sum of x, below n.
     """
     with torch.no_grad():
         top, where = c.topk(k, dim=1)
@@ -152,7 +157,7 @@ def solve_topk(c: Tensor, k: int) -> TopKSolution:
         m = (top <= tails - counts.log()).to(torch.uint8).argmax(1, keepdim=True)
         free = torch.ones_like(c, dtype=torch.bool).scatter(1, where, torch.arange(k, device=c.device) >= m)
     others = tails.gather(1, m)
-    if torch.is_grad_enabled():  # the same number, with a derivative
+    if torch.is_grad_enabled():  # recompute the same value with a graph
         others = torch.where(free, c, -torch.inf).logsumexp(1, keepdim=True)
     theta = others - (k - m.to(c.dtype)).log()
     return TopKSolution(torch.where(free, (c - theta).clamp(max=0), 0), free)
@@ -164,9 +169,10 @@ def loss(x: Tensor, c: Tensor) -> Tensor:
 
 
 def multipliers(x: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (x, nu, lam) with the multipliers of sum x = k and x <= 1 that belong to a solution x of c, (B, n).
+    """Return (x, nu, lam), where nu and lam are the multipliers of sum x = k and x <= 1 at a solution x (B, n) for c.
 
-    nu is the mean of c - log x - 1 over the entries below their bound, weighted by x, whose errors count least there.
+    nu is the mean of c - log x - 1 over the entries below their bound, weighted by x: the logarithms of large entries
+    are the most accurate.
     """
     x = x.clamp(min=SMALLEST)
     slope = c - x.log() - 1
@@ -177,10 +183,15 @@ def multipliers(x: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class TopKStep(nn.Module):
-    """One projected gradient step (eq. 4) with the projection, and the inverse of I - Phi, in closed form.
+    """One projected gradient step (eq. 4), with the projection and the inverse of I - Phi in closed form.
 
-    ``TopKStep(k, stepsize)(x, c)``, both (B, n). floor: below it log x is taken to be constant, for iterations that
-    start far away, where the gradient at 0 has no bound.
+    It is called as ``TopKStep(k, stepsize)(x, c)``, both (B, n).
+
+    Args:
+        k: Sum of x.
+        stepsize: alpha of eq. (4).
+        floor: log x is constant below this value, as its gradient is unbounded at 0. Iterations that start far from the
+            solution need a floor that is not tiny.
     """
 
     def __init__(self, k: int, stepsize: float, floor: float = SMALLEST) -> None:
@@ -193,10 +204,10 @@ class TopKStep(nn.Module):
         return capped_simplex(x + self.stepsize * (c - x.clamp(min=self.floor).log() - 1), self.k, near=x)
 
     def inverse(self, g: Tensor, transposed: bool, stepped: Tensor, x: Tensor, c: Tensor) -> Tensor:
-        """Return v = Phi^T v + g, or v = Phi v + g if `transposed`, (B, n).
+        """Return the solution of v = Phi^T v + g, or of v = Phi v + g if `transposed`, (B, n).
 
-        On the entries F that the projection leaves free, Phi is (I - 11'/|F|)(I - a/x), a the stepsize; it is zero in
-        the rows of the others.
+        On the set F of entries that the projection leaves between the bounds, Phi is (I - 11'/|F|)(I - a diag(1/x))
+        with the stepsize a. The other rows of Phi are zero.
         """
         weight = torch.where((stepped > 0) & (stepped < 1), x, 0)
         free, total = weight > 0, weight.sum(1, keepdim=True).clamp(min=SMALLEST)
@@ -209,10 +220,11 @@ class TopKStep(nn.Module):
 
 
 class TopKSQP(nn.Module):
-    """One full SQP step (eqs. 31-32): the same as of ``foldopt.SQP(problem)``, in closed form.
+    """One full SQP step (eqs. 31-32), in closed form; it equals a step of ``foldopt.SQP(problem)``.
 
-    State (x, nu, lam): x (B, n) above 0, nu (B, 1) of sum x = k, lam (B, n) of x <= 1. The Hessian of the quadratic
-    model is diag(1/x), so on an active set its solution is d = x (c - log x - mu) - x with one unknown number mu.
+    The state is (x, nu, lam): x (B, n) above 0, and the multipliers nu (B, 1) of sum x = k and lam (B, n) of x <= 1.
+    The Hessian of the quadratic model is diag(1/x). Outside a given active set the solution of the model is
+    d = x (c - log x - mu) - x with one unknown number mu.
     """
 
     def __init__(self, k: int) -> None:
@@ -228,13 +240,13 @@ class TopKSQP(nn.Module):
         return self._model(x, force, active)
 
     def inverse(self, g: Tensor, transposed: bool, *_: object) -> Tensor:
-        """Return v = Phi^T v + g for Phi = 0, (B, N): SQP is Newton's method at a solution."""
+        """Return v = g, (B, N): at a solution SQP is Newton's method, so that Phi = 0."""
         return g
 
     def _model(self, x: Tensor, force: Tensor, active: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return x + d, mu and the multipliers of the quadratic model's solution d on an active set.
+        """Return x + d, mu and the multipliers of the quadratic model's solution d for an active set (B, n) bool.
 
-        force: c - log x. On the others x + d = x (force - mu).
+        force is c - log x; outside the active set x + d = x (force - mu).
         """
         weight = torch.where(active, 0, x)
         missing = self.k - active.sum(1, keepdim=True)
@@ -243,7 +255,7 @@ class TopKSQP(nn.Module):
         return torch.where(active, 1, x * rest), mu, torch.where(active, rest - 1 / x, 0)
 
     def _active(self, x: Tensor, force: Tensor, active: Tensor) -> Tensor:
-        """Return the active set of the quadratic model's solution, by pivoting from a guess."""
+        """Return the active set of the quadratic model's solution, found by pivoting from the guess `active`."""
         for _ in range(MAX_PIVOTS):
             moved, _, lam = self._model(x, force, active)
             following = torch.where(active, lam >= 0, moved > 1)

@@ -1,4 +1,4 @@
-"""Top-5 classification of images with noisy labels (paper sections 6 and E.3): features c, log x*(c), -log x*_y."""
+"""The multilabel task: top-5 classification of images with noisy labels (paper sections 6 and E.3)."""
 
 from __future__ import annotations
 
@@ -19,13 +19,18 @@ TINY = 1e-12  # length of features below which they are not normalized
 
 
 class MultilabelTask(Task):
-    """Classification of the images of `data.noisy_labels.generate`; arguments as there, `data` being its source.
+    """The multilabel task on the images of `data.noisy_labels.generate`.
 
-    k, stepsize, solver: as for `TopKProblem`. temperature: tau of c = z / (tau |z|), z the network's features, above 0,
-    as the authors have it with 1; None: c = z. augment: shift and mirror the training images.
+    A decision is log x, and its loss is -log x_y with the label y. The metrics "top1" and "top5" are accuracies in
+    percent: the share of labels that have the largest logit, or one of the 5 largest.
 
-    A decision is log x, and its loss -log x_y with the label y. The metrics are accuracies in percent: "top1" and
-    "top5", whether the label is the class, or among the 5 classes, of the largest c.
+    Args:
+        data: The source of the images, see `data.noisy_labels.generate`.
+        temperature: tau in c = z / (tau |z|), above 0, where z are the network's features; the authors' code has 1.
+            None: c = z.
+        augment: Whether to shift and mirror the training images.
+        k, stepsize, solver: See `TopKProblem`.
+        seed, n_train, n_val, n_test, noise, groups: See `data.noisy_labels.generate`.
     """
 
     objective: ClassVar[str] = "top5"
@@ -68,9 +73,9 @@ class MultilabelTask(Task):
         self.mean, self.deviation = self.mean.to(device), self.deviation.to(device)
 
     def prepare(self, inputs: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Return images (B, 3, h, w) of uint8 as the model gets them: normalized by the training images' channels.
+        """Return uint8 images (B, 3, h, w) as float32, each channel standardized as in the training images.
 
-        generator: to shift and mirror with, for training; None leaves them as they are.
+        generator: Source of random shifts and mirroring in training; None leaves the images as they are.
         """
         if self.augment and generator is not None:
             inputs = shifted_and_mirrored(inputs, generator)
@@ -82,22 +87,22 @@ class MultilabelTask(Task):
         return z if self.temperature is None else F.normalize(z, dim=1, eps=TINY) / self.temperature
 
     def decision_losses(self, decisions: Tensor, samples: Samples) -> Tensor:
-        """Return -log x_y, (B,), of log x (B, 100)."""
+        """Return -log x_y, (B,), for decisions log x (B, 100)."""
         return -decisions.gather(1, samples["labels"][:, None])[:, 0]
 
     def prediction_losses(self, outputs: Tensor, samples: Samples) -> Tensor:
-        """Return the cross entropy of softmax(c), (B,): where no x is at its bound, the decision loss plus log k."""
+        """Return the cross entropy of softmax(c), (B,): the decision loss plus log k if no x is at its bound."""
         return F.cross_entropy(self.parameters(outputs, samples), samples["labels"], reduction="none")
 
     def exact_gradient(self, outputs: Tensor, samples: Samples) -> Tensor:
-        """Return the gradient of the mean decision loss of the exact solution with respect to the outputs."""
+        """Return the gradient of the mean decision loss at the exact solution with respect to the outputs."""
         with torch.enable_grad():
             leaf = outputs.detach().requires_grad_()
             log_x = self.problem.closed_form(self.parameters(leaf, samples))
             return torch.autograd.grad(self.decision_losses(log_x, samples).mean(), leaf)[0]
 
     def metrics(self, outputs: Tensor, samples: Samples) -> dict[str, float]:
-        """Return top1 and top5 in percent, the mean loss and bound_fraction, the share of samples with an x at 1."""
+        """Return the mean loss, top1 and top5 in percent, and bound_fraction, the share of samples with an x at 1."""
         c = self.parameters(outputs, samples)
         found = self.problem.exact(c)
         hit = c.topk(5, dim=1).indices == samples["labels"][:, None]
@@ -110,7 +115,7 @@ class MultilabelTask(Task):
 
 
 def shifted_and_mirrored(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Return images (B, C, h, w) shifted by up to 4 pixels, over black, and mirrored with probability 1/2."""
+    """Return images (B, C, h, w) shifted by up to 4 pixels, filled with black, and mirrored with probability 1/2."""
     B, _, h, w = images.shape
     down, right = torch.randint(2 * PADDING + 1, (2, B, 1), generator=generator).to(images.device)
     mirror = (torch.rand(B, 1, generator=generator) < 0.5).to(images.device)

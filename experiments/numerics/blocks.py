@@ -1,4 +1,4 @@
-"""Small systems in a few of the coordinates, other ones in each sample."""
+"""Batched subvectors and submatrices on a set of coordinates that differs from sample to sample."""
 
 from __future__ import annotations
 
@@ -10,10 +10,15 @@ from foldopt.batched import matvec
 
 
 class Chosen:
-    """Each sample's chosen coordinates in a row, of as many as the sample of most has.
+    """The coordinates chosen in each sample, padded to the same number k.
 
-    chosen: (B, n) bool. most: how many there is room for, at least those of any sample. index: (B, k), which
-    coordinates. used: (B, k) bool, False where a sample has fewer.
+    Args:
+        chosen: Which coordinates are chosen, (B, n) bool.
+        most: k, at least the largest number of chosen coordinates of a sample; None takes that number.
+
+    Attributes:
+        index: The chosen coordinates, (B, k).
+        used: False where `index` is padding, (B, k) bool.
     """
 
     def __init__(self, chosen: Tensor, most: int | None = None) -> None:
@@ -25,17 +30,17 @@ class Chosen:
         self.n = n
 
     def take(self, r: Tensor) -> Tensor:
-        """Return the chosen entries of r, (B, n), as (B, k); zero where not used."""
+        """Return the chosen entries of r (B, n) as (B, k), with zeros in the padding."""
         return torch.where(self.used, r.gather(1, self.index), 0)
 
     def put(self, y: Tensor) -> Tensor:
-        """Return (B, n) with y, (B, k), in the chosen coordinates, else zero; y is zero where not used."""
+        """Return y (B, k) in its coordinates as (B, n), zero elsewhere; y must be zero in the padding."""
         return y.new_zeros(len(y), self.n).scatter(1, self.index, y)
 
     def block(self, K: Tensor) -> Tensor:
-        """Return the block of K, (n, n) or (B, n, n), on the chosen coordinates, that of identity where not used."""
+        """Return the block (B, k, k) of K (n, n) or (B, n, n) on the chosen coordinates, padded by the identity."""
         n = self.n + 1
-        at = torch.where(self.used, self.index, self.n)  # where not used: the row of zeros that K gets
+        at = torch.where(self.used, self.index, self.n)  # padding refers to a row of zeros that is appended to K
         place = at[:, :, None] * n + at[:, None, :]
         if K.dim() == 3:
             place = place + n * n * torch.arange(len(K), device=K.device)[:, None, None]
@@ -45,5 +50,5 @@ class Chosen:
 
 
 def times(K: Tensor, x: Tensor) -> Tensor:
-    """Return K x, (B, n), for symmetric K (n, n) or (B, n, n)."""
+    """Return K x (B, n) for symmetric K, (n, n) or (B, n, n)."""
     return x @ K if K.dim() == 2 else matvec(K, x)

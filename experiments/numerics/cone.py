@@ -1,4 +1,4 @@
-"""What the cone forms of the problems share: the choice of scaling, and cvxpy itself."""
+"""Import of cvxpy and check of the scaling, for the problems' cvxpy forms."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ SCALINGS = ("paper", "normalized")
 
 
 def cvxpy_for(scaling: str) -> ModuleType:
-    """Return cvxpy. Raises InputError for an unknown scaling, MissingDependencyError without cvxpy."""
+    """Import and return cvxpy. Raises InputError for an unknown scaling, MissingDependencyError without cvxpy."""
     if scaling not in SCALINGS:
         raise InputError(f"scaling={scaling!r} is unknown; choose one of {SCALINGS}.")
     try:

@@ -1,4 +1,4 @@
-"""CUDA graphs: many small kernels in one launch."""
+"""CUDA graphs, which launch many small kernels at once."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-KEPT = 8  # recordings of a function, each of which holds the memory of its intermediate results
+KEPT = 8  # most recordings of a function; each of them holds the memory of its intermediate results
 
 
 class _Recording(NamedTuple):
@@ -20,10 +20,10 @@ class _Recording(NamedTuple):
 
 
 def replayed(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Let `function` be one launch on a GPU: it is recorded when a shape comes back, and replayed from then on.
+    """Replay `function` as a CUDA graph on a GPU: it is recorded at the second call with the same shapes.
 
-    It must compute a tensor from tensors and numbers without a look at the tensors' values, and without derivatives. On
-    a CPU it is called as it is.
+    The function must compute a tensor from tensors and numbers. Its control flow must not depend on values of tensors,
+    and it is not differentiated. On a CPU it is called directly.
     """
     recordings: dict[tuple[object, ...], _Recording | None] = {}
     one_at_a_time = Lock()
@@ -55,7 +55,7 @@ def replayed(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def _recorded(function: Callable[..., Tensor], given: tuple[Tensor | float, ...]) -> _Recording:
-    """Return the kernels of ``function(*given)``; the call before, of the same shape, was their warm-up."""
+    """Record ``function(*given)``; the previous call with the same shapes was the warm-up."""
     own = [value.clone() if isinstance(value, Tensor) else value for value in given]
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):

@@ -28,7 +28,7 @@ def _portfolio(results: Results) -> Finding:
         f"to {normalized[1]:.2f} with the risk limit divided by γ; by paired tests folding differs from it in "
         f"{int((apart < 0.05).sum())} of {len(apart)} and {int((equal < 0.05).sum())} of {len(equal)} settings",
         CONDITIONAL if paper[0] > 1.5 and (equal >= 0.05).all() else CONFIRMED if paper[0] > 1.5 else REFUTED,
-        "The difference is one of scaling: V is about 1e-6.",
+        "The cause is the scale of the risk limit, since V is about 1e-6.",
     )
 
 
@@ -40,7 +40,7 @@ def _tolerance(results: Results) -> Finding:
         f"default, on {share['scs_paper_tight']:.1f}% with eps = 1e-9, by at most {largest['scs_normalized']:.2f}% "
         "normalized",
         CONDITIONAL if share["scs_paper"] > 50 > share["scs_paper_tight"] else REFUTED,
-        "The errors are real at default settings; tight tolerances remove nearly all of them, and scaling all.",
+        "The errors are real at the default tolerance. A tight tolerance removes nearly all of them, scaling all.",
     )
 
 
@@ -51,7 +51,7 @@ def _machine_precision(results: Results) -> Finding:
     return Finding(
         f"objective within {gap:.0e} of exact, gradient within {error:.0e} (relative)",
         CONFIRMED if gap < 1e-13 else REFUTED,
-        "That is Gurobi's tolerance rather than machine precision, and enough for training.",
+        "This is Gurobi's tolerance, not machine precision, but it is enough for training.",
     )
 
 
@@ -76,11 +76,11 @@ def _integrated_is_better(results: Results) -> Finding:
     sure = tests[tests["p_adjusted"] < 0.05]
     wins, losses = int((sure["difference"] < 0).sum()), int((sure["difference"] > 0).sum())
     return Finding(
-        f"regret training is better in {wins}, worse in {losses} of {len(tests)} settings by paired tests, both set up "
-        "well",
+        f"by paired tests regret training is better in {wins} and worse in {losses} of {len(tests)} settings, each "
+        "method with the settings that suit it",
         CONFIRMED if wins == len(tests) else CONDITIONAL if 2 * wins > len(tests) else REFUTED,
-        "Standardized targets and a decaying step make two-stage as good or better; with the paper's settings regret "
-        "training wins on the bilinear program, and on portfolios with batch normalization.",
+        "With standardized targets and a decaying step size, two-stage is as good or better. With the paper's "
+        "settings, regret training wins on the bilinear program, and on portfolios with batch normalization.",
     )
 
 

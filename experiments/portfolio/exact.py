@@ -1,4 +1,4 @@
-"""The exact solver of the portfolio problem: pivoting between supports, an interior point behind it, batched."""
+"""The exact batched solver of the portfolio problem: block pivoting, with an interior point method as fallback."""
 
 from __future__ import annotations
 
@@ -13,17 +13,22 @@ from foldopt.solvers.interior_point import solve_qcqp
 from foldopt.updates.programs import SQPState
 
 MAX_PIVOTS = 30
-FEW = 64  # samples that are not worth singling out those of them that have settled
+FEW = 64  # up to this batch size, samples that have settled stay in the batch: selecting the others costs more
 TOLERANCE = 1e-11
 
 
 class PortfolioSolution(NamedTuple):
-    """What a solver of the portfolio problem found, float64 on the device of c.
+    """Solutions of a batch of portfolio problems, in float64 on the device of c.
 
-    x: (B, n). nu: (B, 1). lam: (B, n + 1), the risk limit's multiplier first. iterations: (B,) int, pivots or Newton
-    steps. residual: (B,), the KKT residual relative to the size of c (primal residuals as they are).
-    ok: (B,) bool, residual small; the others hold NaN. Those are samples whose multipliers no float can hold, as where
-    max |c| is denormal, and some where the risk limit is within 1e-4 of the smallest variance.
+    Attributes:
+        x: Portfolios, (B, n).
+        nu: Multiplier of the budget, (B, 1).
+        lam: Multipliers of the inequalities, (B, n + 1), that of the risk limit first.
+        iterations: Number of pivots or Newton steps, (B,) int.
+        residual: KKT residual, (B,); see `kkt_residual`.
+        ok: Whether the residual is below the tolerance, (B,) bool. Samples that are not ok hold NaN: those whose
+            multipliers underflow because max |c| is denormal, and some whose risk limit is within 1e-4 of the smallest
+            variance.
     """
 
     x: Tensor
@@ -40,9 +45,16 @@ class PortfolioSolution(NamedTuple):
 
 
 def solve(c: Tensor, V: Tensor, gamma: Tensor, support: Tensor | None) -> PortfolioSolution:
-    """Solve for c (B, n), V (n, n) or (B, n, n), gamma (B,); support: (B, n) bool, where to start, None to be guessed.
+    """Solve a batch of portfolio problems to machine precision.
 
-    Raises InfeasibleError with the indices of the samples whose own V and gamma admit no portfolio.
+    Args:
+        c: Expected returns, (B, n).
+        V: Covariance, (n, n) or (B, n, n).
+        gamma: Risk limits, (B,).
+        support: Assets that are held where the pivoting starts, (B, n) bool; None guesses them from c and V.
+
+    Raises:
+        InfeasibleError: No portfolio satisfies the risk limit in some samples; the error has their indices.
     """
     solution = _pivot(c, V, gamma, support)
     if not solution.ok.all():
@@ -53,7 +65,7 @@ def solve(c: Tensor, V: Tensor, gamma: Tensor, support: Tensor | None) -> Portfo
 
 
 def smallest_variance(V: Tensor) -> Tensor:
-    """Return min x'Vx over sum x = 1, x >= 0 for every V (B, n, n), as (B,)."""
+    """Return min x'Vx over sum x = 1, x >= 0, for each V of (B, n, n); shape (B,)."""
     B, n, _ = V.shape
     scale = V.diagonal(dim1=1, dim2=2).amax(1).clamp(min=torch.finfo(V.dtype).tiny)
     ones, eye = V.new_ones(1, n), torch.eye(n, dtype=V.dtype, device=V.device)
@@ -62,9 +74,14 @@ def smallest_variance(V: Tensor) -> Tensor:
 
 
 class _Instances(NamedTuple):
-    """Samples in the units that pivoting needs: c less its largest entry, V and gamma over the largest variance.
+    """Scaled samples for pivoting: c minus its largest entry, V and gamma divided by the largest variance.
 
-    c (B, n); V (n, n) or (B, n, n); gamma (B, 1). size: (B, 1), max |c| as it was. top: (B, 1), what c is less.
+    Attributes:
+        c: (B, n), minus `top`.
+        V: (n, n) or (B, n, n).
+        gamma: (B, 1).
+        size: max |c| before the subtraction, (B, 1).
+        top: max c before the subtraction, (B, 1).
     """
 
     c: Tensor
@@ -75,18 +92,18 @@ class _Instances(NamedTuple):
 
     @classmethod
     def of(cls, c: Tensor, V: Tensor, gamma: Tensor) -> _Instances:
-        """Return the samples of c (B, n), V (n, n) or (B, n, n) and gamma (B,)."""
+        """Scale c (B, n), V (n, n) or (B, n, n) and gamma (B,)."""
         unit = V.diagonal(dim1=-2, dim2=-1).amax(-1)
         top = c.amax(1, keepdim=True)
         return cls(c - top, V / unit[..., None, None], (gamma / unit)[:, None], c.abs().amax(1, keepdim=True), top)
 
     def rows(self, index: Tensor) -> _Instances:
-        """Return some of the samples."""
+        """Return the samples of an index tensor."""
         return _Instances(*(part if part is self.V and part.dim() == 2 else part[index] for part in self))
 
 
 class _Point(NamedTuple):
-    """The closed form on a support: x (B, n), nu (B, 1), the risk limit's multiplier (B, 1), reduced costs (B, n)."""
+    """The closed form on a support: x (B, n), nu (B, 1), multiplier of the risk limit (B, 1), reduced costs (B, n)."""
 
     x: Tensor
     nu: Tensor
@@ -94,7 +111,7 @@ class _Point(NamedTuple):
     reduced: Tensor
 
     def state(self, support: Tensor) -> SQPState:
-        """Return (x, nu, lam)."""
+        """Return (x, nu, lam), with zero multipliers on the support."""
         return self.x, self.nu, torch.cat([self.limit, torch.where(support, 0.0, self.reduced)], 1)
 
 
@@ -107,14 +124,14 @@ def _pivot(c: Tensor, V: Tensor, gamma: Tensor, support: Tensor | None) -> Portf
         support = _start(given.c, variances, given.gamma)
     point, support, iterations = _pivoted(given, support | ~support.any(1, keepdim=True), safe, MAX_PIVOTS)
     x, nu, lam = point.state(support)
-    if safe.any():  # there the best asset is all of the solution
+    if safe.any():  # the best asset alone satisfies the risk limit there, so it is the whole portfolio
         alone = torch.zeros_like(c).scatter(1, best, 1.0), given.top, torch.cat([torch.zeros_like(nu), -given.c], 1)
         x, nu, lam = (torch.where(safe, a, b) for a, b in zip(alone, (x, nu, lam), strict=True))
     return _certified(x, nu, lam, c, V, gamma)._replace(iterations=iterations)
 
 
 def _start(c: Tensor, variances: Tensor, gamma: Tensor) -> Tensor:
-    """Return a guess of the supports, (B, n): two pivots with the diagonal of V alone, which need no factorization."""
+    """Guess the supports, (B, n) bool, by two pivots with the diagonal of V only, which need no factorization."""
     support = c > c.mean(1, keepdim=True) + 0.5 * c.std(1, keepdim=True, correction=0)
     for _ in range(2):
         P1 = support / variances
@@ -126,7 +143,17 @@ def _start(c: Tensor, variances: Tensor, gamma: Tensor) -> Tensor:
 
 
 def _pivoted(given: _Instances, support: Tensor, settled: Tensor, most: int) -> tuple[_Point, Tensor, Tensor]:
-    """Return the points, their supports and the pivots taken, (B,). settled: (B, 1), samples that need none."""
+    """Pivot from `support` until all samples have settled or `most` pivots are made.
+
+    Args:
+        given: The scaled samples.
+        support: Assets held at the start, (B, n) bool.
+        settled: Samples that need no pivot, (B, 1) bool.
+        most: Limit on the number of pivots.
+
+    Returns:
+        The points, their supports (B, n), and the number of pivots of each sample (B,).
+    """
     iterations = torch.zeros(len(support), dtype=torch.long, device=support.device)
     for taken in range(1, most + 1):
         iterations += ~settled[:, 0]
@@ -146,12 +173,14 @@ def _pivoted(given: _Instances, support: Tensor, settled: Tensor, most: int) -> 
 
 
 def _on_support(given: _Instances, support: Tensor) -> tuple[_Point, Tensor, Tensor]:
-    """Return the closed form on each support (B, n) with the risk limit active.
+    """Solve on each support (B, n) with the risk limit active, in closed form.
 
-    Also the supports to try next, and whether that is not necessary, up to rounding, (B, 1).
+    On the support V x = t (c - nu) with 1/t = 2 lam_0 / gamma. Hence x = w + t d, where w is the portfolio of smallest
+    variance 1/a, d = P (c - (b/a) 1), P is the inverse of V on the support, a = 1'P1 and b = 1'Pc. The scalar t is
+    chosen such that the variance equals gamma.
 
-    There V x = t (c - nu) with 1/t = 2 lam_0 / gamma, so x = w + t d with w the portfolio of smallest variance 1/a and
-    d = P (c - (b/a) 1), P the inverse of V on the support, a = 1'P1, b = 1'Pc; t makes the variance gamma.
+    Returns:
+        The point, the support to try next (B, n), and whether the point is optimal up to rounding (B, 1).
     """
     c, V, gamma, size, top = given
     on = Chosen(support)
@@ -173,13 +202,16 @@ def _on_support(given: _Instances, support: Tensor) -> tuple[_Point, Tensor, Ten
 
 
 def _best_assets(x: Tensor, c: Tensor, V: Tensor, gamma: Tensor) -> PortfolioSolution:
-    """Return x, (B, n), if all in it is in the assets of largest c and within the risk limit, whose multiplier is 0."""
+    """Return x (B, n) as a solution whose risk limit has multiplier 0: it holds only assets of largest c."""
     nu = c.amax(1, keepdim=True)
     return _certified(x, nu, torch.cat([torch.zeros_like(nu), nu - c], 1), c, V, gamma)
 
 
 def _interior(c: Tensor, V: Tensor, gamma: Tensor, indices: Tensor) -> PortfolioSolution:
-    """Solve by interior point; keep its answer where neither closed form that it suggests is the solution (ties)."""
+    """Solve by an interior point method, then try two closed forms that its answer suggests.
+
+    The interior point's own answer is kept where neither closed form is optimal, as happens with ties in c.
+    """
     infeasible = indices[gamma <= smallest_variance(V) * (1 + 1e-9)].tolist()
     if infeasible:
         raise InfeasibleError(
@@ -216,7 +248,11 @@ def _certified(
 
 
 def kkt_residual(x: Tensor, nu: Tensor, lam: Tensor, c: Tensor, V: Tensor, gamma: Tensor) -> Tensor:
-    """Return the largest violation of the KKT conditions, (B,), dual ones relative to max |c|; inf for NaN."""
+    """Return the largest violation of the KKT conditions, (B,); inf where it is NaN.
+
+    Violations of stationarity, complementarity and dual feasibility are relative to max(max |c|, max |lam|); primal
+    violations are absolute, the risk limit divided by gamma.
+    """
     Vx = times(V, x) / gamma.expand(len(x))[:, None]
     risk = (x * Vx).sum(1, keepdim=True) - 1
     size = torch.maximum(c.abs().amax(1), lam.abs().amax(1))

@@ -1,8 +1,8 @@
 """Portfolio optimization under a risk limit (paper eq. 20): max c'x subject to x'Vx <= gamma, sum x = 1, x >= 0.
 
-In the form of eq. (1): f = -c'x, h = sum x - 1, g = (x'Vx / gamma - 1, -x). The risk constraint is divided by gamma:
-V is of the order of 1e-6 in the study, and as written the constraint's scale ruins first-order solvers. Multipliers
-are those of the Lagrangian -c'x + nu (sum x - 1) + lam_0 (x'Vx / gamma - 1) - lam_1..n' x, with lam >= 0.
+In the form of eq. (1): f = -c'x, h = sum x - 1, g = (x'Vx / gamma - 1, -x). The risk constraint is divided by gamma
+because V is about 1e-6 in the study, a scale at which first-order solvers fail on the constraint as the paper writes
+it. Multipliers are those of the Lagrangian -c'x + nu (sum x - 1) + lam_0 (x'Vx / gamma - 1) - lam_1..n' x, lam >= 0.
 """
 
 from __future__ import annotations
@@ -29,11 +29,12 @@ class PortfolioProblem(Problem):
     """The portfolio problem of one risk model.
 
     Args:
-        V: (n, n) symmetric positive semidefinite covariance of the asset returns.
-        gamma: risk limit on the variance x'Vx, above the smallest variance that a portfolio can have.
+        V: Symmetric positive semidefinite covariance of the asset returns, (n, n).
+        gamma: Limit on the variance x'Vx, above the smallest variance of any portfolio.
 
-    Raises InputError for a V that is no covariance and a gamma that is no positive number, InfeasibleError where no
-    portfolio satisfies the risk limit.
+    Raises:
+        InputError: V is not a covariance, or gamma is not a positive number.
+        InfeasibleError: No portfolio satisfies the risk limit.
     """
 
     forwards: ClassVar[Mapping[str, Forward]] = {"exact": Forward(tol=1e-6), "gurobi": Forward(tol=1e-3)}
@@ -50,7 +51,7 @@ class PortfolioProblem(Problem):
         least = float(smallest_variance(self.V[None])[0])
         if self.gamma <= least * (1 + 1e-9):
             raise InfeasibleError(
-                f"gamma={self.gamma:.6g}: no portfolio has so little risk, the smallest variance is {least:.6g}; raise "
+                f"gamma={self.gamma:.6g}: no portfolio has a variance this small, the smallest is {least:.6g}; raise "
                 "gamma above it."
             )
         self._gurobi: GurobiQCQP | None = None
@@ -65,7 +66,7 @@ class PortfolioProblem(Problem):
         return lambda c, *_: self.sqp_start(c), self.optimizers[optimizer]()
 
     def solve(self, forward: str, c: Tensor, *_: Tensor, **options: float) -> SQPState:
-        """Return the state at the solution that the solver `forward` finds."""
+        """Return the state (x, nu, lam) at the solution of the solver `forward`."""
         return (self.gurobi(c) if forward == "gurobi" else self.exact(c)).state
 
     def decisions(self, state: Any, *_: Tensor) -> Tensor:
@@ -73,7 +74,7 @@ class PortfolioProblem(Problem):
         return state[0]
 
     def params(self, parameters: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the parameters (c, V, gamma) of every layer of this problem, on the device of c and in float64."""
+        """Return (c, V, gamma), with V and gamma in float64 on the device of c."""
         c = parameters
         return c, self.V.to(c.device), torch.tensor(self.gamma, dtype=torch.float64, device=c.device)
 
@@ -86,11 +87,11 @@ class PortfolioProblem(Problem):
         return (x * c).sum(1)
 
     def regret(self, x: Tensor, c: Tensor) -> Tensor:
-        """Return the exact optimal value for c less the value of x, (B,); at least 0 for feasible x up to rounding."""
+        """Return the optimal value minus the value of x, (B,); nonnegative up to rounding if x is feasible."""
         return self.value(self.exact(c).x, c.double()) - self.value(x.double(), c.double())
 
     def violation(self, x: Tensor) -> dict[str, Tensor]:
-        """Return how far each x (B, n) is from feasible, (B,) each: relative risk excess, budget error, negativity."""
+        """Return by how much each x (B, n) violates the risk limit (relative), the budget and x >= 0, (B,) each."""
         x = x.double()
         risk = torch.einsum("bi,ij,bj->b", x, self.V.to(x.device), x) / self.gamma - 1
         return {
@@ -100,7 +101,7 @@ class PortfolioProblem(Problem):
         }
 
     def sqp_data(self, x: Tensor, nu: Tensor, lam: Tensor, *params: Tensor) -> SQPData:
-        """Return the quadratic model at (x, nu, lam) in closed form, for V (n, n) or (B, n, n), gamma () or (B,)."""
+        """Return the quadratic model at (x, nu, lam) in closed form; V is (n, n) or (B, n, n), gamma () or (B,)."""
         c, V, gamma = params
         B, n = x.shape
         V, limit = V.expand(B, n, n), gamma.expand(B)[:, None]
@@ -112,7 +113,7 @@ class PortfolioProblem(Problem):
         return SQPData(-c, hessian, x.sum(1, keepdim=True) - 1, torch.ones_like(x)[:, None, :], g, jacobian_g)
 
     def sqp_start(self, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return a cold start (x, nu, lam) of SQP: equal weights, and the multipliers' sizes from the spread of c."""
+        """Return a cold start (x, nu, lam) of SQP: equal weights, with multipliers scaled by the spread of c."""
         c = self._checked(c)
         mean = c.mean(1, keepdim=True)
         lam = torch.zeros(len(c), self.n + 1, dtype=c.dtype, device=c.device)
@@ -125,16 +126,19 @@ class PortfolioProblem(Problem):
         """Solve to machine precision, batched, in float64.
 
         The support is found by block pivoting: on a fixed support the solution is a closed form (Merton, "An analytic
-        derivation of the efficient portfolio frontier", 1972), and assets leave it where x < 0 and enter it where
-        their reduced cost is negative. What has not settled after a number of pivots goes to the interior point, and
-        the support found there to the closed form again.
+        derivation of the efficient portfolio frontier", 1972). Assets leave the support where x < 0 and enter it where
+        their reduced cost is negative. Samples that have not settled after 30 pivots are solved by an interior point
+        method, and the closed form is evaluated once more on the support that it finds.
 
         Args:
-            c: (B, n), expected returns. V: (n, n) or (B, n, n). gamma: () or (B,). Both default to the problem's own.
-            warm: (B, n), solutions of similar instances; their supports are where the pivoting starts.
+            c: Expected returns, (B, n).
+            V: Covariance, (n, n) or (B, n, n); None takes the problem's own.
+            gamma: Risk limit, () or (B,); None takes the problem's own.
+            warm: Solutions of similar instances, (B, n); the pivoting starts from their supports.
 
-        Raises InputError for wrong shapes and for NaN or inf in c (with the batch indices), InfeasibleError with the
-        indices of the samples whose own V and gamma admit no portfolio.
+        Raises:
+            InputError: A shape is wrong, or c holds NaN or inf; the message has the batch indices.
+            InfeasibleError: No portfolio satisfies the risk limit in some samples; the error has their indices.
         """
         own = self.params(c)
         c = self._checked(c)
@@ -149,7 +153,7 @@ class PortfolioProblem(Problem):
         return solve(c, V, gamma.expand(B), None if warm is None else warm.to(c) > 0)
 
     def gurobi(self, c: Tensor) -> PortfolioSolution:
-        """Solve one by one with Gurobi (cached model, objective updated), to a residual of about 1e-5; see `exact`."""
+        """Solve one sample after the other with Gurobi, whose model is kept; the KKT residual is about 1e-5."""
         c = self._checked(c)
         if self._gurobi is None:
             n, ones = self.n, torch.ones(1, self.n, dtype=torch.float64)
@@ -162,9 +166,10 @@ class PortfolioProblem(Problem):
         return PortfolioSolution(*state, found.iterations, residual, found.ok)
 
     def cvxpy(self, scaling: str) -> CvxpyForm:
-        """Return the problem in cvxpy's form with its parameter c and variable x.
+        """Return the cvxpy problem with its parameter c and variable x.
 
-        scaling: "paper" takes the risk limit as it is written, x'Vx <= gamma; "normalized" divides it by gamma.
+        Args:
+            scaling: "paper" states the risk limit as x'Vx <= gamma; "normalized" divides it by gamma.
         """
         cp = cvxpy_for(scaling)
         eigenvalues, vectors = torch.linalg.eigh(self.V)

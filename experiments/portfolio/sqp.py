@@ -14,15 +14,15 @@ from foldopt.transforms import plain
 from foldopt.updates.programs import SQPState
 from foldopt.updates.sqp import SQP
 
-SAFE = 1e-10  # smaller pivots of V on the assets held, relative to its largest variance, are left to the general step
+SAFE = 1e-10  # smallest pivot of V on the assets held, relative to the largest variance, for the closed form
 
 
 class PortfolioSQP(SQP):
-    """`foldopt.SQP` on a `PortfolioProblem`, with the quadratic model solved on the assets that are held.
+    """`foldopt.SQP` on a `PortfolioProblem`, with the quadratic model solved in closed form where possible.
 
-    Where the guess of the active set, which is the step's own, has the risk limit active and determines the solution of
-    the model in every sample, the inverse of V on these assets is all that it takes, forward and back; else it is the
-    general step. `last` is None after a step in closed form.
+    The closed form takes the active set that the step guesses from its state. It needs the risk limit active and the
+    model's solution determined by that set in every sample of the batch; it then only inverts V on the assets held,
+    forward and backward. Otherwise the general step is taken. `last` is None after a step in closed form.
     """
 
     def forward(self, state: SQPState, *params: Tensor) -> SQPState:
@@ -48,11 +48,24 @@ class PortfolioSQP(SQP):
 
 
 class _Solved(NamedTuple):
-    """The solution (x + d, nu, lam) of a quadratic model, and what its derivative takes; columns are (B, 1).
+    """The solution of a quadratic model, and the quantities that its derivative needs; see `_solved` for the notation.
 
-    k, a, fallen, P1, Pa: see `_solved`; P1, Pa and a_held on the assets that are `held`, (B, n) bool, and `on` these.
-    root: the Cholesky factor of V there. rate: 2 / gamma. Vx: V (x + d). ones, mixed: 1'P1 and 1'Pa. pivot: a'Pa -
-    (1'Pa)^2 / 1'P1.
+    Attributes:
+        state: The solution (x + d, nu, lam).
+        held: Assets that are held, (B, n) bool.
+        on: Their coordinates, m at the most.
+        root: Cholesky factor of V on the assets held, (B, m, m).
+        rate: 2 / gamma, (B, 1).
+        k: Factor of V in the model's Hessian, (B, 1).
+        a: Gradient of the risk limit, (B, n).
+        a_held: `a` on the assets held, (B, m).
+        fallen: lam_0 - mu_0, (B, 1).
+        P1: P 1 on the assets held, (B, m).
+        Pa: P a on the assets held, (B, m).
+        Vx: V (x + d), (B, n).
+        ones: 1'P1, (B, 1).
+        mixed: 1'Pa, (B, 1).
+        pivot: a'Pa - (1'Pa)^2 / 1'P1, (B, 1).
     """
 
     state: SQPState
@@ -73,9 +86,10 @@ class _Solved(NamedTuple):
 
 
 def _clear(model: _Solved) -> bool:
-    """Return whether it is plain that the model's solution is regular in every sample, with no asset about to change.
+    """Return whether the solution is clearly regular in every sample: strictly complementary, with no small pivot.
 
-    Far enough from what `foldopt.SQP` takes for touched (1e-7), for no multiplier (1e-6) and for singular.
+    The thresholds are stricter than those by which `foldopt.SQP` finds a touched constraint (1e-7), a zero multiplier
+    (1e-6) or a singular matrix.
     """
     (x, _, lam), c_size = model.state, model.k * model.Vx.abs().amax(1, keepdim=True)
     size = torch.maximum(lam.amax(1, keepdim=True), c_size)
@@ -89,11 +103,12 @@ def _clear(model: _Solved) -> bool:
 
 
 def _solved(x: Tensor, lam: Tensor, c: Tensor, V: Tensor, gamma: Tensor) -> _Solved | None:
-    """Return the solution of the quadratic model at (x, lam), None where the guess is not that of its active set.
+    """Return the solution of the quadratic model at (x, lam); None if the guessed active set is not optimal.
 
-    With k = 2 lam_0 / gamma, the model's Hessian is k V, and the gradient of the risk limit is a = 2 V x / gamma. On
-    the assets that are held k V (x + d) = c - nu 1 + (lam_0 - mu_0) a, of which two equations for nu and fallen = lam_0
-    - mu_0 follow from 1'(x + d) = 1 and a'(x + d) = 1 + a'x / 2; P is the inverse of V there.
+    The model's Hessian is k V with k = 2 lam_0 / gamma, and the gradient of the risk limit is a = 2 V x / gamma. Let
+    mu_0 be the new multiplier of the risk limit, fallen = lam_0 - mu_0, and P the inverse of V on the assets held.
+    There k V (x + d) = c - nu 1 + fallen a. The conditions 1'(x + d) = 1 and a'(x + d) = 1 + a'x / 2 give two equations
+    for nu and fallen.
     """
     rate = 2 / gamma.expand(len(x))[:, None]
     lam_0 = lam[:, :1]
@@ -132,7 +147,10 @@ def _solved(x: Tensor, lam: Tensor, c: Tensor, V: Tensor, gamma: Tensor) -> _Sol
 
 
 class _Model(torch.autograd.Function):
-    """The solution of the quadratic model as a function of (x, lam, c, V, gamma), its first vjp in closed form."""
+    """The solution of the quadratic model as a function of (x, lam, c, V, gamma), with its vjp in closed form.
+
+    Under create_graph the vjp is that of the recorded operations, so that it can be differentiated again.
+    """
 
     @staticmethod
     def forward(ctx: Any, solved: _Solved, *given: Tensor) -> SQPState:
@@ -147,7 +165,7 @@ class _Model(torch.autograd.Function):
         given, needed = ctx.saved_tensors, ctx.needs_input_grad[1:]
         if torch.is_grad_enabled():
             again = _solved(*given)
-            assert again is not None, "as it was in the forward pass"
+            assert again is not None, "the forward pass had a solution in closed form"
             paired = [(out, g) for out, g in zip(again.state, cotangent, strict=True) if g is not None]
             wanted = [t for t, need in zip(given, needed, strict=True) if need]
             outputs, vectors = zip(*paired, strict=True)
@@ -159,11 +177,12 @@ class _Model(torch.autograd.Function):
 def _pulled_back(
     solved: _Solved, given: tuple[Tensor, ...], needed: tuple[bool, ...], cotangent: tuple[Tensor | None, ...]
 ) -> list[Tensor | None]:
-    """Return the vjp with respect to (x, lam, c, V, gamma) where needed.
+    """Return the vjp with respect to (x, lam, c, V, gamma), None where it is not needed.
 
-    The equations on the assets held, k V y + nu 1 - fallen a = c, 1'y = 1 and a'y = 1 + a'x / 2, have the transposed
-    k V p + s 1 + t a = g, 1'p = g_nu and -a'p = g_fallen, where g are the cotangents of y = x + d, nu and fallen. The
-    reduced costs k V y - c + nu - fallen a of the other assets, and mu_0 = lam_0 - fallen, add to these.
+    On the assets held, y = x + d solves k V y + nu 1 - fallen a = c, 1'y = 1 and a'y = 1 + a'x / 2. The transposed
+    equations are k V p + s 1 + t a = g, 1'p = g_nu and -a'p = g_fallen, where g, g_nu and g_fallen are the cotangents
+    of y, nu and fallen. The reduced costs k V y - c + nu - fallen a of the other assets and mu_0 = lam_0 - fallen
+    contribute to these cotangents.
     """
     x, _, _, V, gamma = given
     (y, _, _), held, on, root, rate, k, a, a_held, fallen, P1, Pa, Vx, ones, mixed, pivot = solved

@@ -1,4 +1,4 @@
-"""Predict asset returns, invest in the optimal portfolio for the prediction, lose regret."""
+"""The portfolio task: predict asset returns, decide by the optimal portfolio, minimize its regret."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from experiments.portfolio.problem import PortfolioProblem
 
 
 class PortfolioTask(Task):
-    """Portfolio task on the data of `data.portfolio.generate`; arguments as there, seed included.
+    """The portfolio task on the data of `data.portfolio.generate`.
 
-    standardize: the model predicts (c - mean) / deviation, with the mean and standard deviation over all training
-    returns (one number each, so that the scale of the loss changes but not the relative importance of assets).
+    Args:
+        standardize: The model predicts (c - mean) / deviation, with one mean and one standard deviation over all
+            training returns, so that the weights of the assets relative to each other stay the same.
+        seed, degree, n_train, n_val, n_test, n_assets, n_features, tau: See `data.portfolio.generate`.
     """
 
     objective: ClassVar[str] = "regret"
@@ -63,7 +65,7 @@ class PortfolioTask(Task):
         return (outputs - (samples["returns"] - self.shift) / self.scale).square().mean(1)
 
     def metrics(self, outputs: Tensor, samples: Samples) -> dict[str, float]:
-        """Return regret, regret_percent (of the sum of |optimal values|) and mse (of the returns)."""
+        """Return the mean regret, also in percent of the sum of |optimal values|, and the MSE of the returns."""
         c = self.parameters(outputs, samples)
         regret = self.decision_losses(self.problem.exact(c).x, samples)
         return {

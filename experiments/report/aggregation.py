@@ -1,4 +1,4 @@
-"""From the metrics of many runs to numbers: mean and spread over seeds, paired tests, the best epoch."""
+"""Statistics of the metrics of many runs: mean and spread over seeds, paired tests, the best epoch."""
 
 from __future__ import annotations
 
@@ -11,16 +11,18 @@ from experiments.sweep.studies import StudyRun
 
 
 def last_test_rows(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return the test rows of the last epoch of each run, of metrics as `collect` returns them."""
+    """Return the test rows of each run's last epoch; frame: metrics from `experiments.sweep.metrics.collect`."""
     test = frame[frame["split"] == "test"]
     return test[test["epoch"] == test.groupby("run")["epoch"].transform("max")]
 
 
 def aggregate(frame: pd.DataFrame, by: Sequence[str], value: str) -> pd.DataFrame:
-    """Return mean, sd (n - 1), n, ci95, low and high of `value` over the rows of each group.
+    """Return statistics of `value` over the rows of each group of `by`.
 
-    `ci95` is the half width of the 95% confidence interval of the mean by Student's t; sd and ci95 are NaN
-    for a single row. `low` and `high` are the smallest and largest value.
+    Returns:
+        One row per group with the columns of `by`; mean; sd, the standard deviation with n - 1; n; ci95, the half width
+        of the 95% confidence interval of the mean by Student's t; low and high, the smallest and the largest value. sd
+        and ci95 are NaN for a single row.
     """
     grouped = frame.groupby(list(by), sort=True)[value]
     table = grouped.agg(mean="mean", sd="std", n="count", low="min", high="max").reset_index()
@@ -30,7 +32,7 @@ def aggregate(frame: pd.DataFrame, by: Sequence[str], value: str) -> pd.DataFram
 
 
 def seeds_said(planned: Sequence[StudyRun]) -> str:
-    """Return how many seeds the series have, as "5 seeds (3 of qpth)" where some have fewer."""
+    """Return the number of seeds as text, such as "5 seeds (3 of qpth)" if the series qpth has fewer."""
     seeds: dict[str, set[int]] = {}
     for run in planned:
         seeds.setdefault(run.series, set()).add(run.seed)
@@ -46,14 +48,22 @@ def seeds_said(planned: Sequence[StudyRun]) -> str:
 def paired(
     frame: pd.DataFrame, by: Sequence[str], unit: str, value: str, comparisons: Sequence[tuple[str, str]]
 ) -> pd.DataFrame:
-    """Compare series pairwise over the units that both have, within each group; rows of one unit are averaged first.
+    """Compare pairs of series in each group by a paired t test over the units that both have.
 
-    frame: columns series, `unit`, `value` and those of `by`. comparisons: pairs (series, against).
+    Rows of the same unit are averaged first. Groups with fewer than two pairs are left out.
 
-    Returns the columns of `by`, series, against, pairs, mean and against_mean, difference (series less against), ci95
-    (half width of its 95% confidence interval), p (two-sided paired t test) and p_adjusted, which bounds the rate of
-    false discoveries among all rows whatever their dependence (Benjamini and Yekutieli, Ann. Statist. 29(4), 2001).
-    Groups with fewer than two pairs are left out.
+    Args:
+        frame: Rows with the columns series, `unit`, `value` and those of `by`.
+        by: Columns that make the groups.
+        unit: Column whose values are paired, such as the seed.
+        value: Column that is compared.
+        comparisons: Pairs (series, against).
+
+    Returns:
+        One row per group and comparison with the columns of `by`; series; against; pairs, their number; mean and
+        against_mean; difference of the means, series minus against; ci95, the half width of its 95% confidence
+        interval; p of the two-sided test; p_adjusted, which controls the false discovery rate over all rows under any
+        dependence (Benjamini and Yekutieli, Ann. Statist. 29(4), 2001).
     """
     means = frame.groupby([*by, "series", unit])[value].mean().unstack("series")
     rows = []
@@ -66,7 +76,7 @@ def paired(
                 continue
             difference = (both[series] - both[against]).to_numpy()
             spread, half = difference.std(ddof=1), 0.0
-            p = float(not difference.any())  # without any spread
+            p = float(not difference.any())  # if all differences are equal: 1 if they are zero, else 0
             if spread > 0:
                 test = stats.ttest_1samp(difference, 0)
                 p, half = float(test.pvalue), float(test.confidence_interval().high - difference.mean())
@@ -90,8 +100,7 @@ def paired(
 
 
 def at_best_validation(frame: pd.DataFrame, value: str = "regret_percent") -> pd.DataFrame:
-    """Return each run's test row at the epoch (after training began) of its smallest validation `value`."""
-    run = ["series", "degree", "model", "seed"]
+    """Return each run's test row at the epoch above 0 with the smallest validation `value`."""
     validation = frame[(frame["split"] == "val") & (frame["epoch"] > 0)]
-    best = validation.loc[validation.groupby(run)[value].idxmin(), [*run, "epoch"]]
-    return frame[frame["split"] == "test"].merge(best, on=[*run, "epoch"])
+    best = validation.loc[validation.groupby("run")[value].idxmin(), ["run", "epoch"]]
+    return frame[frame["split"] == "test"].merge(best, on=["run", "epoch"])

@@ -1,4 +1,4 @@
-"""Writes figures and tables so that the same runs give the same bytes, and says what changed."""
+"""Output files: figures and tables whose bytes depend only on the runs, and a record of what has changed."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
+from experiments.report.markdown import table
 from experiments.run.configuration import ROOT
 from experiments.run.folders import write_atomically
 
@@ -23,14 +24,14 @@ METADATA: Mapping[str, dict[str, None]] = {
 
 @dataclass
 class Artifacts:
-    """Files of one command under `root`; `written` and `unchanged` record what each write did."""
+    """The files of one command under `root`; `written` and `unchanged` are the files that a write changed or not."""
 
     root: Path
     written: list[Path] = field(default_factory=list)
     unchanged: list[Path] = field(default_factory=list)
 
     def write(self, name: str, content: bytes) -> Path:
-        """Write `content` to root/name unless it is there already."""
+        """Write `content` to root/name unless the file has this content already; return its path."""
         path = self.root / name
         if path.is_file() and path.read_bytes() == content:
             self.unchanged.append(path)
@@ -48,23 +49,21 @@ class Artifacts:
             self.write(f"figures/{name}.{kind}", buffer.getvalue())
         plt.close(figure)
 
-    def csv(self, name: str, table: pd.DataFrame) -> None:
-        """Write `table` as <name>.csv with 6 significant digits."""
-        self.write(f"{name}.csv", table.to_csv(index=False, float_format="%.6g", lineterminator="\n").encode())
+    def csv(self, name: str, frame: pd.DataFrame) -> None:
+        """Write `frame` as <name>.csv with 6 significant digits."""
+        self.write(f"{name}.csv", frame.to_csv(index=False, float_format="%.6g", lineterminator="\n").encode())
 
     def markdown(self, name: str, header: Sequence[str], rows: Iterable[Sequence[str]], note: str) -> None:
-        """Write a table of texts as <name>.md, `note` below it."""
-        lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-        lines += ["| " + " | ".join(row) + " |" for row in rows]
-        self.write(f"{name}.md", ("\n".join([*lines, "", note]) + "\n").encode())
+        """Write a table as <name>.md, with `note` below it."""
+        self.write(f"{name}.md", ("\n".join([*table(header, rows), "", note]) + "\n").encode())
 
     def lines(self) -> list[str]:
-        """Return one line per file that was written, or one saying that nothing changed."""
+        """Return one line per file that was written, or one line that says that nothing has changed."""
         if not self.written:
             return [f"Nothing to do: {len(self.unchanged)} files under {self.root} are up to date."]
         return [f"wrote {path}" for path in self.written]
 
 
 def output_root(profile: str) -> Path:
-    """Return where a profile's figures and tables go: results/ for default, results/<profile>/ else."""
+    """Return the folder of a profile's figures and tables: results/ for "default", else results/<profile>/."""
     return RESULTS if profile == "default" else RESULTS / profile

@@ -1,7 +1,6 @@
-"""The paper's claims, each a statement and a rule that turns the tables of a results folder into a verdict.
+"""The paper's claims: statements, each with a rule that derives a verdict from the tables of a results folder.
 
-A claim reads the tables of a results folder alone, which are made of run folders and measurements by the commands that
-each claim names.
+A rule reads only these tables. The commands that a claim names make them from run folders and measurements.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ VERDICTS = (CONFIRMED, CONDITIONAL, REFUTED, UNTESTED)
 
 
 class Finding(NamedTuple):
-    """What was measured, one of VERDICTS, and one sentence why."""
+    """What was measured, one of VERDICTS, and the reason."""
 
     measured: str
     verdict: str
@@ -33,23 +32,23 @@ class Finding(NamedTuple):
 
 @dataclass(frozen=True)
 class Results:
-    """The tables under one results folder, by name: "tables/<name>" or "figures/<name>"."""
+    """The tables of a results folder, which are named "tables/<name>" or "figures/<name>"."""
 
     root: Path
 
     def __call__(self, name: str) -> pd.DataFrame:
-        """Return a table; FileNotFoundError if it was not made."""
+        """Return a table. Raises FileNotFoundError if it has not been made."""
         return pd.read_csv(self.root / f"{name}.csv")
 
     def multilabel(self, name: str) -> tuple[pd.DataFrame, bool]:
-        """Return a table of the multilabel study and whether it is of stand-in images, in want of CIFAR-100's."""
+        """Return a table of the multilabel study, of CIFAR-100 if there is one, and whether it is the stand-in."""
         real = (self.root / f"{name}.csv").is_file()
         return self(name if real else f"{name}_stand_in"), not real
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A statement of the paper, where it stands, the commands that make its evidence, and how it is judged."""
+    """A statement of the paper, its place there, the commands that make the evidence, and the rule that judges it."""
 
     place: str
     statement: str
@@ -57,19 +56,19 @@ class Claim:
     judge: Callable[[Results], Finding]
 
     def finding(self, results: Results) -> Finding:
-        """Return what the results say; without them, or with a part of them, the claim is not tested here."""
+        """Judge the claim; the verdict is UNTESTED if a table is missing, or too small as that of a small profile."""
         try:
             return self.judge(results)
         except FileNotFoundError as missing:
             made = " and ".join(f"`{command}`" for command in self.commands)
             name = Path(missing.filename).relative_to(results.root)
-            return Finding("–", UNTESTED, f"{name} is not there; {made} makes it.")
+            return Finding("–", UNTESTED, f"{name} does not exist; {made} makes it.")
         except (KeyError, IndexError) as missing:
-            return Finding("–", UNTESTED, f"This profile is too small for it: there is no {missing}.")
+            return Finding("–", UNTESTED, f"The tables of this profile are too small: there is no {missing}.")
 
 
 def claims(names: Sequence[str] | None = None) -> list[Claim]:
-    """Return the CLAIMS of the modules that the studies name, each module once; names: of studies, None for all."""
+    """Return the CLAIMS of the studies' modules, each module once; names: of the studies, None for all."""
     modules: dict[str, str] = {}
     for name in studies.names() if names is None else names:
         if module := studies.load(name).claims:

@@ -1,4 +1,4 @@
-"""Measurements of time and memory: made once, in a process of their own, and kept beside the run folders."""
+"""Measurements of time and memory, made once in a separate process and kept beside the run folders."""
 
 from __future__ import annotations
 
@@ -11,29 +11,39 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import pandas as pd
 import torch
+from torch import Tensor
 
 from experiments.report.artifacts import RESULTS
 from experiments.run.folders import write_atomically
 from experiments.sweep.pool import thread_environment
 from foldopt.errors import FoldoptError
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+    Settings = TypeVar("Settings", bound=DataclassInstance)
+
 T = TypeVar("T")
 STATUS = Path("/proc/self/status")
 CLEAR = Path("/proc/self/clear_refs")
-LAST_BITS = 2.0**-50  # by which a layer's parameters change from pass to pass, relatively: nothing is known of them
+LAST_BITS = 2.0**-50  # relative change of a layer's parameters between passes, so that no result can be reused
 
 
 def measured_once(
-    name: str, settings: Any, measure: Callable[[Any], pd.DataFrame], *also: Any, threads: int = 1
+    name: str, settings: Settings, measure: Callable[[Settings], pd.DataFrame], *also: object, threads: int = 1
 ) -> pd.DataFrame:
-    """Return ``measure(settings)``, read from results/runs/<name>-<hash> if it was made before.
+    """Return ``measure(settings)``, read from results/runs/<name>-<hash> if it has been measured before.
 
-    settings: a dataclass; its values and `also`, what else the numbers depend on, make the hash. `measure` runs in a
-    process of its own, of so many threads.
+    Args:
+        name: Name of the measurement.
+        settings: A dataclass; its values are part of the hash.
+        measure: Makes the measurement, in a separate process.
+        also: Other values that the numbers depend on, for the hash.
+        threads: Number of threads of that process.
     """
     key = hashlib.sha256(json.dumps([asdict(settings), *also]).encode()).hexdigest()[:12]
     path = RESULTS / "runs" / f"{name}-{key}" / "measurements.csv"
@@ -44,14 +54,14 @@ def measured_once(
     return pd.read_csv(path)
 
 
-def in_own_process(function: Callable[..., T], *arguments: Any, threads: int = 1) -> T:
-    """Return ``function(*arguments)``, computed in a new process of so many threads."""
+def in_own_process(function: Callable[..., T], *arguments: object, threads: int = 1) -> T:
+    """Return ``function(*arguments)``, computed in a new process with this number of threads."""
     with thread_environment(threads), ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
         return process.submit(function, *arguments).result()
 
 
 def seconds(call: Callable[[], T]) -> tuple[T, float]:
-    """Return what `call` returns and how long it took, until the GPU, if there is one, is done."""
+    """Return the result of `call` and the seconds it took, including all kernels on the GPU."""
     _synchronize()
     begin = time.perf_counter()
     result = call()
@@ -59,11 +69,23 @@ def seconds(call: Callable[[], T]) -> tuple[T, float]:
     return result, time.perf_counter() - begin
 
 
-def peak_memory(call: Callable[[], T], device: str = "cpu") -> tuple[T, int]:
-    """Return what `call`, which computes on `device`, returns and by how many bytes it raises the memory in use.
+def timed_gradient(
+    layer: Callable[[Tensor], Tensor], leaf: Tensor, loss: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor, float, float]:
+    """Return the output of `layer`, the gradient of its loss with respect to `leaf`, and the seconds of both passes."""
+    output, forward = seconds(lambda: layer(leaf))
+    value = loss(output)
+    (gradient,), backward = seconds(lambda: torch.autograd.grad(value, leaf))
+    return output.detach(), gradient, forward, backward
 
-    That is its highest point: on a GPU of the memory of tensors there, else of this process. Raises FoldoptError for
-    the CPU where the system is not Linux.
+
+def peak_memory(call: Callable[[], T], device: str = "cpu") -> tuple[T, int]:
+    """Return the result of `call`, which computes on `device`, and by how many bytes it raises the peak memory.
+
+    The memory is that of tensors on a GPU, and that of this process on the CPU.
+
+    Raises:
+        FoldoptError: The device is the CPU and the system is not Linux.
     """
     if device != "cpu":
         _synchronize()

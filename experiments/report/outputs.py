@@ -1,4 +1,4 @@
-"""What makes a figure or a table: the object that every `make` of a study's module gets, and how a study names them."""
+"""The argument of the `make` functions of figures and tables, and the lookup of the modules that a study names."""
 
 from __future__ import annotations
 
@@ -19,9 +19,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class StudyOutputs:
-    """A study whose runs are to become figures and tables.
+    """A study whose figures and tables are made from its runs.
 
-    planned: its runs in `profile`. artifacts: where files are written.
+    Attributes:
+        study: The study.
+        planned: Its runs in `profile`.
+        profile: The profile.
+        artifacts: Writes the files.
     """
 
     study: Study
@@ -31,27 +35,27 @@ class StudyOutputs:
 
     @property
     def command(self) -> str:
-        """The make command of these figures and tables, which stands in their captions."""
+        """The make command of these figures and tables, for their captions."""
         return make_command(self.study.target, self.profile)
 
     @property
     def suffix(self) -> str:
-        """What the names of files end with: they say so where the images are a stand-in for the real ones."""
+        """The end of file names: "_stand_in" if the images stand in for CIFAR-100, else empty."""
         return "_stand_in" if self.planned[0].config.task.get("data") == "stand_in" else ""
 
     def require_finished(self) -> None:
-        """Raise MissingRunsError, with the command that makes them, unless all runs are finished."""
+        """Raise MissingRunsError unless all runs are finished; the message names the command that makes them."""
         require_finished(self.planned, make_command("reproduce", self.profile))
 
     def metrics(self) -> pd.DataFrame:
-        """Return the metrics of all runs, see `collect`; MissingRunsError unless all are finished."""
+        """Return the metrics of all runs, see `collect`. Raises MissingRunsError unless all are finished."""
         self.require_finished()
         return collect(self.planned)
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """What is measured without training: its make target, its size, and where its table or figure is written."""
+    """A measurement that needs no training: its make target, its profile, and the writer of its files."""
 
     target: str
     profile: str
@@ -59,11 +63,11 @@ class Measurement:
 
     @property
     def command(self) -> str:
-        """The make command of this measurement, which stands in its captions."""
+        """The make command of this measurement, for its captions."""
         return make_command(self.target, self.profile)
 
     def settings(self, profiles: Mapping[str, T]) -> T:
-        """Return the settings of this profile; InputError lists those that exist."""
+        """Return the settings of this profile. Raises InputError, with the existing profiles, if there are none."""
         if self.profile not in profiles:
             raise InputError(f"profile={self.profile!r} does not exist; choose one of {', '.join(profiles)}")
         return profiles[self.profile]
@@ -75,7 +79,7 @@ def make_command(target: str, profile: str) -> str:
 
 
 def member(path: str, study: str) -> Any:
-    """Return the member of a module that a study's YAML names by its dotted path; InputError says what is missing."""
+    """Return the member of a module by its dotted path in a study's YAML. Raises InputError if it is not there."""
     module, _, name = path.rpartition(".")
     try:
         return getattr(import_module(module), name)
@@ -84,7 +88,7 @@ def member(path: str, study: str) -> Any:
 
 
 def make_outputs(outputs: StudyOutputs) -> None:
-    """Write all figures and tables that the study's YAML lists under `outputs`, by the `make` of each module."""
+    """Call `make` of each module that the study's YAML lists under `outputs`, to write its figures and tables."""
     makers: list[Callable[[StudyOutputs], None]] = [
         member(f"{module}.make", outputs.study.name) for module in outputs.study.outputs
     ]

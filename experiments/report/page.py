@@ -1,4 +1,4 @@
-"""The report: the paper's claims with verdicts, the figures and the errata, as REPORT.md and as one HTML file."""
+"""The report: the paper's claims with verdicts, the figures and the errata, as REPORT.md and as one HTML page."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ td, th { padding: .45rem .6rem; vertical-align: top; } td { border-bottom: 1px s
 
 
 def make(profile: str) -> Artifacts:
-    """Write REPORT.md and report.html of a profile's results folder, from the tables and figures that are there."""
+    """Write REPORT.md and report.html of a profile from the tables and figures of its results folder."""
     artifacts = Artifacts(output_root(profile))
     text = write(Results(artifacts.root))
     artifacts.write("REPORT.md", text.encode())
@@ -46,8 +46,8 @@ def write(results: Results) -> str:
     summary = ", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS)
     parts = [
         "# Backpropagation of Unrolled Solvers with Folded Optimization: what was reproduced",
-        f"{len(judged)} claims of the paper: {summary}. Each verdict follows from the numbers beside it by a rule in "
-        "the claims.py of its study; the commands make those numbers.",
+        f"{len(judged)} claims of the paper: {summary}. Each verdict is derived from the numbers beside it by a rule "
+        "in the claims.py of its study. The commands in the last column make these numbers.",
         "## Claims",
         "\n".join(_claims(judged)),
         "## Figures",
@@ -85,13 +85,13 @@ def _tables(root: Path) -> Iterator[str]:
 
 
 def _titles(kind: str) -> Iterator[tuple[str, str]]:
-    """Yield file name and title of what the studies show in the report; kind: "figures" or "tables"."""
+    """Yield the file name and title of the studies' figures or tables in the report; kind: "figures" or "tables"."""
     for name in studies.names():
         yield from getattr(studies.load(name), kind).items()
 
 
 def _provenance(root: Path) -> Iterator[str]:
-    """List what each study's runs were made with; the file named has all of it."""
+    """Yield a line per study with the number of runs, devices and torch versions, and the file with all details."""
     for path in sorted((root / "provenance").glob("*.json")):
         content = json.loads(path.read_text())
         torch = " and ".join(content["versions"]["torch"])
@@ -103,7 +103,7 @@ def _provenance(root: Path) -> Iterator[str]:
 
 
 def render(text: str, root: Path) -> str:
-    """Return markdown as an HTML page that holds its pictures, which lie under `root`."""
+    """Return markdown as an HTML page with the pictures, whose files are under `root`, embedded."""
     body = MarkdownIt("commonmark").enable("table").render(text)
 
     def inlined(match: re.Match[str]) -> str:

@@ -1,4 +1,4 @@
-"""Paired tests of the series of a study against each other, one table for each study."""
+"""Table of the paired tests between the series of a study."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""From an empty results folder to figures and tables: the outputs of each study and how they are made."""
+"""Reproduction of the results: run the studies, then make their figures, tables and measurements."""
 
 from __future__ import annotations
 
 import json
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import cast
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -21,9 +21,9 @@ from foldopt.errors import FoldoptError, InputError
 
 
 def make_figures(names: Sequence[str], profile: str, console: Console, mode: str | None = None) -> int:
-    """Write figures and tables of the named studies from run folders; return 1 when runs are missing.
+    """Write figures and tables of the named studies from their run folders; return 1 if runs are missing, else 0.
 
-    mode: of W&B, which gets them too where it is on; None: as each study says.
+    mode: W&B's mode; figures and tables are logged to W&B unless it is disabled. None: the mode of each study.
     """
     try:
         for name in names:
@@ -38,11 +38,20 @@ def make_figures(names: Sequence[str], profile: str, console: Console, mode: str
 def reproduce(
     names: Sequence[str], profile: str | None, workers: int, console: Console, mode: str | None = None
 ) -> int:
-    """Execute the named studies, then make their figures, tables and measurements; return the exit code.
+    """Execute the named studies, then make their figures, tables and measurements.
 
-    profile: None chooses by what is at hand, for each study, see `studies.profile_at_hand`. mode: of W&B, for the
-    runs that are left to do and for the figures; None: as each study says. A study with failed runs gets no figure, the
-    others do; a figure that cannot be made stops no other. 128 + signal when stopped: the same call goes on from there.
+    A study with failed runs gets no figures. Errors of one study's figures do not stop those of the others.
+
+    Args:
+        names: The studies.
+        profile: The profile of all studies; None chooses one for each study by `studies.profile_at_hand`.
+        workers: Number of processes that execute runs.
+        console: Where progress is printed.
+        mode: W&B's mode for the remaining runs and the figures; None: the mode of each study.
+
+    Returns:
+        The exit code: 0, the code of failed runs, or 128 + signal if a signal stopped the runs. In the last case the
+        same call resumes them.
     """
     exit_code = 0
     chosen: dict[str, str] = {}
@@ -68,8 +77,8 @@ def reproduce(
     return exit_code
 
 
-def _tried(what: str, console: Console, do: Callable[..., None], *arguments: Any) -> int:
-    """Call ``do(*arguments)``; where it fails show why and return 1, so that what does not depend on it is made."""
+def _tried(what: str, console: Console, do: Callable[..., None], *arguments: object) -> int:
+    """Call ``do(*arguments)`` and return 0; if it raises, print the traceback and return 1."""
     try:
         do(*arguments)
     except Exception:
@@ -80,7 +89,7 @@ def _tried(what: str, console: Console, do: Callable[..., None], *arguments: Any
 
 
 def measure(target: str, profile: str, console: Console) -> None:
-    """Make the measurement of a make target unless that was done before, and write its table or figure."""
+    """Write the table or figure of a make target, and measure first unless the measurement exists."""
     known = measurements()
     if target not in known:
         raise InputError(f"measurement={target!r} is in no study; choose one of {', '.join(known)}")
@@ -91,12 +100,12 @@ def measure(target: str, profile: str, console: Console) -> None:
 
 
 def measurements() -> dict[str, str]:
-    """Return the module of every measurement by its make target, as the studies name them."""
+    """Return the module of each measurement of all studies, by its make target."""
     return {target: module for name in studies.names() for target, module in studies.load(name).measurements.items()}
 
 
 def _outputs(study: Study, planned: Sequence[StudyRun], profile: str, console: Console) -> None:
-    torch.set_num_threads(1)  # as the runs: more would change digits, and wait for each other beside other work
+    torch.set_num_threads(1)  # as in the runs; more threads would change the last digits
     artifacts = Artifacts(output_root(profile))
     make_outputs(StudyOutputs(study, planned, profile, artifacts))
     if study.outputs:
@@ -106,7 +115,7 @@ def _outputs(study: Study, planned: Sequence[StudyRun], profile: str, console: C
 
 
 def _track(study: Study, planned: Sequence[StudyRun], profile: str, artifacts: Artifacts, console: Console) -> None:
-    """Log what was made to W&B where the study's runs are tracked."""
+    """Log the files to W&B if the study's runs are tracked."""
     config = planned[0].config
     files = [*artifacts.written, *artifacts.unchanged]
     folder = configuration.ROOT / config.paths.runs / "reports" / f"{study.name}-{profile}"
@@ -117,7 +126,7 @@ def _track(study: Study, planned: Sequence[StudyRun], profile: str, artifacts: A
 
 
 def provenance(planned: Sequence[StudyRun]) -> str:
-    """Return what the finished runs of a study were made with, as JSON: each value that occurs, once."""
+    """Return the versions, devices, commits and configurations of a study's finished runs as JSON, each value once."""
     summaries = [folders.load_summary(run.folder) for run in planned]
     versions = {name for summary in summaries for name in summary["versions"]}
     content = {

@@ -1,4 +1,4 @@
-"""Checks that committed figures and tables are those of the run folders at hand."""
+"""Check that the committed tables follow from the run folders."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ NUMBERS = (".csv", ".md")
 
 
 def verify(names: Sequence[str], profile: str, console: Console) -> int:
-    """Derive the numbers of each study's figures and tables anew, say which differ from those in results/.
+    """Recompute the numbers of each study's figures and tables, and print those that differ from results/.
 
-    Studies whose runs are not all finished here cannot be checked, and are named. Returns 1 if a number differs, or if
-    nothing could be checked.
+    Studies with unfinished runs cannot be checked and are named. Returns 1 if a number differs or if no study could be
+    checked, else 0.
     """
     differing, checked = [], 0
     for name in names:

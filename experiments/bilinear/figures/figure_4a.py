@@ -1,4 +1,4 @@
-"""Figure 4(a): the bilinear program, test regret per matrix Q of folding and two-stage, and of their companions."""
+"""Figure 4(a): test regret on the bilinear program, by matrix Q for folding and two-stage, and mean of all series."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.bilinear.series import final, ratios
+from experiments.bilinear.series import ratios
 from experiments.report import style
-from experiments.report.aggregation import aggregate, seeds_said
+from experiments.report.aggregation import aggregate, last_test_rows, seeds_said
 from experiments.report.outputs import StudyOutputs
 from experiments.sweep.studies import Study, StudyRun
 
@@ -22,13 +22,13 @@ OTHERS = "#0072B2"
 
 def make(outputs: StudyOutputs) -> None:
     """Write figures/figure_4a.png, .pdf and .csv from the finished runs."""
-    last = final(outputs.metrics())
+    last = last_test_rows(outputs.metrics())
     outputs.artifacts.csv("figures/figure_4a", aggregate(last, ["n_variables", "series", "interaction"], "regret"))
     outputs.artifacts.figure("figure_4a", draw(outputs.study, last, _caption(outputs.planned, outputs.command)))
 
 
 def draw(study: Study, last: pd.DataFrame, caption: str) -> Figure:
-    """Return the figure of the final test rows (columns n_variables, series, interaction, seed, regret)."""
+    """Return the figure of the final test rows `last` (columns n_variables, series, interaction, seed, regret)."""
     sizes = sorted(last["n_variables"].unique(), reverse=True)
     with style.panels(
         caption, len(sizes), 2, figsize=(7.4, 2.35 * len(sizes) + 0.8), width_ratios=(1.7, 1), squeeze=False
@@ -62,8 +62,7 @@ def _draw_groups(panel: Axes, study: Study, rows: pd.DataFrame) -> None:
     panel.set_xticks(range(len(matrices)), [str(matrix + 1) for matrix in matrices])
     panel.set_ylabel("Test regret")
     panel.set_ylim(bottom=0)
-    panel.grid(visible=True, axis="y", color="0.9", linewidth=0.6)
-    panel.set_axisbelow(True)
+    style.grid(panel, axis="y")
 
 
 def _draw_ratios(panel: Axes, study: Study, found: pd.DataFrame) -> None:
@@ -77,8 +76,7 @@ def _draw_ratios(panel: Axes, study: Study, found: pd.DataFrame) -> None:
     panel.errorbar(table["mean"], height, xerr=spread, fmt="none", ecolor="0.55", elinewidth=1, capsize=1.5)
     panel.set_yticks(height, [study.titles[series] for series in table.index], fontsize=6.5)
     panel.axvline(1, color="0.4", linewidth=0.8, linestyle=(0, (4, 2)))
-    panel.grid(visible=True, axis="x", color="0.9", linewidth=0.6)
-    panel.set_axisbelow(True)
+    style.grid(panel, axis="x")
 
 
 def _caption(planned: Sequence[StudyRun], command: str) -> str:

@@ -1,4 +1,4 @@
-"""The table of the bilinear study: final regret, its ratio to two-stage, wins per matrix Q, and what was tracked."""
+"""Table of the bilinear study: final regret, its ratio to two-stage, wins by matrix Q, and tracked quantities."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import pandas as pd
 
-from experiments.bilinear.series import final, ratios
+from experiments.bilinear.series import ratios
+from experiments.report.aggregation import last_test_rows
 from experiments.report.outputs import StudyOutputs
 from experiments.sweep.studies import Study
 
@@ -33,18 +34,19 @@ def make(outputs: StudyOutputs) -> None:
         f"tables/{outputs.study.name}",
         HEADER,
         _rows(outputs.study, table),
-        f"Test regret after the last epoch, mean over the matrices Q ± standard deviation over {seeds} seeds of that "
-        "mean; the ratio is that of means on the same Q, and the wins are those of the mean over seeds. Zero "
-        "gradients: share of training samples whose loss has none. Prediction scale: root mean square of the predicted "
-        "coefficients. "
-        f"Local = global: `global_fraction`. {task.n_train} training and {task.n_test} test samples. "
+        f"Test regret after the last epoch: mean over the matrices Q ± standard deviation of that mean over {seeds} "
+        "seeds. Over two-stage's: ratio of the means on the same Q. Below two-stage on: number of Q, by means over the "
+        "seeds. Zero gradients: share of training samples whose loss has a zero gradient. Prediction scale: root mean "
+        "square of the predicted coefficients. Local = global: share of training samples in which the optimum reached "
+        "from the centre is as good as the best one found (`global_fraction`). "
+        f"{task.n_train} training and {task.n_test} test samples. "
         f"Made by: `{outputs.command}`",
     )
 
 
 def summarize(frame: pd.DataFrame) -> pd.DataFrame:
     """Return one row per n and series."""
-    last, rows = final(frame), []
+    last, rows = last_test_rows(frame), []
     training = frame[frame["split"] == "train"]
     for (n, series), part in last.groupby(["n_variables", "series"]):
         own = training[(training["n_variables"] == n) & (training["series"] == series)]
@@ -85,7 +87,7 @@ def _rows(study: Study, table: pd.DataFrame) -> Iterator[list[str]]:
             if series not in rows.index:
                 continue
             row = rows.loc[series]
-            smoothed = series.startswith("fold") and row["spectral_radius"] == row["spectral_radius"]
+            smoothed = series.startswith("fold") and pd.notna(row["spectral_radius"])
             yield [
                 str(n),
                 title,

@@ -1,4 +1,4 @@
-"""The table of the bilinear program's smoothing: validation regret by kappa, and which kappa has the least."""
+"""Table of the validation regret by strength kappa of the smoothing, and the kappa of smallest regret."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def make(outputs: StudyOutputs) -> None:
         ("n", "Smoothing", *(f"κ = {kappa:g}" for kappa in kappas)),
         _rows(table, kappas),
         f"Validation regret after {config.train.epochs} epochs, mean over {len(matrices)} matrices Q and "
-        f"{len({run.seed for run in outputs.planned})} seed(s), {config.task.n_val} validation samples; the least of "
-        "each row is in bold and used in Figure 4(a). Nothing here was measured on test samples. "
+        f"{len({run.seed for run in outputs.planned})} seed(s), {config.task.n_val} validation samples. Bold: the "
+        "smallest of each row, whose κ is used in Figure 4(a). No test samples were used. "
         f"Made by: `{outputs.command}`",
     )
 
 
 def summarize(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return the final validation regret per n, kind of smoothing and kappa, and the chosen kappa of each kind."""
+    """Return the final validation regret by n, kind of smoothing and kappa, and which kappa is chosen for each kind."""
     last = frame[(frame["split"] == "val") & (frame["epoch"] == frame["epoch"].max())]
     means = aggregate(last, GROUP, "regret")[[*GROUP, "mean", "sd", "n"]].rename(columns={"n": "runs"})
     parts = []

@@ -1,6 +1,8 @@
-"""Pictures of the learned denoiser: signals before and after, and the operator before and after training."""
+"""Figures of the learned denoiser: denoised signals, and the operator before and after training."""
 
 from __future__ import annotations
+
+from typing import cast
 
 import torch
 from matplotlib.axes import Axes
@@ -9,6 +11,7 @@ from torch import Tensor
 
 from experiments.denoising.problem import differencing
 from experiments.denoising.series import STRUCTURES
+from experiments.denoising.task import DenoisingTask
 from experiments.report import style
 from experiments.report.outputs import StudyOutputs
 from experiments.run import components
@@ -21,7 +24,7 @@ SIGNALS = 3
 def make(outputs: StudyOutputs) -> None:
     """Write figures/denoised_signals and figures/denoising_operators, .png and .pdf, from the trained models.
 
-    Of seed 0, the first reading and the smallest lambda that ran with every structure.
+    They show seed 0 of the reading "centred", with the smallest lambda that ran with every structure.
     """
     outputs.require_finished()
     folders = {(run.series, run.point["task.weight"]): run.folder for run in outputs.planned if run.seed == 0}
@@ -38,13 +41,13 @@ def make(outputs: StudyOutputs) -> None:
 
 @torch.no_grad()
 def draw_signals(trained: dict[str, Components], caption: str) -> Figure:
-    """Return the picture of some test signals: noisy, true, denoised classically and by each learned operator."""
-    parts = trained["_filter"]
-    chosen = {name: values[:SIGNALS] for name, values in parts.task.splits["test"].items()}
+    """Return the figure of some test signals: noisy, true, and denoised by the classical and the learned operators."""
+    task = cast(DenoisingTask, trained["_filter"].task)
+    chosen = {name: values[:SIGNALS] for name, values in task.splits["test"].items()}
     d = chosen["noisy"]
-    found = {"classical": parts.task.problem.exact(differencing(d.shape[1]), d).x}
+    found = {"classical": task.problem.exact(differencing(d.shape[1]), d).x}
     for suffix in ("", "_filter"):
-        found[f"learned, {STRUCTURES[suffix]}"] = parts.task.problem.exact(_operator(trained[suffix]), d).x
+        found[f"learned, {STRUCTURES[suffix]}"] = task.problem.exact(_operator(trained[suffix]), d).x
     with style.panels(caption, len(found), SIGNALS, figsize=(7.4, 4.8), sharex=True, sharey="col") as (figure, axes):
         for row, (title, x) in zip(axes, found.items(), strict=True):
             errors = (x - chosen["signals"]).square().mean(1)
@@ -63,7 +66,7 @@ def draw_signals(trained: dict[str, Components], caption: str) -> Figure:
 
 @torch.no_grad()
 def draw_operators(trained: dict[str, Components], caption: str) -> Figure:
-    """Return the picture of the operator before and after training: the matrices, and their middle rows below."""
+    """Return the figure of the operator before and after training: the matrices, and below them their middle rows."""
     operators = {suffix: _operator(parts) for suffix, parts in trained.items()}
     start = differencing(next(iter(operators.values())).shape[1])
     shown = {"before\ntraining": start}

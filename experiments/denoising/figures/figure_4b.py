@@ -27,9 +27,13 @@ def make(outputs: StudyOutputs) -> None:
 
 
 def draw(study: Study, curves: pd.DataFrame, classical: pd.Series, caption: str) -> Figure:
-    """Return the figure of `curves` (columns series, weight, epoch, mean, low, high).
+    """Draw a panel per reading and structure, with a curve per lambda.
 
-    classical: the test error of the classical denoiser of the best lambda, by reading.
+    Args:
+        study: The study, for titles.
+        curves: Test errors with the columns series, weight, epoch, mean, low, high.
+        classical: Test error of the classical denoiser with the best lambda, by reading.
+        caption: The caption.
     """
     style.drawn(SERIES, curves["series"], "figure_4b")
     with style.panels(caption, len(STRUCTURES), len(READINGS), figsize=(7.4, 6.6), sharex=True, sharey="col") as (
@@ -52,7 +56,7 @@ def _draw_panel(panel: Axes, curves: pd.DataFrame, weights: Sequence[float], cla
     for weight, color in zip(weights, style.COLORS, strict=False):
         shown = curves[curves["weight"] == weight]
         if not shown.empty:
-            style.curve(panel, shown, color=color, linewidth=1.6, label=f"λ = {weight:g}")
+            style.curve(panel, shown, style.Line(color), f"λ = {weight:g}")
     dashes = (0, (4, 2))
     panel.axhline(classical, color="0.35", linewidth=0.9, linestyle=dashes, label="classical, best λ", zorder=1)
     style.plain_log(panel.yaxis, subs=(1, 1.5, 2, 3, 5, 7))

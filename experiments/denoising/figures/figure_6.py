@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -10,9 +10,10 @@ from matplotlib.figure import Figure
 from experiments.report import style
 from experiments.report.aggregation import aggregate
 from experiments.report.outputs import StudyOutputs
+from experiments.report.style import Line, LineStyle
 from experiments.sweep.studies import Study, StudyRun
 
-LINES = {"fold": "-", "qpth": (0, (1, 1.4))}
+LINES: Mapping[str, tuple[LineStyle, float]] = {"fold": ("-", 1.4), "qpth": ((0, (1, 1.4)), 2.6)}  # style and width
 
 
 def make(outputs: StudyOutputs) -> None:
@@ -29,10 +30,9 @@ def draw(study: Study, curves: pd.DataFrame, caption: str) -> Figure:
     lines = style.drawn(LINES, curves["series"], "figure_6")
     with style.panels(caption, 1, len(weights), figsize=(7.4, 2.6), sharex=True, squeeze=False) as (figure, axes):
         for weight, color, panel in zip(weights, style.COLORS, axes[0], strict=False):
-            for name, dashes in lines.items():
+            for name, (dashes, width) in lines.items():
                 shown = curves[(curves["series"] == name) & (curves["weight"] == weight)]
-                width = 1.4 if name == "fold" else 2.6
-                style.curve(panel, shown, color=color, linestyle=dashes, linewidth=width, label=study.titles[name])
+                style.curve(panel, shown, Line(color, dashes, width), study.titles[name])
             panel.set(title=f"λ = {weight:g}", xlabel="Epoch")
             style.epochs(panel)
             panel.legend(fontsize=6.5, frameon=False, loc="best", handlelength=2)

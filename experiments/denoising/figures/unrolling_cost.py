@@ -1,4 +1,4 @@
-"""What unrolling the denoiser costs as its iterations grow, beside folding: time, peak memory and errors."""
+"""Time, peak memory and errors of unrolling the denoiser by number of iterations, compared with folding."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from experiments.sweep import studies
 
 @dataclass(frozen=True)
 class Settings(benches.Settings):
-    """How much is measured: for which numbers of iterations, for one reading and lambda of the study."""
+    """Size of the measurement: the numbers of iterations, and one reading and lambda of the study."""
 
     iterations: tuple[int, ...] = (10, 30, 100, 300, 1000, 3000)
     reading: str = "optnet"
@@ -35,7 +35,7 @@ PROFILES = {
 
 
 def measure(settings: Settings) -> pd.DataFrame:
-    """Return one row per number of iterations and repetition; iterations 0 is folding around the exact solver."""
+    """Return one row per number of iterations and repetition; 0 iterations stands for folding with the exact solver."""
     planned = studies.expand(studies.load(STUDY), settings.profile, {settings.reading})
     place = next(run for run in planned if run.point["task.weight"] == settings.weight and run.seed == settings.seed)
     bench = Bench(list(place.overrides), settings)
@@ -53,7 +53,7 @@ def measure(settings: Settings) -> pd.DataFrame:
 
 
 def _unrolled(bench: Bench, iterations: int) -> Layer:
-    # tol: unconverged samples are to be measured, not refused
+    # With this tol, samples that have not converged are measured instead of raising an error.
     backend = ["backend=unroll", f"backend.iterations={iterations}", "backend.tol=1e6"]
     parts = components.build(configuration.compose([*bench.place, *backend]))
     return lambda D: parts.backend(parts.task.parameters(D, bench.samples))
@@ -74,7 +74,7 @@ def make(measurement: Measurement) -> None:
 
 
 def draw(table: pd.DataFrame, caption: str) -> Figure:
-    """Return the figure of `table` (one row per number of iterations, 0 being folding)."""
+    """Return the figure of `table`, which has one row per number of iterations; 0 stands for folding."""
     fold, unrolled = table[table["iterations"] == 0].iloc[0], table[table["iterations"] > 0]
     milliseconds = 1e3 * (table["seconds_forward"] + table["seconds_backward"])
     with style.panels(caption, 1, 3, figsize=(7.4, 2.6)) as (figure, (time, memory, error)):

@@ -1,8 +1,8 @@
-"""What a layer of the denoising study costs and how exact it is: time, peak memory and errors of every backend.
+"""Time, peak memory and errors of every backend on the denoising study's layer.
 
-Measured on one batch of training signals for each lambda and reading of the study, with a D as it is after some
-training: differences plus noise. Errors are relative, of the worst signal for x, and of the gradient of the training
-loss with respect to D, against the exact solver and its folded gradient.
+Each lambda and reading of the study is measured on one batch of training signals. D is the differencing operator plus
+noise, as if it had been trained. Errors are relative to the exact solver and its folded gradient: the largest error of
+a denoised signal, and the error of the gradient of the training loss with respect to D.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ PROFILES = {"smoke": Settings("smoke", repeats=1), "default": Settings("default"
 
 
 def measure(settings: Settings) -> pd.DataFrame:
-    """Return one row per reading, lambda, backend and repetition, the backends taking turns."""
+    """Return one row per reading, lambda, backend and repetition; the backends take turns."""
     rows = []
     for run in _places(settings):
         bench = Bench(list(run.overrides), settings)
@@ -72,9 +72,9 @@ def _places(settings: Settings) -> list[studies.StudyRun]:
 
 
 def summarize(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return medians over repetitions, one row per reading, lambda and backend.
+    """Return medians over the repetitions, one row per reading, lambda and backend.
 
-    ratio: how many times as long as folding around the exact solver, forward and backward together.
+    The column `ratio` is the time of forward and backward pass relative to that of folding with the exact solver.
     """
     keys = ["reading", "weight", "backend"]
     table = rows.groupby(keys, sort=False).median().reset_index()
@@ -91,21 +91,22 @@ def make(measurement: Measurement) -> None:
     table = summarize(measured_once("denoising/cost", settings, measure, OVERRIDES, places))
     measurement.artifacts.csv("tables/denoising_cost", table)
     note = (
-        f"One batch of {settings.batch_size} signals, one thread, float64 but where it says float32, medians of "
-        f"{settings.repeats} (cvxpylayers: 1) with the backends taking turns; D is the differencing operator plus "
-        f"noise of {settings.learned}. Errors are relative, against the exact solver. Made by: `{measurement.command}`"
+        f"One batch of {settings.batch_size} signals, one thread, float64 unless the title says float32, medians of "
+        f"{settings.repeats} rounds (cvxpylayers: 1) in which the backends take turns. D is the differencing operator "
+        f"plus noise of standard deviation {settings.learned}. Errors are relative to the exact solver. "
+        f"Made by: `{measurement.command}`"
     )
     measurement.artifacts.markdown(
         "tables/denoising_cost",
         ("Backend", "Forward (ms)", "Backward (ms)", "Peak memory (MB)", "Error of x*", "Error of the gradient"),
         _cost_rows(table),
-        f"Smallest and largest over the readings and λ of Figure 4(b). {note}",
+        f"Smallest and largest value over the readings of the data and the λ of Figure 4(b). {note}",
     )
     measurement.artifacts.markdown(
         "tables/denoising_ratios",
         ("Data", "λ", "f-FDPG (ms)", "qpth (ms)", "Ratio", "Ratio, float32", "Ratio, cvxpylayers"),
         _ratio_rows(table),
-        f"Forward and backward together; ratios to f-FDPG around the exact solver. {note}",
+        f"Times of forward and backward pass together; ratios to f-FDPG with the exact solver. {note}",
     )
 
 

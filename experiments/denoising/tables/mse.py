@@ -1,8 +1,9 @@
-"""The tables of the denoising study: classical and learned test error per reading of the data, lambda and structure."""
+"""Tables of the denoising study: test error of classical and learned denoisers by reading, lambda and structure."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from typing import Any, cast
 
 import pandas as pd
 import torch
@@ -10,7 +11,8 @@ from scipy import stats
 
 from experiments.denoising.classical import best_classical, classical_errors
 from experiments.denoising.series import READINGS, STRUCTURES
-from experiments.report.aggregation import aggregate
+from experiments.denoising.task import DenoisingTask
+from experiments.report.aggregation import aggregate, last_test_rows
 from experiments.report.outputs import StudyOutputs
 from experiments.run import components, folders
 from experiments.sweep.studies import Study, StudyRun
@@ -28,8 +30,8 @@ def make(outputs: StudyOutputs) -> None:
         ("Data", "λ", "Classical", *(f"Learned: {how}" for how in STRUCTURES.values()), "Seconds per epoch"),
         _rows(outputs.study, table),
         f"Test MSE before training and after {epochs} epochs, mean ± standard deviation over {table['seeds'].max()} "
-        f"seed(s); {task.n_train} training and {task.n_test} test signals. In bold what is below the classical "
-        f"denoiser of the same λ. Seconds per epoch of training on one thread. Made by: `{outputs.command}`",
+        f"seed(s); {task.n_train} training and {task.n_test} test signals. Bold: below the classical denoiser with "
+        f"the same λ. Seconds per epoch of training on one thread. Made by: `{outputs.command}`",
     )
     best = margins(outputs.planned, best_classical(outputs.planned))
     outputs.artifacts.csv(f"tables/{outputs.study.name}_best", best)
@@ -37,17 +39,17 @@ def make(outputs: StudyOutputs) -> None:
         f"tables/{outputs.study.name}_best",
         ("Data", "Learned", "λ, by validation", "Test MSE", "Best classical λ", "Its test MSE", "Difference"),
         [_best_row(outputs.study, row) for row in best.to_dict("records")],
-        "The best learned denoiser, its λ chosen on the validation signals, against the classical denoiser of the λ "
-        "that is best on the test signals themselves. Difference of the mean squared errors signal by signal, with "
+        "The best learned denoiser, with the λ that is best on the validation signals, against the classical denoiser, "
+        "with the λ that is best on the test signals. Difference: of the mean squared errors, paired by signal, with "
         f"its 95% confidence interval over all test signals of {best['seeds'].max()} seed(s). "
         f"Made by: `{outputs.command}`",
     )
 
 
 def summarize(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return classical and final test error and seconds per training epoch, one row per series and weight."""
+    """Return test errors before and after training and seconds per epoch, one row per series and weight."""
     test = frame[frame["split"] == "test"]
-    learned = aggregate(test[test["epoch"] == test["epoch"].max()], GROUP, "mse")
+    learned = aggregate(last_test_rows(frame), GROUP, "mse")
     table = learned[[*GROUP, "n", "mean", "sd"]].rename(columns={"n": "seeds", "mean": "learned", "sd": "learned_sd"})
     for name, part in {
         "classical": aggregate(test[test["epoch"] == 0], GROUP, "mse"),
@@ -58,10 +60,12 @@ def summarize(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def margins(planned: Sequence[StudyRun], classical: pd.DataFrame) -> pd.DataFrame:
-    """Return, per reading and structure, the best learned denoiser against the best classical one.
+    """Compare the best learned denoiser of each reading and structure with the best classical one.
 
-    Columns: reading, structure, seeds, weights (lambda by validation, per seed), learned, classical_weights, classical,
-    difference (mean over all test signals), ci95 (its half width, paired by signal).
+    Returns:
+        One row per reading and structure with the columns reading; structure; seeds; weights, the lambda of each seed
+        that is best on validation signals; learned, its test error; classical_weights; classical; difference of the
+        errors, mean over all test signals; ci95, the half width of its 95% confidence interval, paired by signal.
     """
     place = classical.set_index(["reading", "seed"])
     rows = []
@@ -71,12 +75,13 @@ def margins(planned: Sequence[StudyRun], classical: pd.DataFrame) -> pd.DataFram
             for seed in sorted({run.seed for run in planned if run.series == reading + suffix}):
                 run = _best_by_validation([r for r in planned if (r.series, r.seed) == (reading + suffix, seed)])
                 parts = components.trained(run.folder)
-                test = parts.task.splits["test"]
+                task = cast(DenoisingTask, parts.task)
+                test = task.splits["test"]
                 with torch.no_grad():
-                    learned.append(parts.task.errors(parts.model(test["inputs"]), test))
+                    learned.append(task.errors(parts.model(test["inputs"]), test))
                 weights.append(run.point["task.weight"])
                 classical_weights.append(place.loc[(reading, seed), "weight"])
-                base.append(classical_errors(parts.task, classical_weights[-1]))
+                base.append(classical_errors(task, classical_weights[-1]))
             mine, theirs = torch.cat(learned), torch.cat(base)
             difference = mine - theirs
             rows.append(
@@ -104,7 +109,7 @@ def _best_by_validation(candidates: Sequence[StudyRun]) -> StudyRun:
     return min(candidates, key=error)
 
 
-def _best_row(study: Study, row: dict) -> list[str]:
+def _best_row(study: Study, row: Mapping[Hashable, Any]) -> list[str]:
     percent = 100 / row["classical"]
     better = row["difference"] + row["ci95"] < 0
     difference = f"{percent * row['difference']:+.2f} ± {percent * row['ci95']:.2f}%"

@@ -1,4 +1,4 @@
-"""Figure 3: errors of the forward and backward pass of unrolled projected gradient, from the solution and from afar."""
+"""Figure 3: forward and backward errors of unrolled projected gradient, from the solution and from a random start."""
 
 from __future__ import annotations
 
@@ -16,23 +16,24 @@ from experiments.multilabel.problem import TopKStep, solve_topk
 from experiments.report import style
 from experiments.report.measurements import measured_once
 from experiments.report.outputs import Measurement
+from experiments.report.style import Line
 from foldopt import fold
 from foldopt.diagnostics import backward_trace, spectral_radius
 from foldopt.step import record
 
 LINES = {
-    ("solution", "forward"): ("forward, from x*", style.COLORS[2], "-"),
-    ("solution", "backward"): ("backward, from x*", style.COLORS[2], "--"),
-    ("random", "forward"): ("forward, from a random start", style.COLORS[4], "-"),
-    ("random", "backward"): ("backward, from a random start", style.COLORS[4], "--"),
+    ("solution", "forward"): ("forward, from x*", Line(style.COLORS[2], "-")),
+    ("solution", "backward"): ("backward, from x*", Line(style.COLORS[2], "--")),
+    ("random", "forward"): ("forward, from a random start", Line(style.COLORS[4], "-")),
+    ("random", "backward"): ("backward, from a random start", Line(style.COLORS[4], "--")),
 }
 THRESHOLDS = (1e-2, 1e-4, 1e-6)
-SMALLEST = 1e-16  # where an error of exactly zero is drawn
+SMALLEST = 1e-16  # errors below are drawn here
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Which problems: logits of norm 1, n of them, k selected; floor: of x in the step's logarithm."""
+    """The problems: k of n logits of norm 1 are selected; floor is the lower limit of x in the step's logarithm."""
 
     instances: int = 24
     iterations: int = 60
@@ -47,9 +48,9 @@ PROFILES = {"smoke": Settings(instances=2), "default": Settings(), "paper": Sett
 
 
 def measure(settings: Settings) -> pd.DataFrame:
-    """Return one row per instance, start, pass and iteration with the relative error in L1, and rho(Phi).
+    """Return one row per instance, start, pass and iteration with the relative error in the L1 norm, and rho(Phi).
 
-    The cotangent is that of the study's loss -log x_y, of a random y.
+    The cotangent is the gradient of the study's loss -log x_y for a random y.
     """
     generator = torch.Generator().manual_seed(settings.seed)
     step = TopKStep(settings.k, settings.stepsize, settings.floor)
@@ -103,7 +104,7 @@ def make(measurement: Measurement) -> None:
 
 
 def summarize(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return the median and the extremes over the instances, by start, pass and iteration."""
+    """Return the median (column mean), smallest and largest error over the instances, by start, pass and iteration."""
     grouped = rows.groupby(["start", "pass", "iteration"])["error"]
     return grouped.agg(mean="median", low="min", high="max").reset_index()
 
@@ -111,10 +112,10 @@ def summarize(rows: pd.DataFrame) -> pd.DataFrame:
 def draw(curves: pd.DataFrame, rho: float, caption: str) -> Figure:
     """Return the figure of `curves`, with the line of Theorem 1 for the median spectral radius `rho`."""
     with style.panels(caption, figsize=(6.6, 3.6)) as (figure, panel):
-        for (start, which), (label, color, dashes) in LINES.items():
+        for (start, which), (label, line) in LINES.items():
             shown = curves[(curves["start"] == start) & (curves["pass"] == which)].copy()
             shown[["mean", "low", "high"]] = shown[["mean", "low", "high"]].clip(lower=SMALLEST)
-            style.curve(panel, shown, x="iteration", color=color, linestyle=dashes, linewidth=1.6, label=label)
+            style.curve(panel, shown, line, label, x="iteration")
         _theorem(panel, curves, rho)
         panel.set(yscale="log", xlabel="Iteration", ylabel="Relative error", ylim=(SMALLEST / 2, 1e3))
         style.grid(panel)
@@ -133,9 +134,9 @@ def _theorem(panel: Axes, curves: pd.DataFrame, rho: float) -> None:
 
 
 def rates(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return, for each pass that has an error, the medians of: iterations to THRESHOLDS, rate, and -log rho(Phi)."""
+    """Return the medians of iterations to THRESHOLDS, rate and -log rho(Phi) for each pass with an error above 0."""
     table = []
-    for (start, which), (label, _, _) in LINES.items():
+    for (start, which), (label, _) in LINES.items():
         if (start, which) == ("solution", "forward"):
             continue
         part = rows[(rows["start"] == start) & (rows["pass"] == which)]

@@ -10,16 +10,17 @@ from experiments.multilabel.series import EXACT, PERTURBED, caption, title
 from experiments.report import style
 from experiments.report.aggregation import aggregate
 from experiments.report.outputs import StudyOutputs
+from experiments.report.style import Line
 from experiments.sweep.studies import Study
 
 KEYS = ["series", "temperature", "split", "epoch"]
 ACCURACIES = {"top1": "Top-1", "top5": "Top-5"}
 SPLITS = {"train": "training, noisy labels", "test": "test"}
 LINES = {
-    "cvxpylayers": {"color": style.COLORS[4], "linestyle": "-", "linewidth": 2.6},
-    "pgd": {"color": style.COLORS[2], "linestyle": "--", "linewidth": 1.8},
-    "pgd_a": {"color": style.COLORS[5], "linestyle": "-.", "linewidth": 1.4},
-    "sqp": {"color": style.COLORS[1], "linestyle": ":", "linewidth": 1.8},
+    "cvxpylayers": Line(style.COLORS[4], "-", 2.6),
+    "pgd": Line(style.COLORS[2], "--", 1.8),
+    "pgd_a": Line(style.COLORS[5], "-.", 1.4),
+    "sqp": Line(style.COLORS[1], ":", 1.8),
 }
 
 
@@ -45,10 +46,11 @@ def make(outputs: StudyOutputs) -> None:
 
 
 def noise_floor(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return how far exact runs of perturbed initial weights are from unperturbed ones of the same seed.
+    """Return the distance of exact runs with perturbed initial weights from unperturbed ones of the same seed.
 
-    One row per temperature, split, epoch and accuracy with `mean`, the mean accuracy of both, and `low` and `high`,
-    that mean less and plus the largest distance over the seeds and the epochs so far.
+    Returns:
+        One row per temperature, split, epoch and accuracy with the columns mean, the mean accuracy of both; low and
+        high, that mean minus and plus the largest distance over the seeds and the epochs so far.
     """
     place = ["temperature", "split", "epoch", "seed"]
     exact, perturbed = (frame[frame["series"] == series].set_index(place) for series in (EXACT, PERTURBED))
@@ -79,8 +81,16 @@ def draw(study: Study, curves: pd.DataFrame, floor: pd.DataFrame, title: str, ca
         for panel in axes[-1]:
             panel.set_xlabel("Epoch")
         handles, labels = axes[0, 0].get_legend_handles_labels()
-        place = {"loc": "outside upper center", "ncols": 3, "frameon": False, "fontsize": 7}
-        figure.legend(handles, labels, title=title, title_fontsize=9, **place)
+        figure.legend(
+            handles,
+            labels,
+            loc="outside upper center",
+            ncols=3,
+            frameon=False,
+            fontsize=7,
+            title=title,
+            title_fontsize=9,
+        )
     return figure
 
 
@@ -98,7 +108,7 @@ def _draw_panel(panel: Axes, study: Study, curves: pd.DataFrame, floor: pd.DataF
     for series, line in LINES.items():
         shown = curves[curves["series"] == series]
         if len(shown):
-            style.curve(panel, shown, label=f"{study.titles[series]}, cvxpy forward", **line)
+            style.curve(panel, shown, line, f"{study.titles[series]}, cvxpy forward")
     style.epochs(panel)
 
 
@@ -110,7 +120,7 @@ def draw_errors(study: Study, errors: pd.DataFrame, title: str, caption: str) ->
             for series, line in LINES.items():
                 shown = errors[(errors["series"] == series) & (errors["temperature"] == temperature)]
                 if len(shown):
-                    style.curve(panel, shown, label=study.titles[series], **line)
+                    style.curve(panel, shown, line, study.titles[series])
             panel.set(yscale="log", xlabel="Epoch", title=f"τ = {temperature:g}")
             style.epochs(panel)
         axes[0, 0].set_ylabel("Relative error of the gradient\nagainst exact, mean over steps")

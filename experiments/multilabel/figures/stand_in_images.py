@@ -1,4 +1,4 @@
-"""A picture of the images that stand in for CIFAR-100: one of each class, a column per superclass."""
+"""Figure of the images that stand in for CIFAR-100: one image of each class, a column per superclass."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def make(outputs: StudyOutputs) -> None:
 
 
 def draw(caption: str) -> Figure:
-    """Return the picture."""
+    """Return the figure."""
     images = draw_images(torch.arange(CLASSES), torch.Generator().manual_seed(0)).permute(0, 2, 3, 1)
     with style.panels(caption, GROUP, CLASSES // GROUP, figsize=(7.6, 2.2)) as (figure, axes):
-        figure.get_layout_engine().set(w_pad=0.005, h_pad=0.005, wspace=0.01, hspace=0.01)
+        figure.set_layout_engine("constrained", w_pad=0.005, h_pad=0.005, wspace=0.01, hspace=0.01)
         for image, panel in zip(images, axes.T.flat, strict=True):
             panel.imshow(image, interpolation="nearest")
             panel.axis("off")

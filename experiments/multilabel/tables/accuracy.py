@@ -1,4 +1,4 @@
-"""Final accuracies of the multilabel study beside its noise floor, the gradients' errors and the time they took."""
+"""Table of the multilabel study: final accuracies, noise floor, errors of the gradients, and times."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import pandas as pd
 
-from experiments.multilabel.series import EXACT, caption
+from experiments.multilabel.series import EXACT, setting
+from experiments.report.aggregation import seeds_said
 from experiments.report.outputs import StudyOutputs
 from experiments.sweep.studies import Study
 
@@ -38,11 +39,11 @@ def make(outputs: StudyOutputs) -> None:
             "Backward (ms)",
         ),
         _rows(outputs.study, table, batch),
-        f"After {epochs} epochs, mean ± standard deviation over the seeds. Distance to exact: largest over seeds and "
-        "epochs of the difference of the test accuracy to the exact run of the same seed; that of the perturbed start "
-        "is the noise floor. Gradient error: relative, per training step, against the exact vjp at the exact solution. "
-        f"Milliseconds per batch of {batch}, one thread. "
-        + caption(outputs.planned, f"`{outputs.command}`").replace("\n", " "),
+        f"After {epochs} epochs, mean ± standard deviation over {seeds_said(outputs.planned)}. Distance to exact: the "
+        "largest difference, over seeds and epochs, from the top-5 test accuracy of the exact run with the same seed; "
+        "for the perturbed start it is the noise floor. Gradient error: relative, per training step, against the exact "
+        f"vjp at the exact solution. Milliseconds per batch of {batch}, on one thread. {setting(outputs.planned)}. "
+        f"Made by: `{outputs.command}`",
     )
 
 

@@ -1,14 +1,18 @@
-"""How much of a training step of the multilabel study is the layer's: DenseNet 40-40, one batch, on this machine."""
+"""Table of the layer's share of a training step of the multilabel study: DenseNet 40-40, one batch."""
 
 from __future__ import annotations
 
 import platform
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import pandas as pd
 import torch
+from torch import Tensor
 
+from experiments.contracts.backend import Backend
+from experiments.contracts.task import Task
 from experiments.report.measurements import measured_once, seconds
 from experiments.report.outputs import Measurement
 from experiments.run import components
@@ -23,12 +27,12 @@ LAYERS: Mapping[str, tuple[str, list[str]]] = {
     "fold_cvxpy": ("f-PGD, cvxpy forward", ["backend=fold", "backend.forward=cvxpy"]),
     "cvxpylayers": ("cvxpylayers (Clarabel)", ["backend=cvxpylayers"]),
 }
-IMAGES = 45_000  # of an epoch of the paper's study
+IMAGES = 45_000  # number of training images of the paper's study
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The network, and how many steps are measured of each layer; one more is not counted."""
+    """The network, and the number `repeats` of measured steps per layer, after a first one that is not counted."""
 
     depth: int = 40
     growth: int = 40
@@ -45,9 +49,9 @@ PROFILES = {
 
 
 def measure(settings: Settings) -> pd.DataFrame:
-    """Return one row per layer and step: seconds of the network with its optimizer, and of the layer.
+    """Return one row per layer and step: seconds of the network with its optimizer, and seconds of the layer.
 
-    The layers of one step share its network, which goes back through the first one's gradient.
+    In each step all layers get the same outputs of the network, which is updated with the gradient of the first layer.
     """
     device = resolve_device(settings.device)
     size = [f"task.n_train={settings.batch_size}", "task.n_val=1", "task.n_test=1", "task.data=stand_in"]
@@ -64,27 +68,29 @@ def measure(settings: Settings) -> pd.DataFrame:
         outputs, forward = seconds(lambda: model(task.prepare(samples["inputs"], generator)))
         taken = {}
         for name, parts in built.items():
-            leaf = outputs.detach().requires_grad_()
-
-            def layer(backend=parts.backend, leaf=leaf) -> torch.Tensor:
-                log_x = backend(task.parameters(leaf, samples))
-                return torch.autograd.grad(task.decision_losses(log_x, samples).mean(), leaf)[0]
-
-            taken[name] = seconds(layer)
+            taken[name] = seconds(partial(_gradient, parts.backend, task, outputs.detach().requires_grad_()))
         gradient = next(iter(taken.values()))[0]
-
-        def update(outputs=outputs, gradient=gradient) -> None:
-            optimizer.zero_grad(set_to_none=True)
-            outputs.backward(gradient)
-            optimizer.step()
-
-        _, backward = seconds(update)
+        _, backward = seconds(partial(_update, optimizer, outputs, gradient))
         if repeat:
-            network = forward + backward
             rows += [
-                {"layer": name, "seconds_network": network, "seconds_layer": own} for name, (_, own) in taken.items()
+                {"layer": name, "seconds_network": forward + backward, "seconds_layer": own}
+                for name, (_, own) in taken.items()
             ]
     return pd.DataFrame(rows)
+
+
+def _gradient(backend: Backend, task: Task, outputs: Tensor) -> Tensor:
+    """Return the gradient of the training loss with respect to the network's outputs, through the layer."""
+    samples = task.splits["train"]
+    log_x = backend(task.parameters(outputs, samples))
+    return torch.autograd.grad(task.decision_losses(log_x, samples).mean(), outputs)[0]
+
+
+def _update(optimizer: torch.optim.Optimizer, outputs: Tensor, gradient: Tensor) -> None:
+    """Update the network, given the gradient with respect to its outputs."""
+    optimizer.zero_grad(set_to_none=True)
+    outputs.backward(gradient)
+    optimizer.step()
 
 
 def make(measurement: Measurement) -> None:
@@ -105,7 +111,7 @@ def make(measurement: Measurement) -> None:
 
 
 def device_name() -> str:
-    """Return what the measurement runs on."""
+    """Return the name of the GPU, or of the CPU if there is none."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     return f"cpu {platform.processor() or platform.machine()}"

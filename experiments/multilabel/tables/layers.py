@@ -1,9 +1,10 @@
-"""Layers of the multilabel study beside each other: how exact their solutions and gradients are, and what they cost."""
+"""Table of the layers of the multilabel study: errors of their solutions and gradients, and times."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import pandas as pd
 import torch
@@ -11,14 +12,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from experiments.contracts.task import Samples
-from experiments.report.measurements import measured_once, seconds
+from experiments.multilabel.task import MultilabelTask
+from experiments.report.markdown import number
+from experiments.report.measurements import measured_once, timed_gradient
 from experiments.report.outputs import Measurement
 from experiments.run import components, configuration
 from foldopt.errors import SolverError
 
 BASE = ["task=multilabel", "model=densenet", "task.data=stand_in", "task.n_train=1", "task.n_val=1", "task.n_test=1"]
 FOLD = ["backend=fold", "backend.forward=cvxpy"]
-# Title and overrides of each layer; those whose forward is cvxpy's differ in the backward pass alone.
+# Title and overrides of each layer. Layers whose forward pass is cvxpy's differ only in the backward pass.
 LAYERS: Mapping[str, tuple[str, list[str]]] = {
     "exact": ("exact", ["backend=exact"]),
     "fold_exact": ("f-PGD, exact forward", ["backend=fold"]),
@@ -37,7 +40,16 @@ SLOW = ("pgd_a", "pgd_b", "cvxpylayers", "cvxpylayers_scs")
 
 @dataclass(frozen=True)
 class Settings:
-    """How much is measured. peak: how far the features of a label, and of the 5 classes of its group, stand out."""
+    """Size of the measurement.
+
+    Attributes:
+        temperatures: Values of tau.
+        repeats: Number of calls of each layer.
+        batch_size: Number of samples.
+        peak: What is added to the feature of a sample's class, and to those of the 5 classes of its group, as if the
+            network had been trained.
+        seed: Seed of the features.
+    """
 
     temperatures: tuple[float, ...] = (1.0, 0.05)
     repeats: int = 3
@@ -50,7 +62,7 @@ PROFILES = {"smoke": Settings((1.0,), repeats=1, batch_size=2), "default": Setti
 
 
 class Bench:
-    """One batch of features as of a trained network, and the layers to measure on them at one temperature."""
+    """One batch of features like those of a trained network, on which layers are measured at one temperature."""
 
     def __init__(self, settings: Settings, temperature: float) -> None:
         self.place = [*BASE, f"task.temperature={temperature}"]
@@ -62,33 +74,36 @@ class Bench:
         classes = torch.arange(100)
         features += group * (classes // 5 == seen[:, None] // 5) + own * F.one_hot(seen, 100)
         self.features, self.samples = features, {"labels": labels}
-        self.task = components.build(configuration.compose([*self.place, "backend=exact"])).task
+        parts = components.build(configuration.compose([*self.place, "backend=exact"]))
+        self.task = cast(MultilabelTask, parts.task)
 
     def layer(self, name: str) -> tuple[Callable[[Tensor], Tensor], Callable[[], int]]:
-        """Return the layer from features to log x, and what counts its failures."""
+        """Return the layer from features to log x, and a function that returns its number of new failures."""
         parts = components.build(configuration.compose([*self.place, *LAYERS[name][1]]))
         samples: Samples = self.samples
         return lambda z: parts.backend(parts.task.parameters(z, samples)), parts.backend.take_failures
 
     def call(self, layer: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, float, float]:
-        """Return x, the gradient with respect to the features, and the seconds of forward and backward."""
+        """Return x, the gradient with respect to the features, and the seconds of the forward and the backward pass."""
         leaf = self.features.clone().requires_grad_()
-        log_x, forward = seconds(lambda: layer(leaf))
-        loss = self.task.decision_losses(log_x, self.samples).mean()
-        (gradient,), backward = seconds(lambda: torch.autograd.grad(loss, leaf))
-        return log_x.detach().exp(), gradient, forward, backward
+        log_x, gradient, forward, backward = timed_gradient(layer, leaf, self.loss)
+        return log_x.exp(), gradient, forward, backward
+
+    def loss(self, log_x: Tensor) -> Tensor:
+        """Return the training loss of log x."""
+        return self.task.decision_losses(log_x, self.samples).mean()
 
     def at_bound(self) -> float:
-        """Return the share of samples that have an x at 1."""
+        """Return the share of samples with an x at its bound 1."""
         found = self.task.problem.exact(self.task.parameters(self.features, self.samples))
         return float((~found.free).any(1).double().mean())
 
 
 def measure(settings: Settings) -> pd.DataFrame:
-    """Return one row per temperature, layer and repetition, the layers taking turns, after one call of each.
+    """Return one row per temperature, layer and repetition; the layers take turns after a first call of each.
 
-    SLOW layers are called beforehand at the first temperature alone, which loads what they need, and measured once.
-    A layer that refuses to answer has no errors and times, and no gradient for any sample.
+    SLOW layers are measured once, with a first call, which imports modules, only at the first temperature. A layer that
+    raises an error has neither errors nor times, and counts as failed for all samples.
     """
     rows = []
     for temperature in settings.temperatures:
@@ -133,12 +148,12 @@ def make(measurement: Measurement) -> None:
         "tables/topk_layers",
         ("τ", "Layer", "Forward (ms)", "Backward (ms)", "Error of x*", "Error of the gradient", "Without a gradient"),
         _rows(table),
-        f"One batch of {settings.batch_size} features as of a trained network, float64, one thread, medians of "
-        f"{settings.repeats} (qpth, ADMM and cvxpylayers: 1) with the layers taking turns. Where no forward is named "
-        "it is cvxpy's, by Clarabel. Samples "
-        f"with an indicator at its bound: {said}. Largest error of x*, relative error of the gradient of the study's "
-        f"loss, against exact; samples without a certified gradient count with one of zero, – is for a layer that "
-        f"refused to answer. Made by: `{measurement.command}`",
+        f"One batch of {settings.batch_size} features like those of a trained network, float64, one thread, medians "
+        f"of {settings.repeats} rounds (qpth, ADMM and cvxpylayers: 1) in which the layers take turns. The forward "
+        f"pass is cvxpy's with Clarabel unless another is named. Samples with an indicator at its bound: {said}. "
+        "Errors are those from exact: the largest of x*, and the relative one of the gradient of the study's loss, in "
+        "which samples without a certified gradient count as zero. –: the layer raised an error. "
+        f"Made by: `{measurement.command}`",
     )
 
 
@@ -147,13 +162,9 @@ def _rows(table: pd.DataFrame) -> Iterator[list[str]]:
         yield [
             f"{row.temperature:g}",
             LAYERS[row.layer][0],
-            _number(1e3 * row.seconds_forward, ".3g"),
-            _number(1e3 * row.seconds_backward, ".3g"),
-            _number(row.error_x, ".0e"),
-            _number(row.error_gradient, ".0e"),
+            number(1e3 * row.seconds_forward, ".3g", "–"),
+            number(1e3 * row.seconds_backward, ".3g", "–"),
+            number(row.error_x, ".0e", "–"),
+            number(row.error_gradient, ".0e", "–"),
             f"{row.failures:.0%}",
         ]
-
-
-def _number(value: float, form: str) -> str:
-    return "–" if pd.isna(value) else f"{value:{form}}"

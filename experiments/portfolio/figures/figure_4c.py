@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -13,29 +11,19 @@ from matplotlib.figure import Figure
 from experiments.report import style
 from experiments.report.aggregation import aggregate
 from experiments.report.outputs import StudyOutputs
+from experiments.report.style import Line
 from experiments.sweep.studies import Study, StudyRun
 
 MODEL_TITLES = {"mlp": "ReLU MLP", "mlp_bn": "ReLU MLP with batch norm"}
 
-
-@dataclass(frozen=True)
-class Line:
-    """How one series is drawn (colours of Okabe and Ito, distinguishable by the colour-blind)."""
-
-    color: str
-    style: str | tuple = "-"
-    width: float = 1.6
-    order: int = 2
-
-
 LINES = {
     "cvxpylayers_paper": Line("#D55E00"),
-    "cvxpylayers_normalized": Line("#56B4E9", width=3.6, order=3),
-    "fold": Line("#000000", order=4),
-    "fold_gurobi": Line("#E69F00", style=(0, (1, 1.6)), width=1.8, order=5),
-    "two_stage": Line("#009E73", style=(0, (5, 1.5))),
-    "fold_tuned": Line("#CC79A7", width=2.2),
-    "two_stage_tuned": Line("#009E73", width=1.2),
+    "cvxpylayers_normalized": Line("#56B4E9", linewidth=3.6, zorder=3),
+    "fold": Line("#000000", zorder=4),
+    "fold_gurobi": Line("#E69F00", linestyle=(0, (1, 1.6)), linewidth=1.8, zorder=5),
+    "two_stage": Line("#009E73", linestyle=(0, (5, 1.5))),
+    "fold_tuned": Line("#CC79A7", linewidth=2.2),
+    "two_stage_tuned": Line("#009E73", linewidth=1.2),
 }
 
 
@@ -69,23 +57,18 @@ def draw(study: Study, curves: pd.DataFrame, caption: str) -> Figure:
             row[0].set_ylabel("Test regret (%)")
         for panel in axes[-1]:
             panel.set_xlabel("Epoch")
-        handles = [plt.Line2D([], [], **_line_arguments(name), label=study.titles[name]) for name in lines]
+        handles = [line.legend_handle(study.titles[name]) for name, line in lines.items()]
         figure.legend(handles=handles, loc="outside upper center", ncols=3, frameon=False, handlelength=2.6)
     return figure
 
 
 def _draw_panel(panel: Axes, curves: pd.DataFrame) -> None:
-    for name in LINES:
+    for name, line in LINES.items():
         curve = curves[curves["series"] == name]
         if not curve.empty:
-            style.curve(panel, curve, **_line_arguments(name))
+            style.curve(panel, curve, line)
     style.plain_log(panel.yaxis, subs=(1, 3))
     style.epochs(panel)
-
-
-def _line_arguments(name: str) -> dict:
-    line = LINES[name]
-    return {"color": line.color, "linestyle": line.style, "linewidth": line.width, "zorder": line.order}
 
 
 def _caption(planned: Sequence[StudyRun], command: str) -> str:

@@ -1,4 +1,4 @@
-"""The table of a study: final regret and seconds per epoch, per degree, model and series."""
+"""Table of final regret by degree, and seconds per epoch, for every model and series of a portfolio study."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import pandas as pd
 
-from experiments.report.aggregation import aggregate, at_best_validation, seeds_said
+from experiments.report.aggregation import aggregate, at_best_validation, last_test_rows, seeds_said
 from experiments.report.outputs import StudyOutputs
 from experiments.sweep.studies import Study
 
@@ -32,11 +32,9 @@ def make(outputs: StudyOutputs) -> None:
 
 def summarize(frame: pd.DataFrame) -> pd.DataFrame:
     """Return final and best-validation test regret and seconds per training epoch, one row per group."""
-    test = frame[frame["split"] == "test"]
-    last = test[test["epoch"] == test.groupby([*GROUP, "seed"])["epoch"].transform("max")]
     training = frame[frame["split"] == "train"].groupby([*GROUP, "seed"], as_index=False)["seconds_epoch"].mean()
     parts = [
-        ("regret", aggregate(last, GROUP, "regret_percent")),
+        ("regret", aggregate(last_test_rows(frame), GROUP, "regret_percent")),
         ("regret_best_validation", aggregate(at_best_validation(frame), GROUP, "regret_percent")),
         ("seconds_epoch", aggregate(training, GROUP, "seconds_epoch")),
     ]

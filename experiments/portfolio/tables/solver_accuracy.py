@@ -1,19 +1,20 @@
-"""How accurate and how fast each portfolio solver is: forward and gradient errors, time per instance.
+"""Accuracy and speed of the portfolio solvers: errors of solutions and gradients, and time per instance.
 
-Measured on true returns ("targets") and on predictions of an untrained network of all degrees, against the
-exact solver and the folded SQP gradient at its solution. Everything but the times is deterministic.
+The solvers get true returns ("targets") and predictions of an untrained network, for all degrees. The reference is the
+exact solver with the folded SQP gradient at its solution. All numbers except the times are deterministic.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
+from typing import Any, cast
 
 import pandas as pd
 import torch
 
-from experiments.contracts.task import Task
 from experiments.portfolio.problem import PortfolioProblem
+from experiments.portfolio.task import PortfolioTask
 from experiments.report.measurements import measured_once, seconds
 from experiments.report.outputs import Measurement
 from experiments.run import components
@@ -61,7 +62,7 @@ HEADER = (
 
 @dataclass(frozen=True)
 class Settings:
-    """How much is measured: instances per degree and kind, in batches, for one seed."""
+    """Size of the measurement: `batches` batches of `batch_size` instances for each degree and kind of input."""
 
     degrees: tuple[int, ...] = (1, 2, 3)
     batches: int = 2
@@ -78,11 +79,18 @@ def compare(
     batches: list[torch.Tensor],
     cotangents: list[torch.Tensor],
 ) -> pd.DataFrame:
-    """Return one row per layer and instance: solver, instance, gap, violation, gradient_error, failed, times.
+    """Compare layers with the reference `layers[REFERENCE]`, instance by instance.
 
-    `layers[REFERENCE]` is what the others are compared with. gap: |value - exact value| / |exact value|;
-    violation: (x'Vx/gamma - 1)+; gradient_error: |vjp - exact vjp| / |exact vjp|, NaN where the exact vjp is
-    zero (a vertex); seconds_forward and seconds_backward: those of the batch divided by its size.
+    Args:
+        problem: The problem, for values and violations.
+        layers: Layers from returns (B, n) to portfolios (B, n), by name.
+        batches: Returns, (B, n) each.
+        cotangents: The cotangent of the vjp of each batch, (B, n).
+
+    Returns:
+        One row per layer and instance with the columns solver; instance; gap, |value - exact value| / |exact value|;
+        violation, (x'Vx / gamma - 1)+; gradient_error, |vjp - exact vjp| / |exact vjp|, NaN where the exact vjp is zero
+        (a vertex); failed; seconds_forward and seconds_backward, those of the batch divided by its size.
     """
     frames, exact = [], {}
     for name in sorted(layers, key=lambda key: key != REFERENCE):
@@ -119,12 +127,12 @@ def _timed(layer: Layer, c: torch.Tensor, cotangent: torch.Tensor) -> tuple[torc
 
 
 def measure(settings: Settings) -> pd.DataFrame:
-    """Return the rows of `compare` for every degree and kind of input (one thread)."""
+    """Return the rows of `compare` for every degree and kind of input, on one thread."""
     torch.set_num_threads(1)
     frames = []
     for degree in settings.degrees:
         overrides = ["task=portfolio", f"task.degree={degree}", f"seed={settings.seed}"]
-        task, inputs = _inputs(overrides, settings)
+        problem, inputs = _inputs(overrides, settings)
         layers = {
             name: components.build(compose([*overrides, *backend])).backend for name, backend in OVERRIDES.items()
         }
@@ -132,23 +140,26 @@ def measure(settings: Settings) -> pd.DataFrame:
             generator = torch.Generator().manual_seed(settings.seed)
             cotangents = torch.randn(c.shape, generator=generator, dtype=c.dtype)
             split = (list(c.split(settings.batch_size)), list(cotangents.split(settings.batch_size)))
-            frames.append(compare(task.problem, layers, *split).assign(degree=degree, kind=kind))
+            frames.append(compare(problem, layers, *split).assign(degree=degree, kind=kind))
     return pd.concat(frames, ignore_index=True)
 
 
-def _inputs(overrides: list[str], settings: Settings) -> tuple[Task, dict[str, torch.Tensor]]:
-    """Return the task, and the instances of each kind of `KINDS`: training returns and predictions for them."""
+def _inputs(overrides: list[str], settings: Settings) -> tuple[PortfolioProblem, dict[str, torch.Tensor]]:
+    """Return the problem, and the returns of each kind in `KINDS` for the same training samples."""
     torch.manual_seed(settings.seed)
     parts = components.build(compose(overrides))
     samples = parts.task.splits["train"]
     with torch.no_grad():
         predictions = parts.task.parameters(parts.model(samples["inputs"]), samples)
     count = settings.batches * settings.batch_size
-    return parts.task, {"targets": samples["returns"][:count], "predictions": predictions[:count]}
+    return cast(PortfolioTask, parts.task).problem, {
+        "targets": samples["returns"][:count],
+        "predictions": predictions[:count],
+    }
 
 
 def summarize(rows: pd.DataFrame, by: list[str]) -> pd.DataFrame:
-    """Return the table: one row per group of `by`; errors in percent, times in milliseconds per instance."""
+    """Aggregate the rows of `compare` by the columns `by`; gaps are in percent, times in milliseconds per instance."""
     table = rows.groupby(by, sort=False).agg(
         instances=("instance", "size"),
         gap_percent_mean=("gap", lambda gap: 100 * gap.mean()),
@@ -165,10 +176,7 @@ def summarize(rows: pd.DataFrame, by: list[str]) -> pd.DataFrame:
 
 
 def make(measurement: Measurement) -> None:
-    """Write tables/solver_accuracy.csv and .md, measuring once per profile; return what was written.
-
-    The measurement is kept beside the run folders, so that a second call has nothing to measure.
-    """
+    """Write tables/solver_accuracy.csv and .md; the measurement is kept, so that a second call does not repeat it."""
     settings = measurement.settings(PROFILES)
     rows = measured_once("portfolio/solver_accuracy", settings, measure, OVERRIDES)
     measurement.artifacts.csv("tables/solver_accuracy", summarize(rows, ["solver", "kind", "degree"]))
@@ -177,11 +185,11 @@ def make(measurement: Measurement) -> None:
         HEADER,
         [_markdown_row(row) for row in summarize(rows, ["kind", "solver"]).to_dict("records")],
         f"Degrees {', '.join(map(str, settings.degrees))}, batches of {settings.batch_size}, one thread, "
-        f"milliseconds per instance. Errors are those against the exact solver. Made by: `{measurement.command}`",
+        f"milliseconds per instance. Errors are relative to the exact solver. Made by: `{measurement.command}`",
     )
 
 
-def _markdown_row(row: dict) -> list[str]:
+def _markdown_row(row: Mapping[Hashable, Any]) -> list[str]:
     return [
         KINDS[row["kind"]],
         TITLES[row["solver"]],

@@ -231,7 +231,7 @@ def test_the_page_counts_what_is_in_its_tables():
     ours = findings[findings["library"] == "foldopt"]
     counts = dict(collection_report.summary(ours))
     assert counts["Problems"] == "7"
-    assert counts["Wrong x without a word"] == "C"
+    assert counts["Wrong x without an error"] == "C"
     assert counts["Raw exceptions"] == "D (IndexError)"
     assert counts["Over 60 s"] == "F"
     assert counts["Not solved, refused by cause"] == "B (NonconvexError)"

@@ -10,7 +10,7 @@ def test_rows_say_who_is_right_and_who_answers_where_there_is_no_derivative():
     rows = cvxpy_report.compared(["vertex", "relu at zero"], ["foldopt", "clarabel"], lambda line: None)
     assert rows[0][0] == "vertex"
     assert float(rows[0][2]) < 1e-9
-    assert rows[1][1:] == ["kink", "says KinkError", "answers without a word"]
+    assert rows[1][1:] == ["kink", "says KinkError", "answers without an error"]
 
 
 @pytest.mark.parametrize("name", list(KINDS))

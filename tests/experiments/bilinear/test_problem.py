@@ -267,11 +267,11 @@ def test_too_many_vertices_are_refused_with_a_remedy():
         ({"kappa": float("nan")}, "kappa=nan"),
         ({"smoothing": "log"}, r"smoothing='log' is unknown; choose one of \['entropy', 'quadratic'\]"),
         ({"stepsize": 0}, "stepsize=0"),
-        ({"stepsize": 2.0}, "stepsize=2.0: projected gradient needs one below 2"),
+        ({"stepsize": 2.0}, "stepsize=2.0: projected gradient needs a stepsize below 2"),
         ({"starts": 0}, "starts=0"),
         ({"time_limit": 0}, "time_limit=0"),
         ({"Q": torch.zeros(2, 3)}, r"Q of shape \(2, 3\): expected a finite square"),
-        ({"Q": torch.ones(8, 8)}, "so that the program is two linear ones"),
+        ({"Q": torch.ones(8, 8)}, "so that the program is linear"),
     ],
 )
 def test_bad_arguments_are_named(options, match):

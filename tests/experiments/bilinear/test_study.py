@@ -131,7 +131,7 @@ def test_cvxpylayers_and_qpth_refuse_with_the_reason():
 @pytest.mark.parametrize(
     ("override", "match"),
     [
-        ("task.interaction=15", "interaction=15: there are 15 matrices Q, take 0..14"),
+        ("task.interaction=15", "interaction=15: there are 15 matrices Q; choose one of 0..14"),
         ("task.n_variables=1", "n_variables=1"),
         ("task.p=8", "p=8 leaves no choice"),
         ("backend.optimizer=sqp", r"choose auto or one of \['pgd', 'pgd_b', 'block'\]"),

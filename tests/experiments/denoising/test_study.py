@@ -141,7 +141,7 @@ def test_missing_qpth_is_named_before_any_work(monkeypatch):
 
 
 def test_the_operator_is_refused_where_it_does_not_fit():
-    with pytest.raises(InputError, match=r"starts as the differencing operator, \(4, 5\)"):
+    with pytest.raises(InputError, match=r"model=operator is an operator of shape \(4, 5\)"):
         components.build(configuration.compose(["model=operator"]))
 
 

@@ -326,7 +326,7 @@ def test_smallest_variance_of_a_diagonal_covariance():
             torch.eye(2),
             0.4,
             InfeasibleError,
-            "gamma=0.4: no portfolio has so little risk, the smallest variance is 0.5",
+            "gamma=0.4: no portfolio has a variance this small, the smallest is 0.5",
         ),
     ],
 )

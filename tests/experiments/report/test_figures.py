@@ -133,8 +133,8 @@ def test_a_band_is_the_confidence_interval_and_leaves_the_axes_to_what_was_obser
         {"epoch": [0, 1], "mean": [2.0, 1.0], "low": [1.5, 0.9], "high": [2.5, 1.1], "ci95": [9.0, 9.0]}
     )
     figure, (wide, narrow) = plt.subplots(1, 2)
-    style.curve(wide, frame)
-    style.curve(narrow, frame.drop(columns="ci95"))
+    style.curve(wide, frame, style.Line("k"))
+    style.curve(narrow, frame.drop(columns="ci95"), style.Line("k"))
     assert [panel.get_ylim() for panel in (wide, narrow)] == [narrow.get_ylim()] * 2
     tops = [panel.collections[0].get_paths()[0].vertices[:, 1].max() for panel in (wide, narrow)]
     assert tops == [11.0, 2.5]
@@ -165,7 +165,7 @@ def test_best_validation_epoch_ignores_the_epoch_before_training_and_reports_the
             for epoch, validation, test in ((0, 0.5, 9.0), (1, 3.0, 4.0), (2, 2.0, 5.0), (3, 2.5, 1.0))
             for split, value in (("val", validation), ("test", test))
         ]
-    ).assign(series="fold", degree=1, model="mlp", seed=0)
+    ).assign(run="fold degree=1 model=mlp seed=0")
     assert at_best_validation(frame)[["epoch", "regret_percent"]].to_numpy().tolist() == [[2, 5.0]]
 
 
@@ -229,7 +229,7 @@ def test_missing_runs_are_named_with_the_command_that_makes_them(tmp_path, plann
 def test_a_series_that_the_figure_does_not_know_is_named(planned, outputs):
     stranger = dataclasses.replace(planned[0], series="spo_minus")
     added = dataclasses.replace(outputs, planned=[*planned, stranger])
-    with pytest.raises(InputError, match=r"figure_4c does not know how to draw the series spo_minus; it has cvxpylay"):
+    with pytest.raises(InputError, match="figure_4c has no line for the series spo_minus; add it, or choose among"):
         figure_4c.make(added)
 
 

@@ -131,7 +131,7 @@ def test_accuracies_are_judged_against_the_noise_floor_and_stand_in_is_a_conditi
 def test_what_was_not_made_is_untested_and_names_its_command(tmp_path):
     finding = claim("f-FDPG computes").finding(Results(tmp_path))
     assert finding.verdict == UNTESTED
-    assert finding.why == "tables/denoising_cost.csv is not there; `make denoising-cost` makes it."
+    assert finding.why == "tables/denoising_cost.csv does not exist; `make denoising-cost` makes it."
 
 
 def test_the_report_is_the_committed_one_and_holds_everything():

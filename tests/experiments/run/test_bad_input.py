@@ -95,7 +95,7 @@ def rows():
     add("bilinear", "", "task.interaction", 15, -1, "interaction=")
     add("bilinear", "", "task.n_variables", 1, WHOLE)
     add("bilinear", "", "task.p", 0, 4, "p=")
-    add("bilinear", "", "task.q", 9, "take less")
+    add("bilinear", "", "task.q", 9, "choose a smaller q")
     add("bilinear", "", "task.kappa", -1.0, "at least 0")
     add("bilinear", "", "task.kappa", NAN, INF, NUMBER)
     add("bilinear", "", "task.smoothing", "cubic", "choose one of")

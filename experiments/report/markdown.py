@@ -1,4 +1,4 @@
-"""Tables of texts in Markdown."""
+"""Tables in Markdown."""
 
 from __future__ import annotations
 
@@ -13,6 +13,6 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     return lines + ["| " + " | ".join(row) + " |" for row in rows]
 
 
-def number(value: float | None, form: str = ".2g") -> str:
-    """Return a number as a cell, which is empty where there is none."""
-    return "" if value is None or pd.isna(value) else format(value, form)
+def number(value: float | None, form: str = ".2g", missing: str = "") -> str:
+    """Return a number as a cell, which is `missing` for None and NaN."""
+    return missing if value is None or pd.isna(value) else format(value, form)
