@@ -59,12 +59,12 @@ class CvxpyLayer(nn.Module):
         gp: whether the problem is a geometric program. Default False.
         dual: constraints of the problem whose dual values are returned after the variables, with the signs of CVXPY's
             ``constraint.dual_value``. A constraint with several dual variables (SOC, ExpCone) gives one output each.
-        degenerate: what the backward pass does in samples whose solution has no derivative along the incoming
-            gradient, because it is at a kink, not unique, or has linearly dependent active constraints. "raise"
+        degenerate: what the backward pass does in samples where g'x has no derivative, for the incoming gradient g. The
+            causes are a kink, several solutions, and active constraints that depend linearly on each other. "raise"
             (default) raises the error of the cause. "warn" warns and continues as "one_sided" does. "one_sided" and
-            "least_norm" use the derivative of one of the smooth pieces that meet at a kink, and the part of the
-            incoming gradient along which the solution is unique; dependent constraints share the gradient. "nan" and
-            "zero" make the gradient of these samples NaN or zero.
+            "least_norm" use the derivative of one of the smooth pieces that meet at a kink, and the part of g along
+            which the solution is unique; dependent constraints share the gradient. "nan" and "zero" make the gradient
+            of these samples NaN or zero.
         on_failure: what to do with samples that are infeasible, unbounded or not solved to tolerance. Their outputs
             are NaN. "raise" (default) raises the error of the cause, and "warn" warns. "nan" and "zero" make the
             gradient of these samples NaN or zero, without a warning.

@@ -54,20 +54,20 @@ class QPLayer(nn.Module):
 
     Args:
         rho: without effect; passing a number gives a DeprecationWarning.
-        degenerate: what the backward pass does in samples whose solution has no derivative along the incoming
-            gradient. There are three causes: a constraint that is active but has the multiplier 0 (a kink), several
-            solutions, and active constraints that depend linearly on each other. The choices are
+        degenerate: what the backward pass does in samples where g'x has no derivative, for the incoming gradient g.
+            There are three causes: a constraint that is active but has the multiplier 0 (a kink), several solutions,
+            and active constraints that depend linearly on each other. The choices are
 
             - "raise" (default): raise the error of the cause.
             - "warn": warn, and continue as "one_sided" does.
             - "one_sided": at a kink, use the derivative of one of the smooth pieces that meet there. Of dependent
-              constraints, use as many independent ones.
+              constraints, only some independent ones get a gradient.
             - "least_norm": the same at kinks. Dependent constraints share the gradient, which is exact for changes
               that keep them consistent.
             - "nan" or "zero": make the gradient of these samples NaN or zero.
 
-            If there are several solutions, "one_sided" and "least_norm" use the part of the incoming gradient along
-            which the solution is unique.
+            If there are several solutions, "one_sided" and "least_norm" use the part of g along which the solution is
+            unique.
         on_failure: what to do with samples that are infeasible, unbounded or not convex, or that were not solved to
             tolerance. Their x is NaN. "raise" (default) raises the error of the cause, and "warn" warns. "nan"
             and "zero" make the gradient of these samples NaN or zero, without a warning.

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import foldopt
 from foldopt import SmoothProgram
-from foldopt._sparsity import Derivative, Reading, Sparsity
+from foldopt._sparsity import Decompression, Derivative, Sparsity
 from foldopt.errors import InputError, MissingDependencyError
 from foldopt.qp.matrix import Pattern
 from tests.foldopt.programs import F64
@@ -25,7 +25,7 @@ def test_matrices_are_read_off_their_products(seed, m, n, density):
     there = rng.random((m, n)) < density
     J = torch.from_numpy(np.where(there, rng.normal(size=(2, m, n)), 0))
     rows, columns = (torch.from_numpy(part) for part in np.nonzero(there))
-    reading = Reading(Pattern(rows, columns, (m, n)))
+    reading = Decompression(Pattern(rows, columns, (m, n)))
     products = Derivative(lambda s: (s[:, None] @ J)[:, 0], lambda t: (J @ t[:, :, None])[:, :, 0])
     found = reading.matrix(products, torch.zeros(2, 1, dtype=F64))
     for i in range(2):
@@ -49,7 +49,7 @@ def test_matrices_are_read_off_their_products(seed, m, n, density):
 def test_few_products_are_enough(places, most):
     coo = sp.coo_matrix(places)
     rows, columns = (torch.from_numpy(part.astype(np.int64)) for part in (coo.row, coo.col))
-    assert Reading(Pattern(rows, columns, coo.shape)).products <= most
+    assert Decompression(Pattern(rows, columns, coo.shape)).products <= most
 
 
 LINE = sp.diags([1.0, 1.0], [0, 1], shape=(9, 9))
