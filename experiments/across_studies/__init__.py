@@ -1,1 +1,1 @@
-"""What is measured on the layers of several studies at once; it may import studies, no study imports it."""
+"""Measurements on the layers of several studies. It may import studies; no study imports it."""

@@ -82,7 +82,7 @@ class Answer:
 
     @property
     def as_true(self) -> bool:
-        """Whether the answer is right; "not unique" also is at kinks with programs nearby whose x is not unique."""
+        """Whether the answer is right; at kinks close to programs with several solutions "not unique" is right, too."""
         if self.true.startswith("differentiable"):
             return self.said == RIGHT
         if self.true.startswith("dependent rows"):

@@ -56,7 +56,7 @@ class Claim:
     judge: Callable[[Results], Finding]
 
     def finding(self, results: Results) -> Finding:
-        """Judge the claim; the verdict is UNTESTED if a table is missing, or too small as that of a small profile."""
+        """Judge the claim; the verdict is UNTESTED if a table is missing, or lacks rows as in a small profile."""
         try:
             return self.judge(results)
         except FileNotFoundError as missing:

@@ -1,4 +1,4 @@
-"""CIFAR-100 on files of its own format, the stand-in, and the noise of the labels."""
+"""CIFAR-100 from files of its format, the stand-in images, and the noise of the labels."""
 
 import pickle
 import tarfile
@@ -19,7 +19,7 @@ TRAIN, TEST = 300, 60
 
 @pytest.fixture
 def archive(tmp_path, monkeypatch):
-    """The archive of a small data set in CIFAR-100's format, which torchvision takes for the real one."""
+    """The archive of a small data set in CIFAR-100's format that torchvision accepts as the real one."""
     rng = np.random.default_rng(0)
     names = sorted(name for group in SUPERCLASSES.values() for name in group.split())
     files = tmp_path / "made" / CIFAR100.base_folder

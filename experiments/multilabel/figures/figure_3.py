@@ -124,7 +124,7 @@ def draw(curves: pd.DataFrame, rho: float, caption: str) -> Figure:
 
 
 def _theorem(panel: Axes, curves: pd.DataFrame, rho: float) -> None:
-    """Draw the slope log rho(Phi) beside the backward errors from the solution."""
+    """Draw a line of slope log rho(Phi) next to the backward errors from the solution."""
     shown = curves[(curves["start"] == "solution") & (curves["pass"] == "backward")]
     k = shown["iteration"].to_numpy()
     tail = shown["mean"].to_numpy() > 1e-12

@@ -1,4 +1,4 @@
-"""The exact solvers of the studies over scales, ties, zeros, duplicates and denormals, in float32 and at NaN."""
+"""The exact solvers of the studies on all scales, and with ties, zeros, duplicates, denormals, float32 and NaN."""
 
 from itertools import combinations
 
@@ -18,12 +18,12 @@ from tests.drawn import F64, normal, not_finite, points, properties, scales, see
 
 N = 5
 EPS = torch.finfo(F64).eps
-SMALLEST = 1e-290  # of the largest entry of c: below it multipliers are denormal and have few digits
+SMALLEST = 1e-290  # smallest max |c|; below it multipliers are denormal and have few digits
 
 
 @st.composite
 def portfolios(draw):
-    """V and c at scales of their own, two assets alike or not, the risk limit from very tight to none."""
+    """V and c with random scales, two identical assets in some, the risk limit from very tight to inactive."""
     root = normal(draw(seeds), N, draw(st.sampled_from([N, N - 2])))
     if draw(st.booleans()):
         root[1] = root[0]
@@ -33,7 +33,7 @@ def portfolios(draw):
 
 
 def solved(problem, c):
-    """The solutions of the samples whose multipliers a float can hold, and their c; all of them are solved."""
+    """The solutions and c of the samples whose multipliers are not denormal; all of these must be solved."""
     found, size = problem.exact(c), c.abs().amax(1)
     assert found.x[~found.ok].isnan().all()
     keep = (size == 0) | (size > SMALLEST)
@@ -42,7 +42,7 @@ def solved(problem, c):
 
 
 def has_one_solution(x, lam, c):
-    """Samples of which only x is optimal: the risk limit curves, or one asset is best."""
+    """Samples whose optimal x is unique: the risk limit is active, or a single asset is best."""
     best = c.topk(2, dim=1).values
     margin = 1e-3 * c.abs().amax(1)
     return (lam[:, 0] > margin) | ((best[:, 0] - best[:, 1] > margin) & (x.amax(1) == 1))
@@ -75,7 +75,7 @@ def test_a_step_of_sqp_fixes_the_portfolio_where_it_is_the_only_one_and_its_retu
 
 
 def slopes_and_differences(call, p, h, g, d):
-    """Of every sample: the vjp with g along d, its central difference of step h, and whether no kink is near.
+    """For each sample: the vjp with g along d, the central difference of step h, and whether no kink is near.
 
     p, g and d are (B, .) and h (B, 1); call(p) is (B, .).
     """
@@ -107,7 +107,7 @@ def test_gradients_of_portfolios_agree_with_finite_differences(instance, seed):
 
 @st.composite
 def bilinears(draw, largest=8):
-    """Q at any scale, of few values or many, c and d up to 1e8 times smaller and 10^largest times larger than it."""
+    """Q of random scale with few or many distinct values; c and d are 1e-8 to 10^largest times as large."""
     size = draw(scales)
     Q = normal(draw(seeds), N, N)
     Q = size * (Q.round() + torch.eye(N, dtype=F64) if draw(st.booleans()) else Q)
@@ -152,7 +152,9 @@ def test_smoothed_bilinear_solutions_are_feasible_stationary_and_fixed_by_every_
         (found.y, found.x, d, problem.Q, problem.totals[1]),
     ):
         assert ((part.sum(1) - total).abs() <= 1e-11).all()
-        if problem.kind == "quadratic":  # no vertex is better, to first order; entropy has no slope at the bounds
+        if (
+            problem.kind == "quadratic"
+        ):  # to first order no vertex is better; the slope of entropy is infinite at the bounds
             s = slope + other @ Q - problem.smoothing.weight * part
             assert (s.topk(total, dim=1).values.sum(1) - (s * part).sum(1) <= accuracy * size * N).all()
     for name in problem.optimizers.keys() - {"pgd_b"}:
@@ -176,7 +178,7 @@ def test_gradients_of_smoothed_bilinear_solutions_agree_with_finite_differences(
 
 @st.composite
 def signals(draw):
-    """A problem, its operator D and signals d of length 6, at scales of their own."""
+    """A problem, its operator D and signals d of length 6, with random scales."""
     n = N + 1
     learned = draw(st.sampled_from([0.0, 0.05, 0.5])) * normal(draw(seeds), n - 1, n)
     return DenoisingProblem(draw(scales), n), draw(scales) * (differencing(n) + learned), draw(points(columns=n))
@@ -205,7 +207,7 @@ def test_denoised_signals_satisfy_their_optimality_conditions_and_the_step_fixes
 def test_gradients_of_denoised_signals_agree_with_finite_differences(instance, seed):
     problem, D, d = instance
     layer = foldopt.fold(lambda D, d, _: problem.exact(D, d).w, DenoisingStep(), on_failure="zero")
-    # Entries merge and part at differences of the size of the weight: steps are small beside it, and not lost in d.
+    # The active set changes at differences as large as the weight. Steps are smaller, but do not vanish beside d.
     largest, reach = d.abs().amax(1, keepdim=True), problem.weight * D.abs().max()
     h = 1e-5 * torch.where(largest > 1e-290, torch.minimum(largest, reach), reach)
 
@@ -227,7 +229,7 @@ def test_the_smooth_top_k_is_feasible_and_optimal(c, k):
     assert (log_x <= 0).all()
     rounding = EPS * (100 + c.abs().amax(1))
     assert ((x.sum(1) - k).abs() <= 10 * k * rounding).all()
-    multiplier = c - log_x  # one number on the free entries, at least that at the bound
+    multiplier = c - log_x  # the same for all free entries, and at least that for entries at the bound
     theta = torch.where(free, multiplier, -torch.inf).amax(1, keepdim=True)
     assert ((multiplier - theta).abs()[free] <= (10 * rounding[:, None]).expand_as(c)[free]).all()
     assert (multiplier >= theta - 10 * rounding[:, None])[~free].all()

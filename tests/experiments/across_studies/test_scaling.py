@@ -1,4 +1,4 @@
-"""How the backends scale: exponents of known laws, and what is measured on real layers."""
+"""Scaling of the backends: exponents of known power laws, and measurements of real layers."""
 
 import dataclasses
 
@@ -24,7 +24,7 @@ def law(backend, exponent, values, least=1e6):
 
 def test_exponents_of_power_laws_are_found_from_the_three_largest_values():
     cubic = law("fold", 3.0, (10, 20, 40, 80))
-    cubic.loc[0, "seconds"] = 1e3  # what does not belong to the law's tail
+    cubic.loc[0, "seconds"] = 1e3  # an outlier outside the three largest values
     table = pd.concat([cubic, law("qpth", 1.5, (10, 20)), law("unroll", 1.0, (10,)), law("lfpi", 1, (10, 20), 1e-3)])
     fitted = scaling.slopes(table).set_index("backend")
     assert fitted.loc["fold", ["time_slope", "memory_slope"]].tolist() == pytest.approx([3.0, 2.0])
@@ -35,7 +35,7 @@ def test_exponents_of_power_laws_are_found_from_the_three_largest_values():
 
 
 def test_unfolding_keeps_every_iteration_and_series_end_at_the_limit():
-    """One layer, measured as make does it: in a process of its own, whose memory nothing else uses."""
+    """One layer, measured in a separate process as by `make`, so that nothing else affects the memory."""
     small = {"batches": (2, 4), "iterations": (20, 200), "usual_batch": 64}
     settings = dataclasses.replace(scaling.PROFILES["smoke"], **small, limit=1e3)
     rows = in_own_process(scaling.measure, settings, ("multilabel",))

@@ -8,7 +8,7 @@ import scipy.sparse as sp
 
 
 def write_small(folder, name="SMALL"):
-    """min x1^2 + x1 x2 + 1.5 x2^2 - x1 + 7 with an equality, a range, one row below, a free row, a fixed variable."""
+    """Write min x1^2 + x1 x2 + 1.5 x2^2 - x1 + 7 with an equality, a range, a limit, a free row, a fixed variable."""
     rows = np.array([[1.0, 1, 1], [1, -1, 0], [0, 2, 1], [0, 1, 1]])
     content = {
         "P": sp.csc_matrix([[2.0, 1, 0], [1, 3, 0], [0, 0, 0]]),

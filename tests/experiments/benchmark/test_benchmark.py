@@ -1,4 +1,4 @@
-"""The benchmark: what it measures of a layer, and how it judges targets and growth."""
+"""The benchmark: its measurements of a layer, and its evaluation of targets and growth."""
 
 import dataclasses
 
@@ -171,7 +171,7 @@ def test_growth_is_fitted_for_a_batch():
 
 @pytest.fixture
 def reported(tmp_path, monkeypatch):
-    """The files that `report.make` writes, and what it judges, where every pass takes 1 ms forward and 1 ms back."""
+    """The files and verdicts of `report.make` if every forward and every backward pass takes 1 ms."""
 
     def call(names, threads, gpu=None, without=()):
         def made(name, settings, *_, threads):
@@ -207,7 +207,7 @@ def test_tables_json_and_figure_are_written(reported, drawings):
     panels = [panel for panel in drawings["bench"].axes if panel.axison]
     for panel, layer in zip(panels, LAYERS.values(), strict=True):
         assert panel.get_title(loc="right").startswith(layer.title)
-        bars = len(layer.contenders) + 1  # the batched LU beside them
+        bars = len(layer.contenders) + 1  # plus the batched LU
         assert [bar.get_width() for bar in panel.patches] == [pytest.approx(2e3 / layer.batch)] * bars
     assert not list(path.glob("bench/cuda*"))
 

@@ -1,4 +1,4 @@
-"""The benchmark of quadratic programs: what libraries answer to the collection, how it is judged, and the page."""
+"""The benchmark of quadratic programs: answers of libraries to the collection, their judgement, and the page."""
 
 import importlib.util
 import itertools
@@ -112,13 +112,13 @@ def test_the_observation_is_what_x_is_worth_in_the_units_of_the_file(tmp_path):
 
 
 def observed(**changes):
-    """What is seen of an answer with objective 10, a gradient of (1, 2) and a verdict."""
+    """The observation of an answer with objective 10, the gradient (1, 2) and a verdict."""
     answer = Answer("answered", gradient=np.array([1.0, 2.0]), verdict="differentiable")
     return Observation(replace(answer, **changes), 10.0, 0.0, 0.0)
 
 
 def true(kind="smooth", value=3.0, gap=0.0):
-    """The truth along (1, 1): by default the derivative that `observed` has."""
+    """The truth along (1, 1), by default equal to the derivative of `observed`."""
     along = (Along(np.ones(2), Difference(kind, value, value, 1e-6)),)
     return Truth(gap, 1.0, {} if gap > 0 else {"p": along, "b": along})
 

@@ -1,4 +1,4 @@
-"""The reference solver of the benchmark, the differences by which answers are judged, and their truth per problem."""
+"""The reference solver of the benchmark, and the differences by which answers are judged."""
 
 import importlib.util
 from dataclasses import replace

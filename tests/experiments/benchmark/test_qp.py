@@ -1,4 +1,4 @@
-"""The benchmark of quadratic programs: the files of the collection, the hard cases, cells in their own process."""
+"""The benchmark of quadratic programs: files of the collection, hard cases, and runs in a separate process."""
 
 from dataclasses import replace
 
@@ -71,7 +71,7 @@ def test_a_file_whose_last_rows_are_no_bounds_is_an_error(tmp_path):
 
 
 def optimality(case):
-    """Return S, W: the active rows that can carry a multiplier, those that cannot; x is checked to be optimal."""
+    """Return the active rows that can have a positive multiplier and those that cannot; asserts that x is optimal."""
     G, h, A, b = qp_peers._rows(case)
     Q, p, x = case.Q.double(), case.p, case.x
     slack = h - G @ x

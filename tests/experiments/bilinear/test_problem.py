@@ -1,4 +1,4 @@
-"""The bilinear program: enumeration and smoothed solver against Gurobi, folded gradients against everything else."""
+"""The bilinear program: enumeration and smoothed solver against Gurobi, and folded gradients against differences."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ F64 = torch.float64
 
 
 def instances(batch, n, kappa=0.75, scale=1.0, seed=0, p=1, q=2, **options):
-    """A problem and coefficients as the study draws them, times `scale`."""
+    """A problem with coefficients drawn as in the study, multiplied by `scale`."""
     targets = generate(seed, batch, 1, 1, 2 * n).targets["train"] * scale
     return BilinearProblem(interaction(seed, n), p, q, kappa, **options), *targets.chunk(2, 1)
 
@@ -36,7 +36,7 @@ def cotangent(B, n, seed=1):
 
 
 def clear(problem, z, c, d, margin=1e-3):
-    """Samples whose active set does not change nearby: every bound held by a slope, every other slack."""
+    """Samples whose active set is stable: active bounds have a multiplier, other bounds have slack."""
     eps = problem.smoothing.weight
     step = problem.optimizers["block"]().smoothing
     inside = torch.ones(len(z), dtype=torch.bool)
@@ -128,7 +128,7 @@ def test_every_step_fixes_the_smoothed_optimum_to_machine_precision(kappa, p, q,
 
 
 def test_the_unsmoothed_optimum_is_a_vertex_and_its_gradient_is_zero():
-    """Through both steps; and the decision does not move when the coefficients do."""
+    """This holds for both steps, and a small change of the coefficients does not change the decision."""
     problem, c, d = instances(60, 10, kappa=0)
     z = problem.solve("exact", c, d)
     assert ((z == 0) | (z == 1)).all()
@@ -140,7 +140,7 @@ def test_the_unsmoothed_optimum_is_a_vertex_and_its_gradient_is_zero():
 
 @pytest.mark.parametrize("kappa", [0.5, 0.75, 2.0])
 def test_gradients_against_finite_differences_and_the_kkt_system(kappa):
-    """With respect to c and d, for 200 instances of each kappa of which at least 100 have no change of active set."""
+    """Gradients in c and d of 200 instances for each kappa, at least 100 of which have a stable active set."""
     n, B = 12, 200
     problem, c, d = instances(B, n, kappa, scale=0.6)
     z, g = problem.solve("exact", c, d), cotangent(B, n)
@@ -175,7 +175,7 @@ def test_gradients_against_finite_differences_and_the_kkt_system(kappa):
 
 @pytest.mark.parametrize(("p", "q", "n", "batch"), [(1, 2, 12, 40), (3, 2, 8, 20), (1, 2, 50, 3)])
 def test_the_nested_folding_of_the_paper_is_the_closed_form(p, q, n, batch):
-    """f-PGDb, whose projection is a folded ADMM, against the projection in closed form and against GMRES."""
+    """f-PGDb, whose projection is a folded ADMM, agrees with the projection in closed form and with GMRES."""
     problem, c, d = instances(batch, n, p=p, q=q)
     g = cotangent(batch, n)
     closed = gradient_of(layer_of(problem, "pgd"), c, d, g)
@@ -185,7 +185,7 @@ def test_the_nested_folding_of_the_paper_is_the_closed_form(p, q, n, batch):
 
 
 def test_the_folded_projection_has_the_jacobian_of_the_exact_one():
-    """Entry by entry, at points in general position."""
+    """The Jacobians agree entry by entry at generic points."""
     problem, c, d = instances(6, 6, p=1, q=2)
     y = problem.solve("exact", c, d) + 0.3 * cotangent(6, 6)
     nested = problem.optimizers["pgd_b"]().prox.projection
@@ -221,7 +221,7 @@ def test_gradients_with_entropy_against_differences():
 
 
 def test_at_a_weakly_active_bound_the_gradient_is_one_sided():
-    """Where the second coordinate just reaches zero it moves with its coefficient on one side and not on the other."""
+    """The second coordinate just reaches zero, so that it follows its coefficient only on one side."""
     problem = BilinearProblem(torch.eye(3), 1, 1, 3.0)
     eps, d = problem.smoothing.weight, torch.zeros(1, 3, dtype=F64)
     e = torch.tensor([[0.0, 1.0, 0.0]], dtype=F64)
@@ -311,7 +311,7 @@ def test_the_limit_of_the_enumeration_is_where_it_says(monkeypatch):
 @pytest.mark.parametrize("scale", [1e-8, 1e-2, 1.0, 30.0, 1e8])
 @pytest.mark.parametrize("smoothing", ["quadratic", "entropy"])
 def test_the_rough_block_is_the_block(smoothing, scale, total):
-    """Ties included; the quadratic one to rounding, the one of entropy to the five digits that it promises."""
+    """The quadratic one agrees to rounding and the entropy one to its five digits, also with ties."""
     s = scale * torch.randn(200, 20, generator=torch.Generator().manual_seed(total), dtype=F64)
     s[:50] = s[:50].round(decimals=1)
     chosen = bilinear.SMOOTHINGS[smoothing](0.7)

@@ -1,4 +1,4 @@
-"""The bilinear program through the harness: backends, columns, SPO+, refusals, figure and tables."""
+"""The bilinear program in the harness: backends, columns, SPO+, errors, figure and tables."""
 
 import json
 
@@ -51,7 +51,7 @@ def decisions_and_gradient(parts):
     ids=["pgd_b", "lfpi", "unfold", "unroll"],
 )
 def test_every_backend_has_the_gradient_of_the_folded_solver(backend):
-    """Convex, so that projected gradient from the centre cannot end elsewhere."""
+    """The program is convex, so that projected gradient from the centre reaches the same optimum."""
     z, gradient, failures = decisions_and_gradient(built("backend=fold", "task.kappa=1.5"))
     mine, my_gradient, my_failures = decisions_and_gradient(built(*backend, "task.kappa=1.5"))
     assert failures == my_failures == 0
@@ -68,7 +68,7 @@ def test_unfolding_works_for_the_other_tasks():
 
 
 def test_spo_plus_is_its_definition_bounds_the_regret_and_has_its_subgradient():
-    """On 40 samples, for random predictions: convexity, the bound, and l(t'') >= l(t') + s'(t'' - t')."""
+    """Convexity, the bound and the subgradient inequality hold on 40 samples with random predictions."""
     parts = built("backend=spo_plus")
     task, samples = parts.task, parts.task.splits["train"]
     truth, gen = task.truth(samples), torch.Generator().manual_seed(0)
@@ -227,7 +227,7 @@ def test_the_figures_kappas_are_those_chosen_in_the_committed_table():
 
 @pytest.mark.parametrize("profile", ["default", "paper"])
 def test_the_study_is_the_papers_protocol(profile):
-    """On all matrices at n = 50, and at n = 20, which the paper does not say, in the default profile on some."""
+    """All matrices at n = 50; at n = 20, which is not in the paper, only some in the default profile."""
     expanded = studies.expand(studies.load("figure_4a"), profile)
     main = [run for run in expanded if run.series in figure_4a.PAIR]
     for n in (20, 50):

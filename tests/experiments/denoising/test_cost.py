@@ -1,4 +1,4 @@
-"""What is measured of the denoiser's layers, and the figures of it."""
+"""Measurements of the denoiser's layers, and their tables and figures."""
 
 import pandas as pd
 import pytest

@@ -1,4 +1,4 @@
-"""The figure and table of the denoising study, on runs whose numbers are known."""
+"""The figure and the table of the denoising study, made from runs with known numbers."""
 
 import json
 from itertools import product
@@ -60,7 +60,7 @@ def planned(tmp_path):
 
 @pytest.fixture
 def trained(tmp_path, console):
-    """Runs of seconds that stand for the study's: three readings, two seeds, two lambdas, all structures."""
+    """Short runs in place of the study's: three readings, two seeds, two lambdas, all structures."""
     planned = []
     for series, content in studies.load("figure_4b").series.items():
         reading = series.partition("_")[0]
@@ -138,7 +138,7 @@ def test_missing_runs_are_named(tmp_path, study, planned):
 
 @pytest.mark.parametrize("profile", ["default", "paper"])
 def test_every_reading_learns_all_of_d_at_four_weights_and_every_structure(study, profile):
-    """As in the paper: all training signals, batches of 32. What it does not have runs on a part of the weights."""
+    """All training signals and batches of 32, as in the paper; other structures have only some of the weights."""
     expanded = studies.expand(study, profile)
     for reading, suffix in product(READINGS, STRUCTURES):
         paper, found = (

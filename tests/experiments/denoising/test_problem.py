@@ -1,4 +1,4 @@
-"""The denoising problem: its exact and iterative solvers, its folded gradient, and the QP form against qpth."""
+"""The denoising problem: its exact and iterative solvers, its folded gradient, and its QP form with qpth."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ SCALES = [(10, 100, 10, 20.0), (10, 100, 10, 1.0), (10, 100, 1, 1.0), (-3, 3, 1,
 
 
 def operator(learned=0.05, n=100, seed=0):
-    """The differencing operator, and how far from it learning may lead."""
+    """The differencing operator plus noise, like operators that are learned from it."""
     gen = torch.Generator().manual_seed(seed)
     return differencing(n) + learned * torch.randn(n - 1, n, generator=gen, dtype=F64)
 
@@ -38,7 +38,7 @@ def denoised(layer, D, d, weight):
 @pytest.mark.parametrize("learned", [0.0, 0.05, 0.5])
 @pytest.mark.parametrize(("low", "high", "noise", "weight"), SCALES)
 def test_the_optimality_conditions_hold_to_machine_precision(low, high, noise, weight, learned):
-    """x = d + D'w and w in -weight times the subdifferential of |Dx|: 200 signals of each scale."""
+    """x = d + D'w, and w is in -weight times the subdifferential of |Dx|, for 200 signals of each scale."""
     D, d = operator(learned), signals(200, low=low, high=high, noise=noise)
     found = DenoisingProblem(weight, D.shape[1]).exact(D, d)
     assert found.ok.all()
@@ -74,7 +74,7 @@ def test_warm_starts_end_at_the_same_solution_sooner():
 
 @pytest.mark.parametrize("learned", [0.0, 0.3])
 def test_fdpg_agrees_whatever_the_norm_of_d(learned):
-    """Learned operators have |D|^2 above 4, where the paper's step of 1/4 diverges."""
+    """Learned operators have |D|^2 above 4, for which the paper's step of 1/4 diverges."""
     problem, D, d = DenoisingProblem(1.0, 100), operator(learned), signals(32, low=-3, high=3, noise=1)
     found, exact = problem.fdpg(D, d, tol=1e-10), problem.exact(D, d)
     assert found.ok.all()
@@ -112,7 +112,7 @@ def test_the_closed_form_of_the_adjoint_is_that_of_the_step():
 
 
 def box_dual(D, d, weight):
-    """The dual as a quadratic program (Q, p, G, h) of every signal: |w| <= weight."""
+    """The dual of each signal as a quadratic program (Q, p, G, h): |w| <= weight."""
     B, m = len(d), len(D)
     eye = torch.eye(m, dtype=F64)
     return (D @ D.mT).expand(B, m, m), d @ D.mT, torch.cat([eye, -eye]).expand(B, 2 * m, m), weight.expand(B, 2 * m)
@@ -121,7 +121,7 @@ def box_dual(D, d, weight):
 @pytest.mark.parametrize("linear_solver", ["auto", "gmres", "direct"])
 @pytest.mark.parametrize(("low", "high", "noise", "weight"), [(10, 100, 10, 20.0), (-3, 3, 1, 0.7)])
 def test_gradients_against_differences_and_the_dual_as_a_qp(low, high, noise, weight, linear_solver):
-    """With respect to the operator, the signals and the weight; 200 signals."""
+    """Gradients with respect to the operator, the signals and the weight agree for 200 signals."""
     n, B = 20, 200
     D, d = operator(n=n).requires_grad_(), signals(B, n=n, low=low, high=high, noise=noise).requires_grad_()
     weight = torch.tensor(weight, dtype=F64, requires_grad=True)
@@ -167,7 +167,7 @@ def assert_differences(layer, params, i, g):
 @pytest.mark.slow
 @pytest.mark.parametrize(("low", "high", "noise", "weight"), SCALES)
 def test_gradients_of_signals_of_the_study_against_differences_and_qpth(low, high, noise, weight):
-    """Length 100, every scale. qpth solves the dual: unlike (33) it is strictly convex and needs no ridge."""
+    """For length 100 and every scale qpth solves the dual, which is strictly convex, so that no ridge is needed."""
     pytest.importorskip("qpth")
     params = operator(0.02), signals(32, low=low, high=high, noise=noise), torch.tensor(weight, dtype=F64)
     D, d, weight = (p.requires_grad_() for p in params)
@@ -177,18 +177,18 @@ def test_gradients_of_signals_of_the_study_against_differences_and_qpth(low, hig
         assert_differences(layer, params, i, g)
 
     Q, p, G, h = box_dual(D, d, weight)
-    scale = weight.detach()  # in units of the weight, where qpth's tolerance means something
+    scale = weight.detach()  # in units of the weight, to which qpth's tolerance refers
     none = p.new_zeros(len(d), 0, len(D)), p.new_zeros(len(d), 0)
     theirs = scale * solve_qpth(Q, p / scale, G, h / scale, *none, eps=1e-14, max_iter=60)
     ours = layer(D, d, weight)
-    # nondegenerate: what is free is not at its bound, what is at its bound has a slope
+    # nondegenerate signals: free coordinates are not at their bounds, others have a nonzero multiplier
     x = DenoisingStep.primal(ours, D, d).detach()
     slack = torch.where(ours.abs() < weight * (1 - 1e-9), 1 - ours.abs() / weight, (x @ D.mT).abs() / noise)
     clear = (slack.amin(1) > 1e-2).nonzero()[:, 0].tolist()
     assert len(clear) >= 8
 
     def gradients(w):
-        """Of D and d together, of the weight signal by signal, as those of different signals cancel."""
+        """Gradients in D and d of all signals, and in the weight for each signal, as different signals would cancel."""
         terms = ((d + w @ D) * g).sum(1)
         shared = torch.autograd.grad(terms[clear].sum(), (D, d), retain_graph=True)
         return *shared, torch.stack([torch.autograd.grad(terms[k], weight, retain_graph=True)[0] for k in clear])
@@ -217,7 +217,7 @@ def test_second_order_and_forward_mode():
 
 
 def test_qpth_on_the_quadratic_program_of_the_paper():
-    """Eq. (33) with a ridge on t, which qpth needs; qpth averages what the batch shares."""
+    """Eq. (33) with a ridge on t, which qpth needs; qpth averages gradients of shared arguments."""
     qpth = pytest.importorskip("qpth.qp")
     problem, D, d = DenoisingProblem(1.0, 100), operator().requires_grad_(), signals(4, low=-3, high=3, noise=1)
     empty = torch.zeros(0, dtype=F64)
@@ -253,7 +253,7 @@ def test_bad_signals_and_operators_are_named():
 
 
 def test_a_step_alone_takes_dependent_rows():
-    """They have no unique dual, which only an exact solve and a gradient need."""
+    """Dependent rows have no unique dual, but only exact solves and gradients need one."""
     D, d = operator(), signals(4)
     D[1] = D[0]
     problem = DenoisingProblem(2.0, 100)
@@ -265,9 +265,9 @@ def test_a_step_alone_takes_dependent_rows():
 @pytest.mark.parametrize("share", [0.2, 0.8])
 @pytest.mark.parametrize("learned", ["independent", "nearly dependent"])
 def test_systems_that_are_kept_are_those_of_their_free_sets(share, learned):
-    """From one call to the next some samples change, or all, or the batch is another one."""
+    """From call to call, the free sets of some or all samples change, or the size of the batch does."""
     D = operator(0.1, n=40)
-    if learned == "nearly dependent":  # left to LU
+    if learned == "nearly dependent":  # factored by LU
         D[1] = D[0] + 3e-6 * operator(1.0, n=40, seed=1)[1]
     gen = torch.Generator().manual_seed(0)
 

@@ -1,4 +1,4 @@
-"""Denoising through the harness: every backend learns the same operator, and mistakes are named."""
+"""Denoising in the harness: every backend has the same gradient, and errors name the mistake."""
 
 import math
 import sys
@@ -23,7 +23,7 @@ def built(*overrides):
 
 
 def decisions_and_gradient(parts):
-    """Of a random functional of the denoised training signals, with respect to a learned operator."""
+    """The gradient of a random functional of the denoised training signals with respect to a learned operator."""
     samples = parts.task.splits["train"]
     gen = torch.Generator().manual_seed(1)
     D = parts.model(samples["inputs"]).detach()
@@ -46,7 +46,7 @@ def decisions_and_gradient(parts):
     ids=["fdpg", "gmres", "unroll", "qpth", "cvxpylayers"],
 )
 def test_every_backend_has_the_gradient_of_the_folded_exact_solver(backend, error, gradient_error):
-    """With respect to one operator for all signals: qpth by itself would give the mean."""
+    """The gradient in the shared operator is the sum over the signals; qpth without the wrapper gives the mean."""
     x, gradient, failures = decisions_and_gradient(built("backend=fold"))
     assert failures == 0
     mine, my_gradient, failures = decisions_and_gradient(built(*backend))
@@ -56,7 +56,7 @@ def test_every_backend_has_the_gradient_of_the_folded_exact_solver(backend, erro
 
 
 def test_a_run_lowers_the_error_of_the_classical_denoiser(tiny, console):
-    """Centred signals of OptNet's length and the paper's noise, where learning helps."""
+    """Centred signals of OptNet's length with the paper's noise, on which learning helps."""
     training = ["task.weight=0.5", "task.n_train=640", "task.n_test=200", "train.epochs=4", "train.lr=0.001"]
     cfg = tiny(*CENTRED, *training)
     assert execute(cfg, console) == 0

@@ -1,4 +1,4 @@
-"""Smooth top-k: the closed form against many digits, its derivative against differences, and every step against it."""
+"""Smooth top-k: closed form against high precision, derivative against differences, steps against the closed form."""
 
 import mpmath
 import pytest
@@ -23,7 +23,7 @@ def unit(batch, temperature, n=100, seed=0):
 
 
 def log_x_of_many_digits(row, k):
-    """By bisection on the threshold: nothing in common with the closed form but the problem.
+    """The solution by bisection on the threshold, which is independent of the closed form.
 
     With as many digits as it takes to see exp(-1400) beside 1 where the entries are that far apart.
     """
@@ -76,7 +76,7 @@ def test_a_conic_solver_agrees():
 @pytest.mark.parametrize("scale", [0.1, 1.0, 10.0, 300.0])
 @pytest.mark.parametrize("k", [1, 5])
 def test_the_derivative_against_central_differences(k, scale):
-    """Fourth order, 200 instances of each scale, where no entry comes near the threshold within the step."""
+    """Fourth-order differences on 200 instances of each scale, in which no entry crosses the threshold."""
     c, h = gaussian(200, n=20, scale=scale, seed=k), 1e-3
     gen = torch.Generator().manual_seed(7)
     weight, direction = (torch.randn(c.shape, generator=gen, dtype=F64) for _ in range(2))

@@ -1,4 +1,4 @@
-"""Multilabel classification through the harness: network, images, backends, a run, its figures."""
+"""Multilabel classification in the harness: network, images, backends, a run, and its figures."""
 
 import json
 
@@ -135,7 +135,7 @@ def test_every_backend_has_the_exact_gradient(backend, tolerance, temperature):
 
 
 def test_without_a_bound_the_loss_is_the_cross_entropy():
-    """So that at the authors' temperature 1 the layer does what a softmax would do."""
+    """At the authors' temperature 1 the layer is therefore equivalent to a softmax."""
     task = built().task
     samples = task.splits["train"]
     outputs = torch.randn(8, 100, generator=torch.Generator().manual_seed(0))
@@ -199,7 +199,7 @@ def test_the_profile_follows_hardware_and_data(monkeypatch, cuda, cifar):
 
 @pytest.fixture
 def planned(tmp_path):
-    """Two seeds of each series at two temperatures: accuracies rise by 1 an epoch, the perturbed by 1.5."""
+    """Two seeds of each series at two temperatures; accuracies rise by 1 per epoch, and by 1.5 for "perturbed"."""
     study, made = studies.load("figure_7"), []
     for run in studies.expand(study, "smoke"):
         folder = tmp_path / "runs" / run.folder.name

@@ -1,4 +1,4 @@
-"""Instances of the portfolio problem, and the layer on them."""
+"""Instances of the portfolio problem, and layers for them."""
 
 import torch
 
@@ -33,7 +33,7 @@ def layer(p, solve=None, **options):
 
 
 def nondegenerate(p, c, margin=1e-3):
-    """Samples with an active risk limit and strict complementarity, hence a derivative."""
+    """Samples with an active risk limit and strict complementarity, whose solution has a derivative."""
     s = p.exact(c)
     reduced = s.lam[:, 1:] / c.std(1, keepdim=True)
     strict = torch.where(s.x > 0, s.x, reduced).amin(1) > margin

@@ -1,4 +1,4 @@
-"""The portfolio problem: its solvers against each other, and f-SQP on it against two independent derivations."""
+"""The portfolio problem: agreement of its solvers, and of f-SQP with two independent derivations."""
 
 import pickle
 
@@ -14,7 +14,7 @@ from tests.experiments.portfolio.portfolios import N, instances, layer, nondegen
 
 
 def kkt_vjp(p, x, lam, g):
-    """g'J on the active set by a null-space method: with Z a basis of the tangent space, J = Z (Z'HZ)^-1 Z'."""
+    """g'J by a null-space method on the active set: J = Z (Z'HZ)^-1 Z' for a basis Z of the tangent space."""
     V, out = p.V.numpy(), np.zeros((len(x), p.n))
     for i, (xi, li, gi) in enumerate(zip(x.numpy(), lam.numpy(), g.numpy(), strict=True)):
         on = xi > 0
@@ -56,7 +56,7 @@ def test_vjp_agrees_with_finite_differences_and_with_the_kkt_derivation(kind, de
 
 
 def distance_to_kink(p, c):
-    """Of each sample, in units of c: how far the active set is from changing."""
+    """The distance of each sample from a change of the active set, in units of c."""
     s, spread = p.exact(c), c.std(1, keepdim=True)
     return torch.where(s.x > 0, s.x * spread, s.lam[:, 1:]).amin(1, keepdim=True).minimum(spread)
 
@@ -143,7 +143,8 @@ def test_float32_in_float32_out_at_float64_accuracy():
     assert gradient.dtype == torch.float32
     leaf64 = leaf.detach().double().requires_grad_()
     (expected,) = torch.autograd.grad(layer(p)(*p.params(leaf64))[0].square().sum(), leaf64)
-    two_held = expected.norm(dim=1) < 1e-10  # which leaves nothing to decide: zero but for rounding
+    # With two assets held, the budget and the risk limit fix x, and the vjp is zero up to rounding.
+    two_held = expected.norm(dim=1) < 1e-10
     assert 0 < two_held.sum() < 0.3 * len(c)
     assert ((gradient - expected).norm(dim=1) <= 1e-3 * expected.norm(dim=1))[~two_held].all()
     assert gradient[two_held].abs().max() < 1e-10
@@ -230,7 +231,7 @@ def test_two_tied_assets_share_what_symmetry_says():
 
 
 def test_gradient_at_a_kink_is_a_one_sided_derivative():
-    """An asset exactly at its bound with zero multiplier: the active set is held, so J is that of one side."""
+    """An asset is exactly at its bound with zero multiplier; the active set is kept, so that J is one-sided."""
     p, c = instances("targets", 0)
     c = c[nondegenerate(p, c)][:1]
     s = p.exact(c)

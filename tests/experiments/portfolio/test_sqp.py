@@ -1,4 +1,4 @@
-"""The portfolio's SQP step in closed form: the general step, forward, back and where its closed form does not hold."""
+"""The portfolio's SQP step in closed form agrees with the general step, which replaces it where it does not hold."""
 
 import pytest
 import torch
@@ -43,7 +43,7 @@ def test_the_step_in_closed_form_is_the_general_one(error, batched, stepsize):
         new = step(tuple(leaves[:3]), *leaves[3:])
         gradients = torch.autograd.grad(new, leaves, weights, allow_unused=True)
         gradients = [torch.zeros_like(t) if g is None else g for g, t in zip(gradients, leaves, strict=True)]
-        gradients[4] = (gradients[4] + gradients[4].mT) / 2  # of V, which is symmetric
+        gradients[4] = (gradients[4] + gradients[4].mT) / 2  # V is symmetric
         found.append([part.detach() for part in (*new, *gradients)])
     assert step.last is None, "it was the closed form"
     largest = max(float(part.abs().max()) for part in found[0][3:])
@@ -53,14 +53,14 @@ def test_the_step_in_closed_form_is_the_general_one(error, batched, stepsize):
 
 @pytest.mark.parametrize("parts", [[0], [1], [2], [0, 1], [0, 2], [1, 2]])
 def test_the_vjp_in_closed_form_is_that_of_the_recorded_operations(parts):
-    """Of any part of the state; with a graph of its own the step goes back through its operations."""
+    """For cotangents of any part of the state; under create_graph the recorded operations are used."""
     p, c = instances("targets", 0)
     c = c[nondegenerate(p, c, 0.03)]
     leaves = [t.detach().clone().requires_grad_() for t in (*p.exact(*p.params(c)).state, *p.params(c))]
     new = [PortfolioSQP(p)(tuple(leaves[:3]), *leaves[3:])[part] for part in parts]
     generator = torch.Generator().manual_seed(0)
     weights = [torch.randn(part.shape, generator=generator, dtype=part.dtype) for part in new]
-    wanted = [leaf for leaf in leaves if leaf is not leaves[1]]  # nu takes no part
+    wanted = [leaf for leaf in leaves if leaf is not leaves[1]]  # the step does not depend on nu
     closed = torch.autograd.grad(new, wanted, weights, retain_graph=True)
     recorded = torch.autograd.grad(new, wanted, weights, create_graph=True)
     largest = max(float(g.abs().max()) for g in recorded)
@@ -85,7 +85,7 @@ def test_where_the_guess_does_not_fit_the_step_is_the_general_one():
 
 @pytest.mark.parametrize("near", [0.0, 1e-12])
 def test_where_v_is_singular_on_the_assets_held_the_step_is_the_general_one(near):
-    """Two assets that are the same: of their sum alone anything is known, and the closed form has no answer."""
+    """With two identical assets only their sum is determined, so that the closed form does not apply."""
     V = torch.diag(torch.tensor([1.0, 1.0, 1.0, 4.0], dtype=torch.float64))
     V[0, 1] = V[1, 0] = 1 - near
     p = PortfolioProblem(V, 0.6)

@@ -30,7 +30,7 @@ def claim(start):
 
 @pytest.fixture
 def copied(tmp_path):
-    """The committed tables, to be changed."""
+    """A copy of the committed tables that a test can change."""
     for folder in ("tables", "figures"):
         (tmp_path / folder).mkdir()
         for path in (COMMITTED / folder).glob("*.csv"):
