@@ -175,7 +175,14 @@ def test_qpth_refuses_an_entropy_with_the_reason():
     ],
 )
 def test_every_method_learns_every_program(tiny, console, instance, how):
-    cfg = tiny("task=linear_program", "model=linear", f"task.instance={instance}", "task.standardize=true", *how)
+    cfg = tiny(
+        "task=linear_program",
+        "model=linear",
+        f"task.instance={instance}",
+        "task.standardize=true",
+        "train.lr=0.05",
+        *how,
+    )
     assert execute(cfg, console) == 0
     frame = folders.load_metrics(folders.of(cfg))
     regret = frame[frame["split"] == "test"]["regret"]
