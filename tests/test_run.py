@@ -73,7 +73,7 @@ def run(*overrides, path=ROOT, **environment):
 def test_help_is_readable():
     done = run("--help")
     assert done.returncode == 0
-    assert "backend: cvxpy, cvxpylayers, exact, fold, qpth, spo_plus, two_stage, unfold, unroll" in done.stdout
+    assert "backend: cvxpy, cvxpylayers, exact, fold, pyepo, qpth, spo_plus, two_stage, unfold, unroll" in done.stdout
     assert "python run.py task=portfolio backend=fold" in done.stdout
     assert "Exit codes: 0 finished" in done.stdout
     assert "hydra" not in done.stdout.lower()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -15,7 +15,7 @@ from foldopt.step import as_tuple
 class TwoStageBackend(Backend):
     """No layer at all; its decisions are those of the problem's exact solver."""
 
-    trains_on: ClassVar[Literal["prediction"]] = "prediction"
+    trains_on: Literal["decision", "prediction", "surrogate"] = "prediction"
 
     def __init__(self, task: Task, linear_solver: LinearSolver) -> None:
         self.problem = task.problem

@@ -23,9 +23,12 @@ class Backend(Contract, ABC):
     the last `take_failures`, in all; 0 where none are counted.
     """
 
-    ABSENT: ClassVar[Mapping[str, str]] = {"losses": "it has no loss of its own (losses)"}
+    ABSENT: ClassVar[Mapping[str, str]] = {
+        "losses": "it has no loss of its own (losses)",
+        "state_dict": "it keeps nothing from one batch to the next (state_dict)",
+    }
 
-    trains_on: ClassVar[Literal["decision", "prediction", "surrogate"]] = "decision"
+    trains_on: Literal["decision", "prediction", "surrogate"] = "decision"
     products: int = 0
 
     @staticmethod
@@ -44,3 +47,11 @@ class Backend(Contract, ABC):
     def take_failures(self) -> int:
         """Return how many samples failed, forward or backward, since the last call; by default none."""
         return 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what later batches depend on, in tensors and plain values; checkpoints hold it."""
+        self._absent("state_dict")
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a state that `state_dict` returned."""
+        self._absent("state_dict")

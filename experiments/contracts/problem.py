@@ -42,8 +42,8 @@ class Problem(Contract):
     problem leaves out, the reason, which the error for an unsuitable backend quotes.
 
     Which backend needs what: fold and unfold `optimizers`, `forwards`, `solve`; unroll `optimizers`, `unrolled`; cvxpy
-    and cvxpylayers `cvxpy`; qpth `qp`, `qp_decisions`; exact `closed_form`; spo_plus `decide`, `value`; two_stage
-    `decide`.
+    and cvxpylayers `cvxpy`; qpth `qp`, `qp_decisions`; exact `closed_form`; pyepo and spo_plus `decide`, `value`;
+    two_stage `decide`.
     """
 
     ABSENT: ClassVar[Mapping[str, str]] = {
@@ -96,7 +96,7 @@ class Problem(Contract):
     def value(self, *decisions_and_parameters: Any, **options: Any) -> Tensor:
         """Return the value of decisions (B, n) for the parameters, (B,): larger is better.
 
-        Called as ``value(decisions, *parameters)``; spo_plus takes it to be linear in the parameters.
+        Called as ``value(decisions, *parameters)``; spo_plus and pyepo need it linear in the parameters.
         """
         self._absent("value")
 

@@ -69,7 +69,7 @@ class Task(Contract, ABC):
         """
 
     def truth(self, samples: Samples) -> Parameters:
-        """Return the true parameters, of the form that `parameters` returns; spo_plus needs them."""
+        """Return the true parameters, of the form that `parameters` returns; spo_plus and pyepo need them."""
         self._absent("truth")
 
     def prediction_losses(self, outputs: Tensor, samples: Samples) -> Tensor:

@@ -105,6 +105,8 @@ class Trainer:
             else torch.optim.lr_scheduler.ConstantLR(self.optimizer, factor=1.0)
         )
         kept = {"model": self.model, "optimizer": self.optimizer, "schedule": self.schedule}
+        if not self.backend.lacks("state_dict"):
+            kept["backend"] = self.backend
         self.checkpoint = Checkpoint(folder, self.task.columns, **kept)
 
     def _check(self, train: DictConfig) -> None:

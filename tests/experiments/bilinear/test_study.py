@@ -125,7 +125,7 @@ def test_cvxpylayers_and_qpth_refuse_with_the_reason():
     ):
         with pytest.raises(CombinationError, match=reason) as caught:
             built(f"backend={backend}")
-        assert "fold, spo_plus, two_stage, unfold, unroll" in str(caught.value)
+        assert "fold, pyepo, spo_plus, two_stage, unfold, unroll" in str(caught.value)
 
 
 @pytest.mark.parametrize(
