@@ -13,20 +13,16 @@ from foldopt.errors import InputError, MissingDependencyError
 
 @dataclass(frozen=True)
 class LinearProgramData:
-    """Features (samples, n_features) and costs (samples, n) per split, float64.
-
-    weights: (dimensions, n) of the items of a knapsack; None otherwise.
-    """
+    """Features (samples, n_features) and costs (samples, n) per split, float64."""
 
     features: dict[str, Tensor]
     costs: dict[str, Tensor]
-    weights: Tensor | None = None
 
 
-def _split(sizes: dict[str, int], features: Tensor, costs: Tensor, weights: Tensor | None = None) -> LinearProgramData:
+def _split(sizes: dict[str, int], features: Tensor, costs: Tensor) -> LinearProgramData:
     parts = list(sizes.values())
     return LinearProgramData(
-        dict(zip(sizes, features.split(parts), strict=True)), dict(zip(sizes, costs.split(parts), strict=True)), weights
+        dict(zip(sizes, features.split(parts), strict=True)), dict(zip(sizes, costs.split(parts), strict=True))
     )
 
 
@@ -55,7 +51,8 @@ def shortest_path(
     Args:
         seed: of all random numbers.
         sizes: samples of each split, by its name.
-        rows, columns: nodes of the grid.
+        rows: nodes of the grid from north to south.
+        columns: nodes of the grid from west to east.
         n_features: length of z.
         degree: of the polynomial, from 1.
         noise: half-width of the factor, in [0, 1).
@@ -68,8 +65,8 @@ def shortest_path(
 
 def knapsack(
     seed: int, sizes: dict[str, int], items: int, dimensions: int, n_features: int, degree: int, noise: float
-) -> LinearProgramData:
-    """Draw values of the items of a knapsack and their weights, which all samples share.
+) -> tuple[LinearProgramData, Tensor]:
+    """Draw values of the items of a knapsack, and their weights (dimensions, items), which all samples share.
 
     Values are those of `shortest_path` times 5, rounded up; weights are uniform in 3.00, 3.01, ..., 7.99.
 
@@ -78,7 +75,9 @@ def knapsack(
         sizes: samples of each split, by its name.
         items: how many there are.
         dimensions: how many weights an item has.
-        n_features, degree, noise: those of `shortest_path`.
+        n_features: length of the features.
+        degree: of the polynomial from features to values.
+        noise: half-width of the factor around 1, in [0, 1).
     """
     _checked(seed, sizes, n_features, degree, noise)
     require_whole("task.items", items, 1)
@@ -86,7 +85,7 @@ def knapsack(
     draw = _pyepo().knapsack.genData
     found = draw(sum(sizes.values()), n_features, items, dim=dimensions, deg=degree, noise_width=noise, seed=seed)
     weights, z, c = _numbers(*found)
-    return _split(sizes, z, c, weights)
+    return _split(sizes, z, c), weights
 
 
 def assignment(
@@ -101,7 +100,9 @@ def assignment(
         seed: of all random numbers.
         sizes: samples of each split, by its name.
         size: number of workers, and of jobs.
-        n_features, degree, noise: those of `shortest_path`.
+        n_features: length of the features.
+        degree: of the polynomial from features to costs.
+        noise: half-width of the factor around 1, in [0, 1).
     """
     require_whole("task.size", size, 2)
     drawn = shortest_path(seed, sizes, size + 1, size + 1, n_features, degree, noise)

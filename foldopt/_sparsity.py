@@ -25,7 +25,7 @@ from foldopt.qp.matrix import Pattern, SparseMatrix
 from foldopt.step import Recorded, pushforward, vjp_of
 from foldopt.updates.programs import SmoothProgram
 
-__all__ = ["Decompression", "Derivative", "Derivatives", "Model", "Product", "Sparsity"]
+__all__ = ["Decompression", "Derivative", "Derivatives", "Model", "Product", "SparseDerivatives", "Sparsity"]
 
 Product = Callable[[Tensor], Tensor]
 
@@ -116,9 +116,10 @@ class Sparsity:
         near = x + 1e-3 * (1 + x.abs()) * probe(x.shape[1], x)
         _, h, g = program.values(near, *params)
         p, r = h.shape[1], h.shape[1] + g.shape[1]
-        at = Derivatives.of(program, near, 1 + 0.5 * probe(r, x).expand(len(x), r), params)
+        at = Derivatives(program, near, params)
+        hessian = at.hessian(1 + 0.5 * probe(r, x).expand(len(x), r))
         found = cls.__new__(cls)
-        found._store(_detected(at.hessian.pull, x.shape[1], near), _detected(at.jacobian.pull, r, near), p)
+        found._store(_detected(hessian.pull, x.shape[1], near), _detected(at.jacobian.pull, r, near), p)
         return found
 
     def united(self, other: Sparsity) -> Sparsity:
@@ -130,6 +131,9 @@ class Sparsity:
         found = copy.copy(self)
         found._store(H, C, self.n_equalities)
         return found
+
+    def __len__(self) -> int:
+        return len(self.H.rows) + len(self.C.rows)
 
     @property
     def products(self) -> tuple[int, int]:
@@ -159,12 +163,63 @@ class Sparsity:
                 f"inequalities, but the program has {x.shape[1]}, {p} and {y.shape[1] - p}; build it for this "
                 "program, or pass sparsity=True."
             )
-        at = Derivatives.of(program, x, y, params)
-        H, C = (
-            reading.matrix(of, x) for reading, of in zip(self._decompressions, (at.hessian, at.jacobian), strict=True)
-        )
-        complete = _agrees(H, at.hessian.pull, x) and _agrees(C, at.jacobian.pull, y)
-        return Model(_on_cpu(at.gradient), H, _on_cpu(at.c), C), complete
+        at = Derivatives(program, x, params)
+        (C, first), (H, second) = self.jacobian(at), self.hessian(at, y)
+        return Model(_on_cpu(at.gradient), H, _on_cpu(at.c), C), first and second
+
+    def jacobian(self, at: Derivatives) -> tuple[SparseMatrix, bool]:
+        """Return the Jacobian of the constraints (B, r, n), and whether its places are all there."""
+        return _read(self._decompressions[1], at.jacobian, at.x, at.c)
+
+    def hessian(self, at: Derivatives, y: Tensor, weight: float = 1.0) -> tuple[SparseMatrix, bool]:
+        """Return the Hessian of weight * f + y.c (B, n, n) for y (B, r), and whether its places are all there."""
+        return _read(self._decompressions[0], at.hessian(y, weight), at.x, at.x)
+
+
+class SparseDerivatives:
+    """The sparse derivatives of a program; places that were not given are found at the first call.
+
+    Args:
+        program: the functions.
+        sparsity: where their derivatives have entries; None to find the places, and more of them wherever a later
+            point shows that some are missing.
+    """
+
+    def __init__(self, program: SmoothProgram, sparsity: Sparsity | None = None) -> None:
+        self.program, self.sparsity = program, sparsity
+        self._detects = sparsity is None
+
+    def places(self, x: Tensor, params: Sequence[Tensor]) -> Sparsity:
+        """Return the places; x (B, n) is where they are looked for if none are known yet."""
+        if self.sparsity is None:
+            self.sparsity = Sparsity.detected(self.program, x, *params)
+        return self.sparsity
+
+    def extend(self, x: Tensor, params: Sequence[Tensor]) -> None:
+        """Add the places that are found near x (B, n).
+
+        Raises InputError if the places were given, or if there are no others.
+        """
+        known = self.places(x, params)
+        if self._detects:
+            self.sparsity = known.united(Sparsity.detected(self.program, x, *params))
+        if self.sparsity is None or len(self.sparsity) == len(known):
+            raise InputError(
+                "sparsity= misses entries of the Hessian of the Lagrangian or of the constraints' Jacobian: products "
+                "with the matrices are not those with the derivatives. Add the entries, or choose sparsity=True."
+            )
+
+    def model(self, x: Tensor, y: Tensor, params: Sequence[Tensor]) -> Model:
+        """Return the quadratic model at x (B, n) and y = (nu, lam) (B, r).
+
+        Raises InputError if the places were given and are not all.
+        """
+        params = [part.detach() for part in params]
+        model, complete = self.places(x, params).model(self.program, x, y, params)
+        while not complete:  # entries that were zero where they were looked for
+            self.extend(x, params)
+            model, complete = self.places(x, params).model(self.program, x, y, params)
+        return model
 
 
 class Derivative(NamedTuple):
@@ -185,30 +240,25 @@ class Derivative(NamedTuple):
         return cls(pull, lambda t: pushforward(recorded, (x,))((t,))[0])
 
 
-class Derivatives(NamedTuple):
-    """The derivatives of a program at (x, y); they pass no gradient on.
+class Derivatives:
+    """Of a program, recorded at x (B, n): gradient of f (B, n), constraints c (B, r), their Jacobian, Hessians.
 
-    Attributes:
-        gradient: gradient of f, (B, n).
-        hessian: Hessian of the Lagrangian.
-        c: constraints, (B, r).
-        jacobian: their Jacobian.
+    They pass no gradient.
     """
 
-    gradient: Tensor
-    hessian: Derivative
-    c: Tensor
-    jacobian: Derivative
-
-    @classmethod
-    def of(cls, program: SmoothProgram, x: Tensor, y: Tensor, params: Sequence[Tensor]) -> Derivatives:
-        """Record the derivatives at a point."""
+    def __init__(self, program: SmoothProgram, x: Tensor, params: Sequence[Tensor]) -> None:
         params = [p.detach() for p in params]
         with torch.enable_grad():
-            x = x.detach().requires_grad_()
-            f, c = program.objective(x, *params).sum(), program.constraints(x, *params)
-            slope = _gradient(f + (y.detach() * c).sum(), x)
-        return cls(_gradient(f, x), Derivative.of(slope, x), c, Derivative.of(c, x))
+            self.x = x.detach().requires_grad_()
+            self._f, self.c = program.objective(self.x, *params).sum(), program.constraints(self.x, *params)
+            self.gradient = _gradient(self._f, self.x)
+        self.jacobian = Derivative.of(self.c, self.x)
+
+    def hessian(self, y: Tensor, weight: float = 1.0) -> Derivative:
+        """Return the Hessian of weight * f + y.c for y (B, r)."""
+        with torch.enable_grad():
+            slope = _gradient(weight * self._f + (y.detach() * self.c).sum(), self.x)
+        return Derivative.of(slope, self.x)
 
 
 def _gradient(value: Tensor, x: Tensor) -> Tensor:
@@ -311,6 +361,12 @@ def _detected(pull: Product, m: int, like: Tensor) -> Pattern:
     counts = torch.tensor([len(part) for part in columns], dtype=torch.long)
     none = torch.zeros(0, dtype=torch.long)
     return Pattern(torch.arange(m).repeat_interleave(counts), torch.cat([none, *columns]), (m, like.shape[1]))
+
+
+def _read(decompression: Decompression, of: Derivative, x: Tensor, value: Tensor) -> tuple[SparseMatrix, bool]:
+    """Return a Jacobian at x (B, n) of a value (B, m), and whether it has the derivative's product."""
+    M = decompression.matrix(of, x.detach())
+    return M, _agrees(M, of.pull, value.detach())
 
 
 def _agrees(M: SparseMatrix, pull: Product, like: Tensor) -> bool:

@@ -154,7 +154,7 @@ class PyEPOBackend(Backend):
         number = self.seed * 1_000_003 + self._calls
         self._calls += 1
         generators = {str(device): torch.Generator(device).manual_seed(number)}
-        for owner in (self.method, getattr(self.method, "distribution", None)):
+        for owner in filter(None, (self.method, getattr(self.method, "distribution", None))):
             if hasattr(owner, "_gen_cache"):
                 owner._gen_cache = generators
         self.method._branch_rng.seed(number % 2**32)  # type: ignore[attr-defined] # numpy's generator of PyEPO's module

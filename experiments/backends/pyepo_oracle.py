@@ -82,7 +82,7 @@ class Oracle(optMpaxModel):
     def _fullCost(self, pred_cost: Tensor) -> Tensor:  # noqa: N802 # PyEPO's name
         return torch.cat([pred_cost, torch.ones_like(pred_cost[..., :1])], -1) if self.has_rest else pred_cost
 
-    def setObj(self, c: Tensor) -> None:  # noqa: N802 # PyEPO's name
+    def setObj(self, c: Any) -> None:  # noqa: N802 # PyEPO's name
         """Take the costs (B, n) of the next call of `batch_optimize`, to be minimized."""
         self.c = c if self.modelSense == EPO.MINIMIZE else -c
 
@@ -120,6 +120,8 @@ class Oracle(optMpaxModel):
 
 class Solved(optDataset):
     """The solutions for the true costs of the training samples, from which PyEPO's losses draw their pool."""
+
+    model: Oracle
 
     def _get_sols(self) -> tuple[np.ndarray, np.ndarray]:
         costs = torch.as_tensor(self.costs).double()

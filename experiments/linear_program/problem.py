@@ -39,13 +39,11 @@ class LinearProgramProblem(Problem):
         self.smoothing, self.strength = smoothing, float(strength)
         self.program = smoothed(polytope, smoothing, self.strength, self.sign)
         self._oracle = Highs(polytope)
-        if smoothing != "quadratic":
-            self.lacking = {"qp": f"the program smoothed by task.smoothing={smoothing} is not quadratic"}
 
     def lacks(self, *members: str) -> str | None:
         """Return why a member is missing, None if all are there: only the quadratic smoothing makes a QP."""
         if "qp" in members and self.smoothing != "quadratic":
-            return self.lacking["qp"]
+            return f"the program smoothed by task.smoothing={self.smoothing} is not quadratic"
         return super().lacks(*members)
 
     @property

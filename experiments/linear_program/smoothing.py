@@ -56,8 +56,9 @@ class QuadraticProgram:
         """Return the step that is folded."""
         return SQP(self)
 
-    def sqp_data(self, x: Tensor, nu: Tensor, lam: Tensor, c: Tensor) -> SQPData:
-        """Return the quadratic model at (x, nu, lam), which is the program itself."""
+    def sqp_data(self, x: Tensor, nu: Tensor, lam: Tensor, *params: Tensor) -> SQPData:
+        """Return the quadratic model at (x, nu, lam) for the parameter c, which is the program itself."""
+        (c,) = params
         B, p = len(x), self.polytope
         hessian = self.strength * torch.eye(p.n).to(x)
         A, rows = p.A.to(x), self.rows.to(x)

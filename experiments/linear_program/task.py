@@ -64,9 +64,8 @@ class LinearProgramTask(Task):
             feasible = polytope.shortest_path(rows, columns)
             drawn = data.shortest_path(seed, sizes, rows, columns, *shared)
         elif instance == "knapsack":
-            drawn = data.knapsack(seed, sizes, items, dimensions, *shared)
-            assert drawn.weights is not None
-            feasible = polytope.knapsack(drawn.weights, capacity)
+            drawn, weights = data.knapsack(seed, sizes, items, dimensions, *shared)
+            feasible = polytope.knapsack(weights, capacity)
         elif instance == "assignment":
             feasible = polytope.assignment(size)
             drawn = data.assignment(seed, sizes, size, *shared)
