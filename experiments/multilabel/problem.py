@@ -52,7 +52,7 @@ class TopKProblem(Problem):
 
     forwards: ClassVar[Mapping[str, Forward]] = {"exact": Forward(tol=1e-6), "cvxpy": Forward(tol=1e-3)}
     lacking: ClassVar[Mapping[str, str]] = {
-        "qp": "its objective has an entropy, so it is not a quadratic program; qpth can do the projection of a step: "
+        "qp": "its objective has an entropy, so it is no quadratic program; qpth can do the projection of a step: "
         "backend=fold backend.optimizer=pgd_a"
     }
 
