@@ -16,6 +16,7 @@ from foldopt.checks import require_whole
 from foldopt.errors import InputError
 from foldopt.linear_solve import LinearSolver
 from foldopt.solvers import scipy_nlp
+from foldopt.solvers.ipopt import solve_ipopt
 from foldopt.solvers.multipliers import recover_multipliers
 from foldopt.solvers.nlp import solve_nlp
 from foldopt.step import State, as_tuple
@@ -131,8 +132,8 @@ class NLPLayer(LayerAround):
         polish: SQP steps taken on the solver's answer, which square its error. A sample that they move by more than
             1e-3 (relative) was no KKT point; it is left as it was and falls under `on_failure`.
         dtype: float64 by default whatever the network's; x comes back in that of the first parameter.
-        sparsity: as for `f_sqp`, for thousands of variables; the solver is then a function, for the built-in ones are
-            dense.
+        sparsity: as for `f_sqp`, for thousands of variables; the solver is then "ipopt" or a function, for the others
+            work with dense matrices.
         degenerate, on_failure, linear_solver, tol, modules: as for `f_sqp`.
 
     A program of several local minima has the derivative of the one that the solver found. ``layer.last`` holds the
@@ -158,14 +159,13 @@ class NLPLayer(LayerAround):
         modules: Iterable[nn.Module] = (),
     ) -> None:
         super().__init__()
-        if isinstance(solver, str) and sparsity is not False:
+        known = ("sqp", *scipy_nlp.METHODS, "ipopt")
+        if isinstance(solver, str) and solver not in known:
+            raise InputError(f"solver={solver!r} is unknown; choose one of {known} or pass a function.")
+        if isinstance(solver, str) and solver != "ipopt" and sparsity is not False:
             raise InputError(
-                f"solver={solver!r} works with dense matrices: with sparsity= pass a function solver(*params) -> x or "
-                "-> (x, nu, lam)."
-            )
-        if isinstance(solver, str) and solver not in ("sqp", *scipy_nlp.METHODS):
-            raise InputError(
-                f"solver={solver!r} is unknown; choose one of {('sqp', *scipy_nlp.METHODS)} or pass a function."
+                f"solver={solver!r} works with dense matrices: with sparsity= take solver='ipopt', or pass a function "
+                "solver(*params) -> x or -> (x, nu, lam)."
             )
         if isinstance(solver, str) and start is None:
             raise InputError(
@@ -199,6 +199,9 @@ class NLPLayer(LayerAround):
     def _solve(self, *params: Tensor) -> SQPState:
         if self.solver == "sqp":
             found: State = solve_nlp(self.program, self._started(params), *params)[:3]
+        elif self.solver == "ipopt":
+            sparse = self.fold.update.derivatives if isinstance(self.fold.update, SparseSQP) else None
+            found = solve_ipopt(self.program, self._started(params), *params, sparse=sparse)[:3]
         elif isinstance(self.solver, str):
             found = scipy_nlp.solve_scipy(self.program, self.solver, self._started(params), *params)
         else:

@@ -1,4 +1,4 @@
-"""SciPy's and ipopt's solvers as black boxes for smooth programs, one sample at a time."""
+"""SciPy's solvers as black boxes for smooth programs, one sample at a time."""
 
 from __future__ import annotations
 
@@ -11,39 +11,32 @@ from torch import Tensor
 from foldopt.errors import MissingDependencyError
 from foldopt.updates.programs import SmoothProgram
 
-__all__ = ["METHODS", "minimize", "solve_scipy"]
+__all__ = ["METHODS", "solve_scipy"]
 
-METHODS = ("slsqp", "trust-constr", "ipopt")
+METHODS = ("slsqp", "trust-constr")
 
 
-def minimize(method: str) -> Callable[..., Any]:
-    """Return scipy.optimize.minimize with one of its methods, or cyipopt's function of the same arguments.
-
-    Raises MissingDependencyError if the package is not installed.
-    """
+def _minimize(method: str) -> Callable[..., Any]:
     try:
-        if method == "ipopt":
-            from cyipopt import minimize_ipopt as found
-        else:
-            from scipy.optimize import minimize as found
+        from scipy.optimize import minimize
     except ImportError as error:
-        package = "cyipopt" if method == "ipopt" else "scipy"
         raise MissingDependencyError(
-            f"solver={method!r} needs {package}: pip install {package}, or take solver='sqp', which is built in."
+            f"solver={method!r} needs scipy: pip install scipy, or take solver='sqp', which is built in."
         ) from error
-    return found
+    return minimize
 
 
 def solve_scipy(program: SmoothProgram, method: str, start: Tensor, *params: Tensor) -> Tensor:
-    """Minimize every sample of a program from `start` (B, n) with the method "slsqp", "trust-constr" or "ipopt".
+    """Minimize every sample of a program from `start` (B, n) with the method "slsqp" or "trust-constr".
 
     Returns x (B, n) as the method left it: the fixed-point residual of the layer tells the samples where it failed.
     Raises MissingDependencyError if the package is not installed.
     """
-    solve = minimize(method)
-    options = {"ipopt": {"tol": 1e-10}, "slsqp": {"ftol": 1e-14, "maxiter": 500}}.get(
-        method, {"gtol": 1e-10, "xtol": 1e-12, "maxiter": 2000}
-    )
+    solve = _minimize(method)
+    options = {
+        "slsqp": {"ftol": 1e-14, "maxiter": 500},
+        "trust-constr": {"gtol": 1e-10, "xtol": 1e-12, "maxiter": 2000},
+    }[method]
     x = start.detach().double().cpu().clone()
     for i in range(len(x)):
         # The functions see the whole batch, since only they know which of the parameters it shares.
@@ -71,7 +64,7 @@ def solve_scipy(program: SmoothProgram, method: str, start: Tensor, *params: Ten
             jac=lambda z: evaluate(z, 0, derivative=True),
             constraints=constraints,
             options=options,
-            **({} if method == "ipopt" else {"method": method}),
+            method=method,
         )
         x[i] = torch.as_tensor(found.x)
     return x.to(start)

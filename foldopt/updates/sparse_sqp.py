@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from foldopt._sparsity import Model, Sparsity
+from foldopt._sparsity import Model, SparseDerivatives, Sparsity
 from foldopt.batched import matvec
 from foldopt.errors import InputError
 from foldopt.qp._activity import activity, complemented
@@ -58,9 +58,13 @@ class SparseSQP(nn.Module):
             raise InputError(f"program={program!r}: sparse derivatives are those of a foldopt.SmoothProgram.")
         packages()
         self.program: SmoothProgram = program
-        self.sparsity, self.nan = sparsity, nan
-        self._detects = sparsity is None
+        self.derivatives, self.nan = SparseDerivatives(program, sparsity), nan
         self._kept: list[Kept] = []
+
+    @property
+    def sparsity(self) -> Sparsity | None:
+        """Where the derivatives have entries; None before the first call if that was not given."""
+        return self.derivatives.sparsity
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_kept": []}
@@ -157,19 +161,7 @@ class SparseSQP(nn.Module):
 
         Raises InputError if the places of its entries were given and are not all.
         """
-        params = [part.detach() for part in params]
-        if self.sparsity is None:
-            self.sparsity = Sparsity.detected(self.program, x, *params)
-        model, complete = self.sparsity.model(self.program, x, y, params)
-        if not complete and self._detects:  # entries that were zero where it was looked for them
-            self.sparsity = self.sparsity.united(Sparsity.detected(self.program, x, *params))
-            model, complete = self.sparsity.model(self.program, x, y, params)
-        if not complete:
-            raise InputError(
-                "sparsity= misses entries of the Hessian of the Lagrangian or of the constraints' Jacobian: products "
-                "with the matrices are not those with the derivatives. Add the entries, or choose sparsity=True."
-            )
-        return model
+        return self.derivatives.model(x, y, params)
 
     def at(self, state: SQPState, params: Sequence[Tensor]) -> Known:
         """Return what is known of a state; kept for the last ones."""
