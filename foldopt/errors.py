@@ -25,8 +25,11 @@ __all__ = [
     "LimitError",
     "LinearSolveError",
     "MissingDependencyError",
+    "NoMultipliersError",
     "NonconvexError",
+    "NotSmoothError",
     "NotUniqueError",
+    "SingularHessianError",
     "SolverError",
     "UnboundedError",
     "UndeclaredParameterError",
@@ -74,6 +77,14 @@ class LimitError(SolverError):
     """The solver stopped with neither a solution nor a proof that there is none, for the samples in `indices`."""
 
 
+class NotSmoothError(SolverError):
+    """A function of the samples in `indices` has a gradient that jumps near the point where the solver ended."""
+
+
+class NoMultipliersError(SolverError):
+    """The samples in `indices` end at feasible points without multipliers: their active constraints are degenerate."""
+
+
 class FixedPointError(SolverError):
     """The update step does not fix the solution that the solver returned, for the samples in `indices`."""
 
@@ -92,6 +103,10 @@ class KinkError(DegenerateError):
 
 class NotUniqueError(DegenerateError):
     """The program has several solutions, and the incoming gradient is not the same for all of them."""
+
+
+class SingularHessianError(DegenerateError):
+    """The Hessian of the Lagrangian is singular along the active constraints: the solution has no derivative."""
 
 
 class DependentRowsError(DegenerateError):

@@ -90,7 +90,7 @@ def solve_ipopt(
         InputError: start is not (B, n), Ipopt does not know an option, or given sparsity misses entries.
         MissingDependencyError: cyipopt is not installed.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from foldopt import SmoothProgram
         >>> program = SmoothProgram(lambda x, c: (c * x).sum(1), None, lambda x, c: x.square().sum(1, keepdim=True) - 1)
