@@ -1,33 +1,22 @@
-"""The derivatives of a smooth program as sparse matrices, computed from a few products with them.
-
-Rows of a Jacobian that share no column can be computed together: one product with the transpose gives all of them,
-because each number of the product belongs to one entry. Which rows go together is a graph coloring, found greedily
-here. Columns with many entries would keep all their rows apart; such a column gets a product of its own, with the
-matrix itself.
-
-Source: Curtis, Powell and Reid, On the estimation of sparse Jacobian matrices (1974); Gebremedhin, Manne and Pothen,
-What color is your Jacobian? (2005).
-"""
+"""The places where the derivatives of a smooth program have entries, and its quadratic model with sparse matrices."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from foldopt._decompression import Decompression, Derivative, Derivatives, Product, on_cpu
 from foldopt.errors import InputError
 from foldopt.qp._kkt import probe
 from foldopt.qp._structure import sparse_argument
 from foldopt.qp.matrix import Pattern, SparseMatrix
-from foldopt.step import Recorded, pushforward, vjp_of
 from foldopt.updates.programs import SmoothProgram
 
-__all__ = ["Decompression", "Derivative", "Derivatives", "Model", "Product", "SparseDerivatives", "Sparsity"]
-
-Product = Callable[[Tensor], Tensor]
+__all__ = ["Model", "SparseDerivatives", "Sparsity"]
 
 
 class Model(NamedTuple):
@@ -165,24 +154,24 @@ class Sparsity:
             )
         at = Derivatives(program, x, params)
         (C, first), (H, second) = self.jacobian(at), self.hessian(at, y)
-        return Model(_on_cpu(at.gradient), H, _on_cpu(at.c), C), first and second
+        return Model(on_cpu(at.gradient), H, on_cpu(at.c), C), first and second
 
     def jacobian(self, at: Derivatives) -> tuple[SparseMatrix, bool]:
-        """Return the Jacobian of the constraints (B, r, n), and whether its places are all there."""
+        """Return the Jacobian of the constraints, (B, r, n), and whether the places cover all its entries."""
         return _read(self._decompressions[1], at.jacobian, at.x, at.c)
 
     def hessian(self, at: Derivatives, y: Tensor, weight: float = 1.0) -> tuple[SparseMatrix, bool]:
-        """Return the Hessian of weight * f + y.c (B, n, n) for y (B, r), and whether its places are all there."""
+        """Return the Hessian of weight * f + y'c, (B, n, n), and whether the places cover all its entries."""
         return _read(self._decompressions[0], at.hessian(y, weight), at.x, at.x)
 
 
 class SparseDerivatives:
-    """The sparse derivatives of a program; places that were not given are found at the first call.
+    """The sparse derivatives of a program; places that were not given are detected at the first call.
 
     Args:
-        program: the functions.
-        sparsity: where their derivatives have entries; None to find the places, and more of them wherever a later
-            point shows that some are missing.
+        program: the program.
+        sparsity: places of the entries of its derivatives; None, the default, detects them, and more of them wherever
+            a later point shows that some are missing.
     """
 
     def __init__(self, program: SmoothProgram, sparsity: Sparsity | None = None) -> None:
@@ -190,15 +179,16 @@ class SparseDerivatives:
         self._detects = sparsity is None
 
     def places(self, x: Tensor, params: Sequence[Tensor]) -> Sparsity:
-        """Return the places; x (B, n) is where they are looked for if none are known yet."""
+        """Return the places; if none are known yet, they are detected near x, (B, n)."""
         if self.sparsity is None:
             self.sparsity = Sparsity.detected(self.program, x, *params)
         return self.sparsity
 
     def extend(self, x: Tensor, params: Sequence[Tensor]) -> None:
-        """Add the places that are found near x (B, n).
+        """Add the places that are detected near x, (B, n).
 
-        Raises InputError if the places were given, or if there are no others.
+        Raises:
+            InputError: the places were given, or there are no others.
         """
         known = self.places(x, params)
         if self._detects:
@@ -210,145 +200,17 @@ class SparseDerivatives:
             )
 
     def model(self, x: Tensor, y: Tensor, params: Sequence[Tensor]) -> Model:
-        """Return the quadratic model at x (B, n) and y = (nu, lam) (B, r).
+        """Return the quadratic model at x, (B, n), and y = (nu, lam), (B, r).
 
-        Raises InputError if the places were given and are not all.
+        Raises:
+            InputError: places were given, and do not cover all entries.
         """
         params = [part.detach() for part in params]
         model, complete = self.places(x, params).model(self.program, x, y, params)
-        while not complete:  # entries that were zero where they were looked for
+        while not complete:  # some entries were zero where the places were detected
             self.extend(x, params)
             model, complete = self.places(x, params).model(self.program, x, y, params)
         return model
-
-
-class Derivative(NamedTuple):
-    """A Jacobian J, (B, m, n), as two products: ``pull(s)`` is J's, (B, n), and ``push(t)`` is J t, (B, m)."""
-
-    pull: Product
-    push: Product
-
-    @classmethod
-    def of(cls, value: Tensor, x: Tensor) -> Derivative:
-        """Return the Jacobian of a recorded value (B, m) with respect to x (B, n)."""
-        recorded = Recorded((value,), (x,), ())
-
-        def pull(s: Tensor) -> Tensor:
-            pulled = vjp_of(recorded, (x,), (s,))[0]
-            return torch.zeros_like(x) if pulled is None else pulled
-
-        return cls(pull, lambda t: pushforward(recorded, (x,))((t,))[0])
-
-
-class Derivatives:
-    """Of a program, recorded at x (B, n): gradient of f (B, n), constraints c (B, r), their Jacobian, Hessians.
-
-    They pass no gradient.
-    """
-
-    def __init__(self, program: SmoothProgram, x: Tensor, params: Sequence[Tensor]) -> None:
-        params = [p.detach() for p in params]
-        with torch.enable_grad():
-            self.x = x.detach().requires_grad_()
-            self._f, self.c = program.objective(self.x, *params).sum(), program.constraints(self.x, *params)
-            self.gradient = _gradient(self._f, self.x)
-        self.jacobian = Derivative.of(self.c, self.x)
-
-    def hessian(self, y: Tensor, weight: float = 1.0) -> Derivative:
-        """Return the Hessian of weight * f + y.c for y (B, r)."""
-        with torch.enable_grad():
-            slope = _gradient(weight * self._f + (y.detach() * self.c).sum(), self.x)
-        return Derivative.of(slope, self.x)
-
-
-def _gradient(value: Tensor, x: Tensor) -> Tensor:
-    """Return the gradient of a scalar with respect to x, recorded."""
-    if not value.requires_grad:
-        return torch.zeros_like(x)
-    return torch.autograd.grad(value, x, create_graph=True, materialize_grads=True)[0]
-
-
-class Decompression:
-    """How the entries of a Jacobian with known places are computed from products."""
-
-    def __init__(self, pattern: Pattern) -> None:
-        self.pattern = pattern
-        by_rows, by_columns = _Groups.of(pattern), _Groups.of(pattern.transposed)
-        self._transposed = by_columns.products < by_rows.products
-        self._groups = by_columns if self._transposed else by_rows
-
-    @property
-    def products(self) -> int:
-        """The number of products."""
-        return self._groups.products
-
-    def matrix(self, of: Derivative, like: Tensor) -> SparseMatrix:
-        """Return the Jacobian; `like` is a tensor with the batch size, dtype and device of its arguments."""
-        first, second = (of.push, of.pull) if self._transposed else (of.pull, of.push)
-        found = [
-            _on_cpu(product(seed.to(like).expand(len(like), -1)))
-            for seeds, product in ((self._groups.seeds, first), (self._groups.alone, second))
-            for seed in seeds
-        ]
-        values = torch.cat(found, 1) if found else torch.zeros(len(like), 0, dtype=torch.float64)
-        return SparseMatrix(self.pattern, values.index_select(1, self._groups.places))
-
-
-class _Groups(NamedTuple):
-    """Groups of rows of a pattern that share no column, and the columns that are left out of this.
-
-    Attributes:
-        seeds: (k, m), vectors for the products with the transpose.
-        alone: (d, n), vectors for the products with the matrix, which follow.
-        places: (nnz,), the position of each entry of the pattern in these products, laid side by side.
-    """
-
-    seeds: Tensor
-    alone: Tensor
-    places: Tensor
-
-    @classmethod
-    def of(cls, pattern: Pattern) -> _Groups:
-        """Return the groups of a pattern."""
-        m, n = pattern.shape
-        rows, columns = pattern.rows, pattern.columns
-        degrees, order = torch.bincount(columns, minlength=n).sort(descending=True)
-        # The fullest of the columns that remain has as many entries as there must be groups.
-        d = int((torch.arange(n) + degrees).argmin()) if n else 0
-        own = torch.full((n,), -1, dtype=torch.long)
-        own[order[:d]] = torch.arange(d)
-        shared = own[columns] < 0
-        color = _coloring(rows[shared], columns[shared], m, n)
-        count = int(color.max()) + 1 if m and bool(shared.any()) else 0
-        seeds = torch.zeros(count, m, dtype=torch.float64)
-        taking_part = rows[shared].unique()
-        seeds[color[taking_part], taking_part] = 1
-        alone = torch.zeros(d, n, dtype=torch.float64)
-        alone[torch.arange(d), order[:d]] = 1
-        places = torch.where(shared, color[rows] * n + columns, count * n + own[columns] * m + rows)
-        return cls(seeds, alone, places)
-
-    @property
-    def products(self) -> int:
-        return len(self.seeds) + len(self.alone)
-
-
-def _coloring(rows: Tensor, columns: Tensor, m: int, n: int) -> Tensor:
-    """Return a color for every row, (m,), such that rows of one color share no column; fullest rows first."""
-    entries: list[list[int]] = [[] for _ in range(m)]
-    for i, j in zip(rows.tolist(), columns.tolist(), strict=True):
-        entries[i].append(j)
-    taken_by = [0] * n  # colors of the rows of each column, one bit per color
-    color = [0] * m
-    for i in sorted(range(m), key=lambda i: -len(entries[i])):
-        forbidden = 0
-        for j in entries[i]:
-            forbidden |= taken_by[j]
-        free = ~forbidden & (forbidden + 1)
-        color[i] = free.bit_length() - 1
-        for j in entries[i]:
-            taken_by[j] |= free
-    return torch.tensor(color, dtype=torch.long)
 
 
 def _detected(pull: Product, m: int, like: Tensor) -> Pattern:
@@ -364,7 +226,7 @@ def _detected(pull: Product, m: int, like: Tensor) -> Pattern:
 
 
 def _read(decompression: Decompression, of: Derivative, x: Tensor, value: Tensor) -> tuple[SparseMatrix, bool]:
-    """Return a Jacobian at x (B, n) of a value (B, m), and whether it has the derivative's product."""
+    """Return the Jacobian at x, (B, n), of a value (B, m), and whether it gives the derivative's product."""
     M = decompression.matrix(of, x.detach())
     return M, _agrees(M, of.pull, value.detach())
 
@@ -372,18 +234,13 @@ def _read(decompression: Decompression, of: Derivative, x: Tensor, value: Tensor
 def _agrees(M: SparseMatrix, pull: Product, like: Tensor) -> bool:
     """Return whether a sparse matrix gives the same product as the derivative, in samples that are finite."""
     w = probe(like.shape[1], like).expand_as(like)
-    own, right = M.mT.matvec(_on_cpu(w)), _on_cpu(pull(w))
+    own, right = M.mT.matvec(on_cpu(w)), on_cpu(pull(w))
     if not own.numel():
         return True
-    size = M.mT.abs().matvec(_on_cpu(w).abs())
+    size = M.mT.abs().matvec(on_cpu(w).abs())
     tol = torch.finfo(like.dtype).eps
     wrong = (own - right).abs() > 1e6 * tol * size + 100 * tol * size.amax(1, keepdim=True)
     return not bool((wrong & right.isfinite() & size.isfinite()).any())
-
-
-def _on_cpu(t: Tensor) -> Tensor:
-    """Return a detached tensor in float64 on the CPU."""
-    return t.detach().double().cpu()
 
 
 def _pattern(name: str, M: Any) -> Pattern:

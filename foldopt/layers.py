@@ -55,10 +55,10 @@ def f_sqp(
         stepsize: alpha of eq. 32, above 0; default 1, the full step. The gradient does not depend on it.
         dtype: dtype of the computation; default float64. None keeps the dtype of the first floating parameter.
         degenerate: policy for samples whose solution has no derivative for the incoming gradient: "raise" (the default:
-            `KinkError` at active constraints with a multiplier of zero, `NotUniqueError`, `DependentRowsError`), "warn"
-            and go on as "one_sided", "one_sided" (the derivative of one of the smooth pieces that meet; of dependent
-            active constraints only independent ones carry multipliers), "least_norm" (dependent ones share them), "nan"
-            or "zero" (the gradient of that sample).
+            `KinkError` at active constraints with a multiplier of zero, `NotUniqueError`, `SingularHessianError`,
+            `DependentRowsError`), "warn" and go on as "one_sided", "one_sided" (the derivative of one of the smooth
+            pieces that meet; of dependent active constraints only independent ones carry multipliers), "least_norm"
+            (dependent ones share them), "nan" or "zero" (the gradient of that sample).
         on_failure: policy for samples that fail, as in `foldopt.fold`: "raise" (the default), "warn", "nan" or "zero".
         sparsity: for thousands of variables: True, or a `foldopt.Sparsity`, makes the KKT system sparse, as in
             `foldopt.updates.SparseSQP`. The program must be a `SmoothProgram` and the stepsize 1. True detects the
@@ -110,7 +110,7 @@ def f_sqp(
 def _step(
     program: SQPProgram, stepsize: float, degenerate: str, nan: bool, sparsity: bool | Sparsity
 ) -> SQP | SparseSQP:
-    """Return the step that `f_sqp` and `NLPLayer` fold."""
+    """Return the dense or the sparse SQP step."""
     if sparsity is False:
         return SQP(program, stepsize, degenerate, nan)
     if stepsize == 1:
@@ -164,7 +164,7 @@ class NLPLayer(LayerAround):
     Raises:
         InputError: an argument is unknown or of a wrong shape, or the parameters' numbers of rows contradict.
 
-    Example:
+    Examples:
         >>> layer = NLPLayer(lambda x, c: (c * x).sum(1), lambda x, c: x.square().sum(1, keepdim=True) - 1,
         ...                  start=torch.zeros(2))
         >>> layer(torch.tensor([[3.0, 4.0], [0.0, -1.0]]))

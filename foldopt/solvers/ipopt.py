@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from foldopt._sparsity import Derivatives, SparseDerivatives
+from foldopt._decompression import Derivatives
+from foldopt._sparsity import SparseDerivatives
 from foldopt.errors import InputError, MissingDependencyError
 from foldopt.qp.matrix import SparseMatrix
 from foldopt.updates.programs import SmoothProgram, SQPData
@@ -89,7 +90,7 @@ def solve_ipopt(
         InputError: start is not (B, n), Ipopt does not know an option, or given sparsity misses entries.
         MissingDependencyError: cyipopt is not installed.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from foldopt import SmoothProgram
         >>> program = SmoothProgram(lambda x, c: (c * x).sum(1), None, lambda x, c: x.square().sum(1, keepdim=True) - 1)

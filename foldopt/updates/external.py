@@ -30,7 +30,7 @@ class ExternalFunction:
 
     Raises InputError where a callback returns another shape, and where a third derivative is asked for.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> F = ExternalFunction(
         ...     value=lambda z: np.array([z[0] ** 2 * z[1]]),

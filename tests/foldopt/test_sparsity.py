@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 import foldopt
 from foldopt import SmoothProgram
-from foldopt._sparsity import Decompression, Derivative, Sparsity
+from foldopt._decompression import Decompression, Derivative
+from foldopt._sparsity import Sparsity
 from foldopt.errors import InputError, MissingDependencyError
 from foldopt.qp.matrix import Pattern
 from tests.foldopt.programs import F64
@@ -94,7 +95,7 @@ def test_arguments_are_checked():
         Sparsity(np.ones((8, 9)))
     with pytest.raises(InputError, match=r"inequalities has shape \(9,\), expected a matrix"):
         Sparsity(LINE, np.ones(9))
-    with pytest.raises(InputError, match="solver='sqp' works with dense matrices: with sparsity= pass a function"):
+    with pytest.raises(InputError, match="solver='sqp' works with dense matrices: with sparsity= take solver='ipopt'"):
         foldopt.NLPLayer(chain, sparsity=True, start=torch.zeros(9))
     with pytest.raises(InputError, match=r"stepsize=0.5: with sparsity= the step is a full one"):
         foldopt.f_sqp(SmoothProgram(chain), lambda c: c, stepsize=0.5, sparsity=True)
