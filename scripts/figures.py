@@ -9,7 +9,7 @@ from rich.console import Console
 
 from experiments.report.reproduction import make_figures
 from experiments.report.verification import verify
-from experiments.run.tracking import MODES
+from experiments.run.settings import TRACKING_MODES
 from experiments.sweep import studies
 
 
@@ -19,7 +19,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--study", action="append", choices=studies.names(), help="default: all")
     parser.add_argument("--profile", default="default", choices=studies.PROFILES, help="size of the studies")
     parser.add_argument("--check", action="store_true", help="write nothing; fail where results/ has other numbers")
-    parser.add_argument("--tracking", choices=MODES, help="log them to W&B; default: as the study says")
+    parser.add_argument("--tracking", choices=TRACKING_MODES, help="log them to W&B; default: as the study says")
     options = parser.parse_args(arguments)
     names = options.study or studies.names()
     if options.check:

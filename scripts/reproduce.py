@@ -10,7 +10,7 @@ from rich.console import Console
 
 from experiments.report import page as report
 from experiments.report.reproduction import reproduce
-from experiments.run.tracking import MODES
+from experiments.run.settings import TRACKING_MODES
 from experiments.sweep import studies
 
 
@@ -20,7 +20,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--study", action="append", choices=studies.names(), help="default: all")
     parser.add_argument("--profile", choices=studies.PROFILES, help="size; default: by the hardware and data at hand")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes of one thread each")
-    parser.add_argument("--tracking", choices=MODES, help="of the runs left to do by W&B; default: as the study says")
+    parser.add_argument(
+        "--tracking", choices=TRACKING_MODES, help="of the runs left to do, by W&B; default: the study's"
+    )
     options = parser.parse_args(arguments)
     names = options.study or studies.names()
     code = reproduce(names, options.profile, options.workers, Console(), options.tracking)

@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from experiments.run import configuration
-from experiments.run.tracking import MODES
+from experiments.run.settings import TRACKING_MODES
 from experiments.sweep import studies
 from experiments.sweep.cluster import STATES, Sweep, work
 from foldopt.errors import FoldoptError
@@ -49,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--profile", default="default", choices=studies.PROFILES, help="size of the studies")
         command.add_argument("--series", action="append", help="of the study; default: all")
         if name in ("submit", "retry", "collect"):
-            command.add_argument("--tracking", choices=MODES, help="by W&B; default: as the study says")
+            command.add_argument("--tracking", choices=TRACKING_MODES, help="by W&B; default: as the study says")
         if name in ("submit", "retry"):
             command.add_argument("--runs-per-job", type=int, default=1, help="one after the other; 1 where left out")
             command.add_argument(

@@ -20,7 +20,7 @@ from experiments.benchmark.verdicts import FASTER, exponents, judged, medians, t
 from experiments.report import style
 from experiments.report.artifacts import Artifacts, output_root
 from experiments.report.measurements import measured_once
-from experiments.run.execution import made_with
+from experiments.run.summary import made_with
 
 BESIDE = {FLOOR: "batched LU of the backward pass's size", NETWORK: "step of the network alone"}
 QUICK: Mapping[str, Any] = {

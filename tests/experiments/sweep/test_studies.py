@@ -56,7 +56,7 @@ def test_tracking_a_study_groups_its_runs_and_moves_none():
     untracked = studies.expand(studies.parse(RAW, "tiny.yaml"))
     tracked = studies.expand(studies.parse(RAW, "tiny.yaml"), mode="online")
     assert [run.folder for run in tracked] == [run.folder for run in untracked]
-    assert configuration.identity(tracked[0].config) == configuration.identity(untracked[0].config)
+    assert folders.identity(tracked[0].config) == folders.identity(untracked[0].config)
     settings = configuration.compose(list(tracked[-1].overrides)).tracking
     assert settings == tracked[-1].config.tracking
     assert (settings.mode, settings.group, settings.job_type) == ("online", "tiny", "fold")
