@@ -17,10 +17,10 @@ from foldopt.step import as_tuple
 class SPOPlusBackend(Backend):
     """The SPO+ loss of a problem whose value is linear in the parameters, maximized.
 
-    With v(w, t) the value of decision w at parameters t and V(t) its maximum, it is
-    V(2t' - t) - 2 v(w*(t), t') + V(t) for predictions t' and truth t: PyEPO's definition (Tang and Khalil, 2024) for
-    the costs -t, minimized, a part of v without t being a decision whose coefficient is known to be 1. It is convex in
-    t', never below the regret, 0 at t' = t, and 2 (w*(2t' - t) - w*(t)) is a subgradient.
+    With v(w, t) the value of decision w at parameters t, and V(t) its maximum, the loss is
+    V(2t' - t) - 2 v(w*(t), t') + V(t) for predictions t' and truth t: PyEPO's definition (Tang and Khalil, 2024)
+    for the costs -t, which are minimized; a term of v without t counts as a decision with the known coefficient 1. The
+    loss is convex in t', never below the regret, 0 at t' = t, and 2 (w*(2t' - t) - w*(t)) is a subgradient.
     """
 
     trains_on: ClassVar[Literal["surrogate"]] = "surrogate"

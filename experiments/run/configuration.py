@@ -10,6 +10,7 @@ from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
+from yaml import YAMLError
 
 from foldopt.errors import InputError
 
@@ -37,8 +38,11 @@ def compose_launcher(name: str, settings: list[str]) -> DictConfig:
 
 
 def load_yaml(path: Path) -> DictConfig:
-    """Return a YAML file of keys and values. Raises InputError for one that holds something else."""
-    content = OmegaConf.load(path)
+    """Return a YAML file of keys and values. Raises InputError if it is no YAML or holds something else."""
+    try:
+        content = OmegaConf.load(path)
+    except YAMLError as error:
+        raise InputError(f"{path} is no YAML: {error}") from error
     if not isinstance(content, DictConfig):
         raise InputError(f"{path} holds a list; expected keys with values.")
     return content

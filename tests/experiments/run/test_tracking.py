@@ -298,15 +298,15 @@ def test_a_server_that_hangs_at_the_end_costs_little_time_and_no_data(tiny, cons
     folder, seconds = folders.of(cfg), []
     with answering() as server:
         monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}")
-        finish = Tracker.finish
+        finish = Tracker.__exit__
 
-        def hung(self, exit_code):
+        def hung(self, *error):
             server.hangs.set()
             begin = time.monotonic()
-            finish(self, exit_code)
+            finish(self, *error)
             seconds.append(time.monotonic() - begin)
 
-        monkeypatch.setattr(Tracker, "finish", hung)
+        monkeypatch.setattr(Tracker, "__exit__", hung)
         assert execute(cfg, console) == 0
         begin = time.monotonic()
         wandb.teardown()  # as at the end of the process
