@@ -61,7 +61,7 @@ format: .venv/.installed ## fix style
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
-reproduce: .venv/.installed ## run every study, then figures and tables (PROFILE=smoke|default|paper, WORKERS=n, TRACKING=offline|online)
+reproduce: .venv/.installed ## run every study, then figures and tables (PROFILE=smoke|default|paper, WORKERS=n, TRACKING=offline|online, CONFIG_DIR=folder of your own)
 	$(PY) -m scripts.reproduce $(if $(filter-out file,$(origin PROFILE)),--profile $(PROFILE)) $(if $(WORKERS),--workers $(WORKERS)) $(TRACKED) $(FOUND)
 
 sweep: .venv/.installed ## submit a study to the Slurm cluster and return (STUDY="figure_4c figure_6", PROFILE, RUNS_PER_JOB=n, TRACKING)

@@ -124,7 +124,7 @@ def build(cfg: DictConfig, device: torch.device | str = "cpu") -> Components:
     _require_fit(cfg, task, model)
     _require_trainable(cfg.train, task, model)
     task.to(torch.device(device))
-    model.to(device)
+    model = model.to(device)
     optimizer = make(cfg.optimizer, "optimizer", params=model.parameters(), lr=cfg.train.lr)
     return Components(task, model, backend, optimizer)
 
