@@ -6,8 +6,11 @@ PROFILE ?= default
 TRACKED = $(if $(TRACKING),--tracking $(TRACKING))
 UV_VERSION := 0.13.9
 
-STUDIES := $(subst _,-,$(basename $(notdir $(wildcard conf/study/*.yaml))))
-MEASUREMENTS := $(shell sed -n '/^measurements:/,/^[^ ]/s/^  \([a-z0-9-]*\):.*/\1/p' conf/study/*.yaml)
+STUDY_FILES := $(wildcard conf/study/*.yaml $(if $(CONFIG_DIR),$(CONFIG_DIR)/study/*.yaml))
+STUDIES := $(subst _,-,$(basename $(notdir $(STUDY_FILES))))
+MEASUREMENTS := $(shell sed -n '/^measurements:/,/^[^ ]/s/^  \([a-z0-9-]*\):.*/\1/p' $(STUDY_FILES))
+# CONFIG_DIR=folder: your folder of configurations, with studies of yours in its folder study/
+FOUND = $(if $(CONFIG_DIR),--config-dir $(CONFIG_DIR))
 
 .PHONY: help test test-slow test-all nightly endurance coverage lint format reproduce sweep docs docs-serve slurm figures \
 	report verify $(STUDIES) $(MEASUREMENTS) bench bench-qp bench-cvxpy verdicts peers clean lock
@@ -15,9 +18,9 @@ MEASUREMENTS := $(shell sed -n '/^measurements:/,/^[^ ]/s/^  \([a-z0-9-]*\):.*/\
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo; echo "Figures and tables of a study from its run folders:"
-	@awk '/^title: /{name = FILENAME; gsub(/.*\/|\.yaml/, "", name); gsub("_", "-", name); sub(/^title: /, ""); printf "  make %-22s %s\n", name, $$0}' conf/study/*.yaml
+	@awk '/^title: /{name = FILENAME; gsub(/.*\/|\.yaml/, "", name); gsub("_", "-", name); sub(/^title: /, ""); printf "  make %-22s %s\n", name, $$0}' $(STUDY_FILES)
 	@echo; echo "What is measured without training:"
-	@awk '/^[^ ]/{on = /^measurements:/} on && /^  /{split($$0, part, / # /); sub(/:.*/, ""); printf "  make %-22s %s\n", $$1, part[2]}' conf/study/*.yaml
+	@awk '/^[^ ]/{on = /^measurements:/} on && /^  /{split($$0, part, / # /); sub(/:.*/, ""); printf "  make %-22s %s\n", $$1, part[2]}' $(STUDY_FILES)
 
 # The lock pins every package and the hashes of its files, so it is installed as it stands (--no-deps): qpth's own pin of
 # numpy is overridden there.
@@ -58,12 +61,12 @@ format: .venv/.installed ## fix style
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
-reproduce: .venv/.installed ## run every study, then figures and tables (PROFILE=smoke|default|paper, WORKERS=n, TRACKING=offline|online)
-	$(PY) -m scripts.reproduce $(if $(filter-out file,$(origin PROFILE)),--profile $(PROFILE)) $(if $(WORKERS),--workers $(WORKERS)) $(TRACKED)
+reproduce: .venv/.installed ## run every study, then figures and tables (PROFILE=smoke|default|paper, WORKERS=n, TRACKING=offline|online, CONFIG_DIR=folder of your own)
+	$(PY) -m scripts.reproduce $(if $(filter-out file,$(origin PROFILE)),--profile $(PROFILE)) $(if $(WORKERS),--workers $(WORKERS)) $(TRACKED) $(FOUND)
 
 sweep: .venv/.installed ## submit a study to the Slurm cluster and return (STUDY="figure_4c figure_6", PROFILE, RUNS_PER_JOB=n, TRACKING)
 	@test -n "$(STUDY)" || { echo "make sweep needs a study: make sweep STUDY=figure_4c"; exit 1; }
-	$(PY) -m scripts.sweep submit $(STUDY) --profile $(PROFILE) $(if $(RUNS_PER_JOB),--runs-per-job $(RUNS_PER_JOB)) $(TRACKED)
+	$(PY) -m scripts.sweep submit $(STUDY) --profile $(PROFILE) $(if $(RUNS_PER_JOB),--runs-per-job $(RUNS_PER_JOB)) $(TRACKED) $(FOUND)
 
 docs: .venv/.installed ## build the documentation into build/site; a broken link fails
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
@@ -76,20 +79,20 @@ slurm: ## install Debian's Slurm, as root, for the test of the sweeps (which sta
 	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends slurm-wlm munge
 
 figures: .venv/.installed ## figures and tables of all studies from the run folders (TRACKING=offline|online: into W&B too)
-	$(PY) -m scripts.figures --profile $(PROFILE) $(TRACKED)
+	$(PY) -m scripts.figures --profile $(PROFILE) $(TRACKED) $(FOUND)
 
 report: .venv/.installed ## the paper's claims with verdicts, from the tables and figures: REPORT.md, report.html
-	$(PY) -m scripts.report --profile $(PROFILE)
+	$(PY) -m scripts.report --profile $(PROFILE) $(FOUND)
 
 verify: .venv/.installed ## check that figures and tables in results/ are those of the run folders
-	$(PY) -m scripts.figures --check --profile $(PROFILE)
+	$(PY) -m scripts.figures --check --profile $(PROFILE) $(FOUND)
 
 # A study is one file of conf/study: its name makes its figures and tables, its `measurements` are targets as well.
 $(STUDIES): .venv/.installed
-	$(PY) -m scripts.figures --study $(subst -,_,$@) --profile $(PROFILE)
+	$(PY) -m scripts.figures --study $(subst -,_,$@) --profile $(PROFILE) $(FOUND)
 
 $(MEASUREMENTS): .venv/.installed
-	$(PY) -m scripts.measure $@ --profile $(PROFILE)
+	$(PY) -m scripts.measure $@ --profile $(PROFILE) $(FOUND)
 
 bench: .venv/peers/.installed ## time, memory and accuracy of every layer beside its peers, against the targets (some 20 minutes; THREADS="1 4")
 	.venv/peers/bin/python -m scripts.bench --profile $(PROFILE) $(addprefix --threads=,$(THREADS))

@@ -6,15 +6,17 @@ import argparse
 import os
 import sys
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 from rich.console import Console
 
 from experiments.run import configuration
-from experiments.run.tracking import MODES
+from experiments.run.settings import TRACKING_MODES
 from experiments.sweep import studies
 from experiments.sweep.cluster import STATES, Sweep, work
 from foldopt.errors import FoldoptError
+from scripts import study_options
 
 COMMANDS = {
     "submit": "submit every run that is neither finished nor in the queue, and return",
@@ -28,28 +30,31 @@ SHOWN = 12
 
 def main(arguments: list[str] | None = None) -> int:
     """Parse the command line and do what it says; return the exit code."""
-    options = parser().parse_args(arguments)
+    available = study_options.available(arguments)
+    options = parser(available).parse_args(arguments)
     if options.command == "work":
         return work(options.folder, int(os.environ["SLURM_ARRAY_TASK_ID"]))
     console = Console(soft_wrap=True, highlight=False, markup=False)
     try:
-        return max(_do(options, study, console) for study in options.study)
+        return max(_do(options, available[name], console) for name in options.study)
     except FoldoptError as error:
         console.print(f"error: {error}")
         return 1
 
 
-def parser() -> argparse.ArgumentParser:
-    """Return the parser of the command line."""
+def parser(available: Mapping[str, str] | None = None) -> argparse.ArgumentParser:
+    """Return the parser of the command line; available: the studies, see `studies.available`, None for conf/study's."""
+    known = studies.available() if available is None else available
     top = argparse.ArgumentParser(prog="scripts/sweep.py", description=__doc__)
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in COMMANDS.items():
         command = commands.add_parser(name, help=text, description=text)
-        command.add_argument("study", nargs="+", choices=studies.names(), metavar="STUDY", help="of conf/study")
+        command.add_argument("study", nargs="+", choices=known, metavar="STUDY", help=f"one of {', '.join(known)}")
+        study_options.add_config_dir(command)
         command.add_argument("--profile", default="default", choices=studies.PROFILES, help="size of the studies")
         command.add_argument("--series", action="append", help="of the study; default: all")
         if name in ("submit", "retry", "collect"):
-            command.add_argument("--tracking", choices=MODES, help="by W&B; default: as the study says")
+            command.add_argument("--tracking", choices=TRACKING_MODES, help="by W&B; default: as the study says")
         if name in ("submit", "retry"):
             command.add_argument("--runs-per-job", type=int, default=1, help="one after the other; 1 where left out")
             command.add_argument(
@@ -77,9 +82,9 @@ def _do(options: argparse.Namespace, study: str, console: Console) -> int:
         case "status":
             return _status(sweep, console)
         case "collect":
-            return _collect(sweep, mode, console)
+            return _collect(sweep, study, mode, console)
     ended = sweep.cancel()
-    console.print(f"{study} ({options.profile}): {len(ended)} job arrays cancelled")
+    console.print(f"{sweep.study} ({options.profile}): {len(ended)} job arrays cancelled")
     return 0
 
 
@@ -108,14 +113,14 @@ def _status(sweep: Sweep, console: Console) -> int:
     return 1 if count["failed"] else 0
 
 
-def _collect(sweep: Sweep, mode: str | None, console: Console) -> int:
+def _collect(sweep: Sweep, study: str, mode: str | None, console: Console) -> int:
     from experiments.report.reproduction import make_figures  # plots, which no other command needs
 
     path, finished = sweep.collect()
     console.print(f"{path}: the metrics of {finished} of {len(sweep.planned)} runs")
     if finished < len(sweep.planned):
         return max(1, _status(sweep, console))
-    return make_figures([sweep.study], sweep.profile, console, mode)
+    return make_figures([study], sweep.profile, console, mode)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What backends share: layers of foldopt around a problem, and their failures."""
+"""Backends around a layer of foldopt, and the failures that its certificates report."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from foldopt.errors import InputError
 
 
 class LayerBackend(Backend):
-    """A backend around a layer of foldopt, of whose state the problem reads the decisions."""
+    """A backend around a layer of foldopt; the problem reads the decisions from the layer's state."""
 
     def __init__(self, problem: Problem, layer: FixedPointLayer) -> None:
         self.problem, self.layer = problem, layer
@@ -31,7 +31,7 @@ class LayerBackend(Backend):
     def take_failures(self) -> int:
         """Return how many samples of the last call failed, forward or backward.
 
-        `products` then tells how many products with Phi the adjoint equations of that call took in all.
+        Sets `products` to the number of products with Phi that the adjoint equations of that call took.
         """
         last, self.layer.last = self.layer.last, None
         backward = None if last is None else last.backward
@@ -40,7 +40,7 @@ class LayerBackend(Backend):
 
 
 class SolutionBackend(LayerBackend):
-    """A layer that starts at what the problem's forward solver found and differentiates its update step, in float64.
+    """A layer, in float64, that calls the problem's forward solver and differentiates its update step there.
 
     optimizer: the update step, one of the problem's, or "auto", its first. forward: one of the problem's solvers.
     forward_tol: that solver's own tolerance, None for its default. tol, on_failure: as for `foldopt.fold`; tol None
@@ -70,7 +70,7 @@ class SolutionBackend(LayerBackend):
 
 
 def failures(last: FoldInfo | None) -> int:
-    """Return how many samples failed, forward or backward, by the certificates of a layer's last call."""
+    """Return how many samples failed, forward or backward, according to the certificates of a layer's last call."""
     if last is None:
         return 0
     ok = last.solved if last.backward is None else last.solved & last.backward.ok
@@ -80,7 +80,7 @@ def failures(last: FoldInfo | None) -> int:
 def optimizer_of(problem: Problem, name: str) -> str:
     """Return the problem's optimizer called `name`, or its first for "auto".
 
-    Raises InputError if it has none of that name.
+    Raises InputError if the problem has no optimizer of that name.
     """
     able = list(problem.optimizers)
     if name != "auto" and name not in able:

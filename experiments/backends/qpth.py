@@ -18,12 +18,12 @@ DTYPES = {"float64": torch.float64, "float32": torch.float32}
 
 
 class QpthBackend(Backend):
-    """qpth on the task's problem in the form of its method `qp`.
+    """qpth on the quadratic program that the problem's `qp` returns.
 
-    dtype: "float64" or "float32", in which qpth computes. eps, max_iter: its tolerance and cap of iterations.
-    ridge: on the diagonal of variables without curvature, above 0, as qpth needs a positive definite Q.
+    dtype: "float64" or "float32", in which qpth computes. eps, max_iter: qpth's tolerance and its largest number of
+    iterations. ridge: number above 0 for the diagonal of variables without curvature; qpth needs a positive definite Q.
 
-    Samples whose solution is not finite are counted; of the others qpth does not tell whether it solved them.
+    A sample counts as failed if its solution is not finite; qpth does not report any other failure.
     """
 
     def __init__(

@@ -13,7 +13,7 @@ from foldopt.step import as_tuple
 
 
 class TwoStageBackend(Backend):
-    """No layer at all; its decisions are those of the problem's exact solver."""
+    """Trains without a layer; its decisions are those of the problem's exact solver."""
 
     trains_on: Literal["decision", "prediction", "surrogate"] = "prediction"
 

@@ -9,9 +9,9 @@ from foldopt.linear_solve import LinearSolver
 
 
 class UnfoldBackend(SolutionBackend):
-    """`iterations` steps of the problem's optimizer from what its forward solver found.
+    """`iterations` steps of the problem's optimizer, on the graph, from the forward solver's solution.
 
-    Others: as for `SolutionBackend`. By Theorem 1 the backward pass is LFPI with as many iterations.
+    The other arguments are those of `SolutionBackend`. By Theorem 1 the backward pass is LFPI with as many iterations.
     """
 
     def __init__(

@@ -22,7 +22,7 @@ from experiments.report import style
 from experiments.report.artifacts import Artifacts, output_root
 from experiments.report.markdown import number
 from experiments.report.measurements import measured_once
-from experiments.run.execution import made_with
+from experiments.run.summary import made_with
 
 BESIDE = {FLOOR: "batched LU of the backward pass's size", NETWORK: "step of the network alone"}
 QUICK: Mapping[str, Any] = {

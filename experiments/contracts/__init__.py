@@ -1,1 +1,1 @@
-"""What the harness asks of a problem, a task, a model and a backend: one file each, every member declared."""
+"""The members that a problem, a task, a model and a backend must or may have; one file each."""

@@ -1,4 +1,4 @@
-"""What the trainer asks of a backend: from an optimization problem to decisions that can be trained through."""
+"""The contract of a backend, which turns predicted parameters into decisions that can be trained through."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ TRAINS_ON = ("decision", "prediction", "surrogate")
 
 
 class Backend(Contract, ABC):
-    """How decisions are trained through. A class is made with (task, linear_solver) and the keys of its YAML.
+    """A way to train through the decisions. The class is called with (task, linear_solver) and the keys of its YAML.
 
     trains_on: "decision" (the loss of the decisions it returns), "prediction" (the prediction error) or "surrogate"
-    (a loss of its own, `losses`). products: how many products with Phi the adjoint equations of the batch took before
-    the last `take_failures`, in all; 0 where none are counted.
+    (a loss of its own, `losses`). products: the number of products with Phi that the adjoint equations of the last
+    batch took, summed over its samples, once `take_failures` was called; 0 if the backend counts none.
     """
 
     ABSENT: ClassVar[Mapping[str, str]] = {
@@ -33,7 +33,7 @@ class Backend(Contract, ABC):
 
     @staticmethod
     def unsuitable(task: Task) -> str | None:
-        """Return why this backend cannot do the task, a clause of a sentence; None, the default, if it can."""
+        """Return why this backend cannot do the task, as a clause for an error message; None if it can."""
         return None
 
     @abstractmethod

@@ -1,4 +1,4 @@
-"""What all contracts share: members that a class may leave out, and errors for those that it must not."""
+"""The base of all contracts: optional members, and clear errors for missing ones."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from foldopt.errors import FoldoptError
 
 
 class ContractError(FoldoptError, TypeError):
-    """A class lacks a member that the harness needs, or a member returns what it must not; names both."""
+    """A class lacks a member that the harness needs, or a member returns a wrong value; the message names both."""
 
 
 class Contract:
     """Base of `Problem`, `Task` and `Backend`.
 
-    ABSENT: the optional members, and what a class that leaves one out cannot do, as a clause of a sentence.
-    lacking: other clauses in their place, of a class that can say why it leaves a member out.
+    ABSENT: the optional members, each with a clause for error messages that says what a class without it lacks.
+    lacking: a class may give more precise clauses here, with the reason why it leaves a member out.
     """
 
     ABSENT: ClassVar[Mapping[str, str]] = {}
     lacking: ClassVar[Mapping[str, str]] = {}
 
     def lacks(self, *members: str) -> str | None:
-        """Return why the first of these optional members that is missing is missing, None if all are there."""
+        """Return the clause of the first of these optional members that is missing; None if none is."""
         for name in members:
             if name not in vars(self) and "ABSENT" in vars(_definer(type(self), name)):
                 return self.lacking.get(name, self.ABSENT[name])
         return None
 
     def _absent(self, member: str) -> NoReturn:
-        """Raise ContractError for a call of an optional member that is missing."""
+        """Raise ContractError because an optional member that is missing was called."""
         raise ContractError(f"{dotted(type(self))} has no {member}: {self.lacking.get(member, self.ABSENT[member])}.")
 
 
@@ -45,7 +45,7 @@ def dotted(cls: Any) -> str:
 
 
 def require_contract(cls: Any, contract: type[Contract], group: str) -> None:
-    """Raise ContractError unless `cls` is derived from the contract and has all methods that it must have."""
+    """Raise ContractError unless `cls` is a subclass of the contract and defines all its required methods."""
     if not (isinstance(cls, type) and issubclass(cls, contract)):
         raise ContractError(
             f"{group}: {dotted(cls)} is no {contract.__name__}; derive it from {dotted(contract)}, which describes "

@@ -1,4 +1,4 @@
-"""What the trainer asks of a model: a torch module of sizes that the task gives."""
+"""The contract of a model: a torch module whose sizes the task gives."""
 
 from __future__ import annotations
 

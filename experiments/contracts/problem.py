@@ -1,4 +1,4 @@
-"""What backends ask of a problem: the mathematics of one study, its solvers and its update steps."""
+"""The contract of a problem: the mathematics of one study, its solvers and its update steps, for the backends."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ class Forward:
 
 
 class Problem(Contract):
-    """An optimization problem whose parameters are predicted; every backend asks for some of the members below.
+    """An optimization problem whose parameters are predicted; each backend needs some of the members below.
 
-    B is the number of samples. `parameters` are what a task's `parameters` returns, a tensor or a tuple of tensors;
-    `params` the tensors that a layer is called with, each (B, ...) or shared by the samples.
+    B is the number of samples. `parameters` is what a task's `parameters` returns, a tensor or a tuple of tensors;
+    `params` are the tensors that a layer is called with, each (B, ...) or shared by the samples.
 
-    forwards: the solvers that `solve` knows, by name (backend.forward). lacking: by the name of a member that this
-    problem leaves out, the reason, which the error for an unsuitable backend quotes.
+    forwards: the solvers that `solve` knows, by name (backend.forward). lacking: for each member that this problem
+    leaves out, the reason, which the error about an unsuitable backend quotes.
 
     Which backend needs what: fold and unfold `optimizers`, `forwards`, `solve`; unroll `optimizers`, `unrolled`; cvxpy
     and cvxpylayers `cvxpy`; qpth `qp`, `qp_decisions`; exact `closed_form`; pyepo and spo_plus `decide`, `value`;
@@ -74,7 +74,7 @@ class Problem(Contract):
         return as_tuple(parameters)
 
     def solve(self, forward: str, *params: Any, **options: Any) -> State:
-        """Return the solution that the forward solver finds, float64 and without a graph; options: `tol`, if any."""
+        """Return the forward solver's solution, in float64 and without a graph; options: `tol`, its tolerance."""
         self._absent("solve")
 
     def state(self, optimizer: str, solution: Any, *params: Any, **options: Any) -> State:

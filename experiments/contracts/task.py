@@ -1,4 +1,4 @@
-"""What the trainer asks of a task: data, loss and metrics of one study; the mathematics is in its problem."""
+"""The contract of a task: data, loss and metrics of one study, for the trainer; its problem has the mathematics."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ Samples = dict[str, Tensor]
 
 
 class Task(Contract, ABC):
-    """What is learned. A class is made with `seed` and the keys of its YAML, and sets:
+    """A learning task. The class is called with `seed` and the keys of its YAML, and sets in __init__:
 
     problem: the optimization problem whose parameters are predicted, handed to the backend.
     n_inputs, n_outputs: sizes of the model. splits: "train", "val" and "test", each a dict of tensors with the samples
     along the first dimension; "inputs" is what the model gets.
 
-    and of the class:
+    Attributes of the class are:
 
-    objective: the column by which a run is judged: its best validation is what a search minimizes.
-    maximize: whether more of it is better. columns: all that `metrics` and `diagnose` return, "loss" excepted; they
-    become columns of metrics.csv. shown: those of them that the console shows after an epoch; () for the objective.
-    shared: whether the model returns one set of parameters for all samples, such as a learned operator, instead of
-    (B, n_outputs). running: the metrics that are also measured over the training batches.
+    objective: the column by which a run is judged; a search optimizes its best value on validation samples.
+    maximize: whether a larger objective is better. columns: the names of all values that `metrics` and `diagnose`
+    return, except "loss"; they become columns of metrics.csv. shown: the columns that the console shows after an epoch;
+    () means the objective. shared: whether the model returns one set of parameters for all samples, such as a learned
+    operator, instead of (B, n_outputs). running: the metrics that are also measured on the training batches.
     """
 
     ABSENT: ClassVar[Mapping[str, str]] = {
@@ -54,7 +54,7 @@ class Task(Contract, ABC):
 
     @abstractmethod
     def parameters(self, outputs: Tensor, samples: Samples) -> Any:
-        """Return the problem's parameters that the model's outputs stand for, with what the samples add to them."""
+        """Return the parameters of the problem, from the model's outputs and the known parts in the samples."""
 
     @abstractmethod
     def decision_losses(self, decisions: Tensor, samples: Samples) -> Tensor:
@@ -62,10 +62,10 @@ class Task(Contract, ABC):
 
     @abstractmethod
     def metrics(self, outputs: Tensor, samples: Samples) -> dict[str, float]:
-        """Return the metrics of a split's outputs, by the exact solver: some of `columns`, with the objective.
+        """Return the metrics of a split, by the exact solver: the objective, and any other of `columns`.
 
-        "loss", if it is among them, is the mean decision loss. Else the decision loss is an estimate of the objective
-        (of minus the objective if `maximize`), which is then recorded as the loss of validation and test samples.
+        They may include "loss", the mean decision loss. Without it, the objective (or minus the objective, if
+        `maximize`) is recorded as the loss of validation and test samples.
         """
 
     def truth(self, samples: Samples) -> Parameters:
@@ -77,13 +77,13 @@ class Task(Contract, ABC):
         self._absent("prediction_losses")
 
     def exact_gradient(self, outputs: Tensor, samples: Samples) -> Tensor:
-        """Return the exact gradient of the mean decision loss in the outputs, of their shape, to compare with."""
+        """Return the exact gradient of the mean decision loss with respect to the outputs, in their shape."""
         self._absent("exact_gradient")
 
     def prepare(self, inputs: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Return the inputs as the model gets them, with random changes for training if there is a generator."""
+        """Return the inputs for the model; with a generator, for training, they may be augmented at random."""
         return inputs
 
     def diagnose(self, outputs: Tensor, samples: Samples) -> dict[str, float]:
-        """Return what is measured on one training batch per epoch: some of `columns`."""
+        """Return diagnostics of the last training batch of an epoch: any of `columns`."""
         return {}

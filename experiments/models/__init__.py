@@ -1,1 +1,1 @@
-"""Models: torch modules made from (n_inputs, n_outputs) and the options of their YAML."""
+"""Models: torch modules, called with (n_inputs, n_outputs) and the options of their YAML."""

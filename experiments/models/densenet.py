@@ -18,9 +18,9 @@ class DenseNet(nn.Module):
     Three dense blocks with bottlenecks of 4 `growth` channels, and transitions that halve channels and sides between
     them. 40-40 is the paper's network, 22-12 one for a CPU.
 
-    amp: on CUDA compute in bfloat16 where that is safe (autocast), on a CPU nowhere; the features are float32 either
-    way. compile: by torch.compile, which is slow at the first batch. perturbation: relative size of a random change of
-    the initial weights, 0 but for control runs.
+    amp: on CUDA compute in bfloat16 where that is safe (autocast); a CPU ignores it, and the features are float32 in
+    any case. compile: use torch.compile, which makes the first batch slow. perturbation: relative size of a random
+    change of the initial weights, for control runs; otherwise 0.
     """
 
     def __init__(

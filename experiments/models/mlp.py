@@ -10,7 +10,7 @@ from foldopt.checks import require_whole
 class MLP(nn.Sequential):
     """`layers` linear layers, `width` wide between them, each but the last followed by ReLU.
 
-    batch_norm: normalize before each ReLU (then `model.eval()` matters).
+    batch_norm: normalize before each ReLU, by the batch in training and by running averages in evaluation.
     """
 
     def __init__(self, n_inputs: int, n_outputs: int, layers: int, width: int, batch_norm: bool) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import Any, TypeVar
 
 import pandas as pd
 
 from experiments.report.artifacts import Artifacts
+from experiments.run.configuration import ROOT
 from experiments.sweep.metrics import collect, require_finished
 from experiments.sweep.studies import Study, StudyRun
 from foldopt.errors import InputError
@@ -35,8 +39,8 @@ class StudyOutputs:
 
     @property
     def command(self) -> str:
-        """The make command of these figures and tables, for their captions."""
-        return make_command(self.study.target, self.profile)
+        """The make command of these figures and tables, which stands in their captions."""
+        return make_command(self.study.target, self.profile, self.study.config_dir)
 
     @property
     def suffix(self) -> str:
@@ -44,8 +48,8 @@ class StudyOutputs:
         return "_stand_in" if self.planned[0].config.task.get("data") == "stand_in" else ""
 
     def require_finished(self) -> None:
-        """Raise MissingRunsError unless all runs are finished; the message names the command that makes them."""
-        require_finished(self.planned, make_command("reproduce", self.profile))
+        """Raise MissingRunsError, with the command that makes them, unless all runs are finished."""
+        require_finished(self.planned, make_command("reproduce", self.profile, self.study.config_dir))
 
     def metrics(self) -> pd.DataFrame:
         """Return the metrics of all runs, see `collect`. Raises MissingRunsError unless all are finished."""
@@ -55,16 +59,20 @@ class StudyOutputs:
 
 @dataclass(frozen=True)
 class Measurement:
-    """A measurement that needs no training: its make target, its profile, and the writer of its files."""
+    """What is measured without training: its make target, its size, and where its table or figure is written.
+
+    config_dir: of the study that has the measurement, see `Study`.
+    """
 
     target: str
     profile: str
     artifacts: Artifacts
+    config_dir: Path | None = None
 
     @property
     def command(self) -> str:
-        """The make command of this measurement, for its captions."""
-        return make_command(self.target, self.profile)
+        """The make command of this measurement, which stands in its captions."""
+        return make_command(self.target, self.profile, self.config_dir)
 
     def settings(self, profiles: Mapping[str, T]) -> T:
         """Return the settings of this profile. Raises InputError, with the existing profiles, if there are none."""
@@ -73,9 +81,12 @@ class Measurement:
         return profiles[self.profile]
 
 
-def make_command(target: str, profile: str) -> str:
-    """Return the make command of `target` in `profile`."""
-    return f"make {target}" if profile == "default" else f"make {target} PROFILE={profile}"
+def make_command(target: str, profile: str, config_dir: Path | None = None) -> str:
+    """Return the make command of `target` in `profile`; config_dir: the user's configurations, see `Study`."""
+    options = [] if profile == "default" else [f"PROFILE={profile}"]
+    if config_dir is not None:
+        options.append(f"CONFIG_DIR={shlex.quote(os.path.relpath(config_dir, ROOT))}")
+    return " ".join(["make", target, *options])
 
 
 def member(path: str, study: str) -> Any:
@@ -84,7 +95,10 @@ def member(path: str, study: str) -> Any:
     try:
         return getattr(import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise InputError(f"study {study} needs {path}, which cannot be imported: {error}") from error
+        raise InputError(
+            f"study {study} needs {path}, which cannot be imported: {error}. For a module of your own, put its folder "
+            "on PYTHONPATH."
+        ) from error
 
 
 def make_outputs(outputs: StudyOutputs) -> None:

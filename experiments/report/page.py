@@ -6,7 +6,7 @@ import base64
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from markdown_it import MarkdownIt
@@ -30,18 +30,22 @@ td, th { padding: .45rem .6rem; vertical-align: top; } td { border-bottom: 1px s
 """
 
 
-def make(profile: str) -> Artifacts:
-    """Write REPORT.md and report.html of a profile from the tables and figures of its results folder."""
+def make(profile: str, names: Sequence[str] | None = None) -> Artifacts:
+    """Write REPORT.md and report.html of a profile's results folder, from the tables and figures that are there.
+
+    names: of the studies that are reported; None for all of conf/study.
+    """
     artifacts = Artifacts(output_root(profile))
-    text = write(Results(artifacts.root))
+    text = write(Results(artifacts.root), names)
     artifacts.write("REPORT.md", text.encode())
     artifacts.write("report.html", render(text, artifacts.root).encode())
     return artifacts
 
 
-def write(results: Results) -> str:
-    """Return the report as markdown."""
-    judged = {claim: claim.finding(results) for claim in claims()}
+def write(results: Results, names: Sequence[str] | None = None) -> str:
+    """Return the report of the named studies, or of all of conf/study, as markdown."""
+    names = studies.names() if names is None else names
+    judged = {claim: claim.finding(results) for claim in claims(names)}
     counts = Counter(finding.verdict for finding in judged.values())
     summary = ", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS)
     parts = [
@@ -51,9 +55,9 @@ def write(results: Results) -> str:
         "## Claims",
         "\n".join(_claims(judged)),
         "## Figures",
-        *_figures(results.root),
+        *_figures(results.root, names),
         "## Beyond the paper",
-        *_tables(results.root),
+        *_tables(results.root, names),
         "## Errata of the paper",
         ERRATA.read_text().strip(),
         "## Made with",
@@ -71,22 +75,22 @@ def _claims(judged: Mapping[Claim, Finding]) -> Iterator[str]:
         yield f"| {claim.place} | {claim.statement} | {measured} | **{finding.verdict}** | {why} | {made} |"
 
 
-def _figures(root: Path) -> Iterator[str]:
-    for name, title in _titles("figures"):
+def _figures(root: Path, names: Sequence[str]) -> Iterator[str]:
+    for name, title in _titles("figures", names):
         if (root / "figures" / f"{name}.png").is_file():
             yield f"### {title}\n\n![{title}](figures/{name}.png)"
 
 
-def _tables(root: Path) -> Iterator[str]:
-    for name, title in _titles("tables"):
+def _tables(root: Path, names: Sequence[str]) -> Iterator[str]:
+    for name, title in _titles("tables", names):
         path = root / "tables" / f"{name}.md"
         if path.is_file():
             yield f"### {title}\n\n{path.read_text().strip()}"
 
 
-def _titles(kind: str) -> Iterator[tuple[str, str]]:
-    """Yield the file name and title of the studies' figures or tables in the report; kind: "figures" or "tables"."""
-    for name in studies.names():
+def _titles(kind: str, names: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yield file name and title of what the studies show in the report; kind: "figures" or "tables"."""
+    for name in names:
         yield from getattr(studies.load(name), kind).items()
 
 

@@ -60,7 +60,7 @@ def reproduce(
         chosen[name], why = (profile, None) if profile else studies.profile_at_hand(study)
         planned = studies.expand(study, chosen[name], mode=mode)
         said = why or f"profile {chosen[name]}"
-        console.print(f"{study.title} ({name}, {said}): {len(planned)} runs", markup=False, soft_wrap=True)
+        console.print(f"{study.title} ({study.name}, {said}): {len(planned)} runs", markup=False, soft_wrap=True)
         report = execute(planned, workers=workers, console=console)
         for line in report.lines():
             console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -68,12 +68,12 @@ def reproduce(
             return report.exit_code
         if missing := len(report.failed) + len(report.elsewhere):
             exit_code = report.exit_code
-            console.print(f"No figure of {name}: {missing} of its runs are not finished.", markup=False)
+            console.print(f"No figure of {study.name}: {missing} of its runs are not finished.", markup=False)
         else:
-            exit_code |= _tried(name, console, _outputs, study, planned, chosen[name], console)
+            exit_code |= _tried(study.name, console, _outputs, study, planned, chosen[name], console)
     for name in names:
         for target in studies.load(name).measurements:
-            exit_code |= _tried(target, console, measure, target, chosen[name], console)
+            exit_code |= _tried(target, console, measure, target, chosen[name], console, [name])
     return exit_code
 
 
@@ -88,20 +88,25 @@ def _tried(what: str, console: Console, do: Callable[..., None], *arguments: obj
     return 0
 
 
-def measure(target: str, profile: str, console: Console) -> None:
-    """Write the table or figure of a make target, and measure first unless the measurement exists."""
-    known = measurements()
+def measure(target: str, profile: str, console: Console, names: Sequence[str] | None = None) -> None:
+    """Make the measurement of a make target unless that was done before, and write its table or figure.
+
+    names: of the studies among whose measurements it is; None for all of conf/study.
+    """
+    known = measurements(names)
     if target not in known:
         raise InputError(f"measurement={target!r} is in no study; choose one of {', '.join(known)}")
     console.print(f"Measuring: {target} (profile {profile})", markup=False)
-    measurement = Measurement(target, profile, Artifacts(output_root(profile)))
-    member(f"{known[target]}.make", target)(measurement)
+    study = known[target]
+    measurement = Measurement(target, profile, Artifacts(output_root(profile)), study.config_dir)
+    member(f"{study.measurements[target]}.make", study.name)(measurement)
     _say(measurement.artifacts, console)
 
 
-def measurements() -> dict[str, str]:
-    """Return the module of each measurement of all studies, by its make target."""
-    return {target: module for name in studies.names() for target, module in studies.load(name).measurements.items()}
+def measurements(names: Sequence[str] | None = None) -> dict[str, Study]:
+    """Return the study of each measurement by its make target; names: of the studies, None for all of conf/study."""
+    loaded = [studies.load(name) for name in (studies.names() if names is None else names)]
+    return {target: study for study in loaded for target in study.measurements}
 
 
 def _outputs(study: Study, planned: Sequence[StudyRun], profile: str, console: Console) -> None:

@@ -29,13 +29,13 @@ def verify(names: Sequence[str], profile: str, console: Console) -> int:
         planned = studies.expand(study, profile)
         finished = sum(folders.status(run.folder) == "finished" for run in planned)
         if finished < len(planned):
-            console.print(f"{name}: not checked, {finished} of {len(planned)} runs are here", markup=False)
+            console.print(f"{study.name}: not checked, {finished} of {len(planned)} runs are here", markup=False)
             continue
         wrong = list(_differing(study, planned, profile))
         checked += 1
         differing += wrong
         said = "the same as in the run folders" if not wrong else f"differs in {', '.join(wrong)}"
-        console.print(f"{name}: {said}", markup=False, soft_wrap=True)
+        console.print(f"{study.name}: {said}", markup=False, soft_wrap=True)
     return int(bool(differing) or not checked)
 
 

@@ -1,4 +1,4 @@
-"""What a run needs to go on exactly where it was: weights, optimizer, random states, and the metrics so far."""
+"""The checkpoint of a run: weights, optimizer, schedule, random state and metrics, from which it resumes exactly."""
 
 from __future__ import annotations
 
@@ -20,8 +20,10 @@ Row = dict[str, Any]
 class Checkpoint:
     """checkpoint.pt and metrics.csv of one run folder, kept in step.
 
-    Metrics are appended before the checkpoint is replaced; a kill between the two leaves rows of an epoch that will
-    be run again, and `restore` drops them. columns: those of metrics.csv that the task adds to `COLUMNS`.
+    Metrics are appended before the checkpoint is replaced. A kill between the two leaves rows of an epoch that will
+    run again, and `restore` drops them.
+
+    columns: the columns that the task adds to `COLUMNS`. parts: objects with a state_dict, such as the model, by name.
     """
 
     def __init__(self, folder: Path, columns: tuple[str, ...] = (), **parts: Any) -> None:
@@ -31,7 +33,8 @@ class Checkpoint:
     def save(self, epoch: int, seconds: float, rows: list[Row], begun: dict[str, Any] | None = None) -> None:
         """Append the rows of an epoch to metrics.csv, then replace the checkpoint by the state after it.
 
-        begun: what was done of the epoch after that, in plain numbers.
+        epoch: the last complete one. seconds: spent on training so far. begun: what was done of the next epoch when
+        the run was stopped, in plain numbers.
         """
         with storing(self.metrics), self.metrics.open("a", newline="") as file:
             writer = csv.DictWriter(file, self.columns, lineterminator="\n")
@@ -50,14 +53,14 @@ class Checkpoint:
             "rng_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
             **{name: part.state_dict() for name, part in self.parts.items()},
         }
-        buffer = io.BytesIO()  # of a full disk, torch.save would say nothing that helps
+        buffer = io.BytesIO()  # torch.save itself reports a full disk without naming it
         torch.save(content, buffer)
         write_atomically(self.path, buffer.getvalue())
 
     def restore(self, device: torch.device) -> tuple[int, float, dict[str, Any] | None]:
-        """Load the last checkpoint; return its epoch, the seconds spent until then, and what was begun after it.
+        """Load the last checkpoint; return its epoch, the seconds of training until then, and what was begun after it.
 
-        (-1, 0, None) if there is none. Raises InputError for a checkpoint or a metrics.csv that is damaged.
+        Returns (-1, 0, None) if there is no checkpoint. Raises InputError if it or metrics.csv is damaged.
         """
         if not self.path.is_file():
             self.metrics.unlink(missing_ok=True)
@@ -77,7 +80,7 @@ class Checkpoint:
             raise InputError(f"{self.metrics} cannot be read ({error}). {DAMAGED}") from error
         rows = [row for row in read if int(row["epoch"]) <= epoch and None not in row.values()]
         if expected not in (None, len(rows)):
-            raise InputError(f"{self.metrics} has {len(rows)} of the {expected} rows until epoch {epoch}. {DAMAGED}")
+            raise InputError(f"{self.metrics} has {len(rows)} of the {expected} rows up to epoch {epoch}. {DAMAGED}")
         self.rows = len(rows)
         text = io.StringIO()
         writer = csv.DictWriter(text, self.columns, lineterminator="\n", extrasaction="ignore")
@@ -87,9 +90,10 @@ class Checkpoint:
 
 
 def load(path: Path, parts: dict[str, Any]) -> dict[str, Any]:
-    """Return the content of a checkpoint, after putting the state of each of the `parts` in its place.
+    """Load the state of each of the `parts` from a checkpoint; return the checkpoint's content.
 
-    Raises InputError for one that is damaged or of other parts; nothing in it is executed (weights_only).
+    Nothing in the file is executed (weights_only). Raises FileNotFoundError if there is no file, and InputError if it
+    is damaged or has the state of other parts.
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
@@ -98,7 +102,7 @@ def load(path: Path, parts: dict[str, Any]) -> dict[str, Any]:
         itemgetter("epoch", "seconds", "rng")(content)
     except FileNotFoundError:
         raise
-    except Exception as error:  # torch raises whatever the bytes lead it to
+    except Exception as error:  # damaged bytes make torch raise errors of many types
         first = str(error).strip().splitlines()[:1]
         raise InputError(f"{path} cannot be read ({type(error).__name__}: {''.join(first)}). {DAMAGED}") from error
     return content

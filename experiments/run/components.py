@@ -1,8 +1,8 @@
-"""From configuration to objects: tasks, models, backends and linear solvers, wherever their code lives.
+"""From configuration to objects: tasks, models, backends, linear solvers and optimizers, from any package.
 
 Each YAML of conf/task, conf/model, conf/backend, conf/linear_solver and conf/optimizer names its class as
-``_target_``; all other keys but ``name`` are arguments of it. A class outside this package needs no more than that and
-a place in the search path.
+``_target_``; all other keys except ``name`` are arguments of the class. A class of another package needs such a YAML
+and a place on PYTHONPATH, no more.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
+from torch.optim import Optimizer
 
 from experiments.contracts.backend import TRAINS_ON, Backend
 from experiments.contracts.base import ContractError, dotted, require_attributes, require_contract
@@ -31,20 +32,21 @@ from foldopt.errors import FoldoptError, InputError
 
 
 class CombinationError(InputError):
-    """The chosen backend cannot work on the chosen task; says why, and which backends can."""
+    """The chosen backend or model does not fit the chosen task; the message says why, and what fits."""
 
 
 @dataclass
 class Components:
-    """What a run is made of."""
+    """The objects of a run, made from its configuration."""
 
     task: Task
     model: Model
     backend: Backend
+    optimizer: Optimizer
 
 
 def target_of(node: DictConfig, group: str) -> Any:
-    """Return the class that a group's configuration names; InputError if there is none."""
+    """Return the class that a group's configuration names as _target_; InputError if it cannot be imported."""
     path = node.get("_target_")
     if not path:
         raise InputError(f"{group}: its configuration has no _target_, the dotted path of its class.")
@@ -55,7 +57,11 @@ def target_of(node: DictConfig, group: str) -> Any:
 
 
 def make(node: DictConfig, group: str, **context: Any) -> Any:
-    """Make the object that a group's configuration describes; `context` adds arguments that no YAML can hold."""
+    """Make the object that a group's configuration describes.
+
+    context: further arguments, which are objects and so cannot stand in a YAML. Raises InputError for settings that the
+    class does not take or refuses.
+    """
     target = target_of(node, group)
     settings: Any = OmegaConf.to_container(node, resolve=True)
     options: dict[str, Any] = {k: v for k, v in settings.items() if k not in ("_target_", "name")}
@@ -74,7 +80,7 @@ def make(node: DictConfig, group: str, **context: Any) -> Any:
         return target(**context, **options)
     except FoldoptError:
         raise
-    except Exception as error:  # whatever a class from outside raises
+    except Exception as error:  # a class of another package may raise any type
         place = traceback.extract_tb(error.__traceback__)[-1]
         raise InputError(
             f"{group}={node.get('name')}: {dotted(target)} refuses its settings {options}: "
@@ -85,12 +91,12 @@ def make(node: DictConfig, group: str, **context: Any) -> Any:
 def _signature(target: Any) -> inspect.Signature:
     try:
         return inspect.signature(target, eval_str=True)
-    except NameError:  # annotations of names that are imported for type checkers only
+    except NameError:  # an annotation has a name that is imported for type checkers only
         return inspect.signature(target)
 
 
-def build(cfg: DictConfig) -> Components:
-    """Build task, model and backend of a run.
+def build(cfg: DictConfig, device: torch.device | str = "cpu") -> Components:
+    """Build task, model, backend and optimizer of a run; task and model are moved to the device.
 
     Raises InputError for options that do not fit a class, CombinationError for a backend that cannot do the task.
     """
@@ -116,11 +122,15 @@ def build(cfg: DictConfig) -> Components:
             f"model={cfg.model.name}: {dotted(type(model))} is no torch.nn.Module; derive it from that."
         )
     _require_fit(cfg, task, model)
-    return Components(task, model, backend)
+    _require_trainable(cfg.train, task, model)
+    task.to(torch.device(device))
+    model = model.to(device)
+    optimizer = make(cfg.optimizer, "optimizer", params=model.parameters(), lr=cfg.train.lr)
+    return Components(task, model, backend, optimizer)
 
 
 def task_class(cfg: DictConfig) -> type[Task]:
-    """Return the class of a run's task. Raises ContractError for one that lacks what the trainer needs of a class."""
+    """Return the class of a run's task. Raises ContractError if it lacks a member that the trainer needs."""
     target = target_of(cfg.task, "task")
     group = f"task={cfg.task.name}"
     require_contract(target, Task, group)
@@ -156,7 +166,7 @@ def _task(cfg: DictConfig) -> Task:
 
 @torch.no_grad()
 def _require_fit(cfg: DictConfig, task: Task, model: Model) -> None:
-    """Raise CombinationError unless the model takes the task's inputs, and the task what it returns for them."""
+    """Try two samples: raise CombinationError unless the model takes the inputs and the task takes its outputs."""
     samples = {name: values[:2] for name, values in task.splits["val"].items()}
     model.eval()
     try:
@@ -169,8 +179,20 @@ def _require_fit(cfg: DictConfig, task: Task, model: Model) -> None:
     model.train()
 
 
+def _require_trainable(train: DictConfig, task: Task, model: Model) -> None:
+    """Raise InputError for settings of the training that this task or this model cannot take."""
+    if train.mse_epochs and task.lacks("prediction_losses"):
+        raise InputError(f"train.mse_epochs={train.mse_epochs}: this task has no prediction error to train on; take 0.")
+    size = min(train.batch_size, len(task.splits["train"]["inputs"]))
+    if size == 1 and any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in model.modules()):
+        raise InputError(
+            f"train.batch_size={train.batch_size}: this model normalizes over the samples of a batch, and 1 "
+            "is too few; take at least 2, and as many training samples."
+        )
+
+
 def trained(folder: Path) -> Components:
-    """Build the parts of a run from its folder, the model with the weights of its last checkpoint, in eval mode.
+    """Build the components of a run from its folder, with the weights of its last checkpoint, in eval mode.
 
     Raises InputError if the folder has no configuration or no checkpoint.
     """

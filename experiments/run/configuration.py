@@ -1,12 +1,8 @@
-"""The configuration of a run: composed from conf/ and overrides, and the identity that follows from it."""
+"""The configuration of a run, composed from the files of conf/ and overrides."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
@@ -14,15 +10,12 @@ from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
+from yaml import YAMLError
 
 from foldopt.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
 CONF = ROOT / "conf"
-NOT_IDENTITY = ("device", "deterministic", "paths", "progress", "tracking")
-# Keys that came after runs had been made without them, and the value that says the same as their absence. It is the
-# default of the argument too, so that those runs can still be built.
-ADDED: Mapping[str, Any] = {"backend.forward_tol": None}
 
 
 def compose(overrides: list[str]) -> DictConfig:
@@ -45,8 +38,11 @@ def compose_launcher(name: str, settings: list[str]) -> DictConfig:
 
 
 def load_yaml(path: Path) -> DictConfig:
-    """Return a YAML file of keys and values. Raises InputError for one that holds something else."""
-    content = OmegaConf.load(path)
+    """Return a YAML file of keys and values. Raises InputError if it is no YAML or holds something else."""
+    try:
+        content = OmegaConf.load(path)
+    except YAMLError as error:
+        raise InputError(f"{path} is no YAML: {error}") from error
     if not isinstance(content, DictConfig):
         raise InputError(f"{path} holds a list; expected keys with values.")
     return content
@@ -63,21 +59,3 @@ def group_options(group: str) -> dict[str, DictConfig]:
 def _options(loader: ConfigLoader, group: str) -> dict[str, DictConfig]:
     repository = loader.repository  # type: ignore[attr-defined]
     return {name: repository.load_config(f"{group}/{name}").config for name in loader.get_group_options(group)}
-
-
-def identity(cfg: DictConfig) -> str:
-    """Return the hash of all that the numbers of a configuration depend on, so not where and how it is executed."""
-    content: Any = OmegaConf.to_container(cfg, resolve=True)
-    for key, absent in ADDED.items():
-        group, _, name = key.partition(".")
-        if content[group].get(name, absent) == absent:
-            content[group].pop(name, None)
-    kept = {key: _without_targets(value) for key, value in content.items() if key not in NOT_IDENTITY}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
-
-
-def _without_targets(value: Any) -> Any:
-    """Return a value of a configuration without `_target_`: a run stays the same run when its classes move."""
-    if isinstance(value, dict):
-        return {key: _without_targets(inner) for key, inner in value.items() if key != "_target_"}
-    return value

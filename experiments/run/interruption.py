@@ -1,8 +1,9 @@
-"""SIGINT, SIGTERM and SIGUSR1 (Slurm's warning before a time limit) as a request to stop at a resumable point."""
+"""Signals that ask a run to stop where it can resume: SIGINT, SIGTERM, and SIGUSR1, by which Slurm warns."""
 
 from __future__ import annotations
 
 import signal
+from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 STOP_CODES = tuple(128 + number for number in SIGNALS)
@@ -10,9 +11,9 @@ BUSY = 75  # exit code of a run that another process executes
 
 
 class StopRequest:
-    """Counts SIGNALS while active (a context manager, main thread): `signal` is the first that came.
+    """Notes SIGNALS instead of ending the process; a context manager, for the main thread.
 
-    insist: a second SIGINT raises KeyboardInterrupt at once.
+    signal: the first that came, None so far. count: how many came. insist: a second SIGINT raises KeyboardInterrupt.
     """
 
     def __init__(self, insist: bool = False) -> None:
@@ -38,3 +39,14 @@ class StopRequest:
         self.count += 1
         if self._insist and self.count > 1 and number == signal.SIGINT:
             raise KeyboardInterrupt
+
+
+class Interrupted(BaseException):
+    """A run stops because of a signal; like KeyboardInterrupt it is no Exception, so nothing takes it for a failure.
+
+    exit_code: that of the process, see `StopRequest`. begun: what was done of the current epoch, in plain numbers.
+    """
+
+    def __init__(self, exit_code: int, begun: dict[str, Any] | None = None) -> None:
+        super().__init__(exit_code)
+        self.exit_code, self.begun = exit_code, begun

@@ -1,4 +1,4 @@
-"""Names in ``key=value`` that no configuration has, and which one was probably meant."""
+"""Finds misspelt keys in ``key=value`` arguments, and suggests the key that was probably meant."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from experiments.run.configuration import CONF, load_yaml
 
 
 def meant(name: str, known: Iterable[str]) -> str:
-    """Return a question that names what is spelt like `name` among the known ones, or lists them if nothing is."""
+    """Return "did you mean ...?" with the known name closest to `name`, or the list of known names if none is close."""
     known = sorted(known)
     close = get_close_matches(name, known, n=1, cutoff=0.6)
     return f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}."
 
 
 def misspelt(arguments: Sequence[str]) -> str | None:
-    """Return what is wrong with the key of an override of ``run.py``, None where every key exists.
+    """Return what is wrong with the first misspelt key among the arguments of ``run.py``; None if every key exists.
 
-    Values, groups of another folder (--config-dir) and Hydra's own settings are left to Hydra.
+    Values and Hydra's own settings are checked by Hydra, and so is every key if --config-dir adds groups.
     """
     if any(argument.startswith("--config") or argument in ("-cd", "-cn", "-cp") for argument in arguments):
         return None
@@ -38,7 +38,7 @@ def misspelt(arguments: Sequence[str]) -> str | None:
         if key in known or key.startswith("hydra") or any(key.startswith(f"{k}.") for k in known - _parents(known)):
             continue
         if node in groups and _keys_missing(node, overrides.get(node, groups[node])):
-            continue  # Hydra lists the options of a group itself
+            continue  # the chosen option does not exist, for which Hydra lists those that do
         if node in _parents(known):
             inside = {k.rpartition(".")[2] for k in known if k.rpartition(".")[0] == node}
             where = f"{node}={overrides.get(node, groups[node])}" if node in groups else node or "the configuration"
@@ -53,7 +53,7 @@ def _choice(default: str | DictConfig) -> Iterator[tuple[str, str]]:
 
 
 def _keys(node: DictConfig, prefix: str = "") -> Iterator[str]:
-    """Yield the dotted names of all that a configuration holds, inner nodes included."""
+    """Yield the dotted names of all keys of a configuration, including those of inner nodes."""
     for name, value in node.items():
         key = str(name)
         yield f"{prefix}{key}"

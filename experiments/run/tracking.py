@@ -1,4 +1,4 @@
-"""Weights & Biases beside the run folder: offline by default, never a reason to lose a run."""
+"""Weights & Biases beside the run folder: offline by default; a failure of W&B never ends a run."""
 
 from __future__ import annotations
 
@@ -8,40 +8,24 @@ import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pandas as pd
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
-from foldopt.checks import require_positive, require_type
-from foldopt.errors import InputError
+from experiments.run.interruption import Interrupted
+from experiments.run.settings import LONGEST_TAG, check_tracking
 
-MODES = ("offline", "online", "disabled")
-LONGEST_TAG = 64  # for wandb
 log = logging.getLogger("foldopt.run")
 
 
-def check(tracking: DictConfig) -> None:
-    """Raise InputError for settings of W&B that cannot be."""
-    if tracking.mode not in MODES:
-        raise InputError(f"tracking.mode={tracking.mode!r} is unknown; choose one of {MODES}.")
-    require_positive("tracking.finish_timeout", tracking.finish_timeout)
-    require_positive("tracking.init_timeout", tracking.init_timeout)
-    for name, kind in (("project", str), *((name, str | None) for name in ("entity", "group", "job_type"))):
-        require_type(f"tracking.{name}", tracking[name], kind)
-    if not (isinstance(tracking.tags, ListConfig) and all(isinstance(tag, str) for tag in tracking.tags)):
-        raise InputError(f"tracking.tags={tracking.tags}: expected a list of texts, such as [first,second].")
-    if wrong := [tag for tag in tracking.tags if not 1 <= len(tag) <= LONGEST_TAG]:
-        raise InputError(f"tracking.tags={wrong}: W&B takes tags of 1 to {LONGEST_TAG} characters.")
-
-
 def label(settings: DictConfig, study: str, profile: str, series: str, places: Sequence[str]) -> tuple[str, ...]:
-    """Let W&B show a run as part of its study: complete `settings`, and return them as overrides of run.py.
+    """Label a run in W&B as a part of its study: complete `settings`, and return them as overrides of run.py.
 
-    The group is the study and the job type the series, unless `settings` have their own; the tags are those there and
-    the series, the profile and the places in the grid, so that seeds have the same ones.
+    The group becomes the study and the job type the series, unless `settings` have their own. Series, profile and
+    `places` (the point of the grid) are added to the tags, so all seeds of a series have the same tags.
     """
-    check(settings)
+    check_tracking(settings)
     settings.group = settings.group or study
     settings.job_type = settings.job_type or series
     settings.tags = _tags([*settings.tags, series, profile, *places])
@@ -54,11 +38,12 @@ def _tags(tags: Sequence[str]) -> list[str]:
 
 
 class Tracker:
-    """One W&B run. Where mode=online cannot be reached it goes on offline, so that `wandb sync` can send it later.
+    """One W&B run, a context manager that closes it: finished, or failed after an exception.
 
-    The run's id follows from its identity, so that a resumed run continues the same W&B run; under an agent of a W&B
-    sweep wandb takes the agent's id instead. Should W&B's service die, as by a signal to all processes of a job, then
-    tracking ends, and a resumed run catches up.
+    If mode=online finds no server, tracking goes on offline, and `wandb sync` can send the run later; it also sends
+    what the server did not take in time. The W&B run's id follows from the run's identity, so a resumed run continues
+    the same W&B run; under an agent of a W&B sweep, wandb takes the agent's id instead. If W&B's service dies, for
+    example by a signal to all processes of a job, tracking ends, and a resumed run catches up.
     """
 
     def __init__(self, cfg: DictConfig, folder: Path, run_id: str) -> None:
@@ -75,10 +60,24 @@ class Tracker:
                 if mode != "online":
                     raise
                 log.warning("W&B cannot be reached (%s); this run is tracked offline, send it later: wandb sync", error)
-                wandb.teardown()  # its service still holds the run's id
+                wandb.teardown()  # W&B's service still holds the run's id
                 self._run = self._start(wandb, cfg, folder, run_id, "offline")
         except (OSError, wandb.errors.Error) as error:
             log.warning("W&B cannot track this run (%s); it goes on without, and metrics.csv has all of it", error)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
+        if self._run is None:
+            return
+        exit_code = error.exit_code if isinstance(error, Interrupted) else int(error is not None)
+        with self._unless_lost():
+            try:
+                self._run.finish(exit_code=exit_code)
+            except TimeoutError:
+                log.warning("W&B's server has not taken all of this run; it is kept, send it later: wandb sync")
+        self._run = None
 
     @staticmethod
     def _start(wandb: Any, cfg: DictConfig, folder: Path, run_id: str, mode: str) -> Any:
@@ -107,7 +106,7 @@ class Tracker:
         return run
 
     def log(self, rows: list[dict[str, Any]]) -> None:
-        """Log the rows of one epoch as <split>/<column>."""
+        """Log the rows of one epoch, each value as <split>/<column>."""
         if self._run is None:
             return
         values = {f"{r['split']}/{k}": v for r in rows for k, v in r.items() if k not in ("split", "epoch")}
@@ -115,13 +114,13 @@ class Tracker:
             self._run.log({**values, "epoch": rows[0]["epoch"]}, step=rows[0]["epoch"])
 
     def catch_up(self, metrics: pd.DataFrame) -> None:
-        """Log those epochs of a metrics.csv that are not in the W&B run: offline all, as each start makes a file."""
+        """Log the epochs of a metrics.csv that the W&B run lacks; offline all of them, as each start makes a file."""
         for epoch, part in metrics.groupby("epoch"):
             if self._run is not None and epoch >= self._run.step:
                 self.log([row.dropna().to_dict() for _, row in part.iterrows()])
 
     def summarize(self, final: Mapping[str, Mapping[str, Any]]) -> None:
-        """Put the groups of metrics of summary.json's `final` into the W&B run's summary, as <group>/<column>."""
+        """Put the final metrics of summary.json into the W&B run's summary, each as <group>/<column>."""
         if self._run is None:
             return
         values = {f"{group}/{name}": v for group, metrics in final.items() for name, v in metrics.items()}
@@ -129,7 +128,7 @@ class Tracker:
             self._run.summary.update({k: v for k, v in values.items() if not k.endswith("/split")})
 
     def log_files(self, name: str, kind: str, files: Mapping[str, Path]) -> bool:
-        """Log files, by the names that they get, as one W&B artifact of type `kind`; return whether W&B took them."""
+        """Log files as one W&B artifact of type `kind`, by their names in it; return whether W&B took them."""
         if self._run is None:
             return False
         import wandb
@@ -144,16 +143,6 @@ class Tracker:
             return False
         return True
 
-    def finish(self, exit_code: int) -> None:
-        """Close the run; 0 marks it finished. What the server does not take in time stays for `wandb sync`."""
-        if self._run is not None:
-            with self._unless_lost():
-                try:
-                    self._run.finish(exit_code=exit_code)
-                except TimeoutError:
-                    log.warning("W&B's server has not taken all of this run; it is kept, send it later: wandb sync")
-            self._run = None
-
     @contextlib.contextmanager
     def _unless_lost(self) -> Iterator[None]:
         import wandb
@@ -163,16 +152,16 @@ class Tracker:
         except ConnectionError as error:
             log.warning("W&B's service has died (%s); metrics.csv goes on, and a resumed run catches up", error)
             self._run = None
-            with contextlib.suppress(ConnectionError):  # what it has to say of the dead service
+            with contextlib.suppress(ConnectionError):  # wandb reports the dead service once more
                 wandb.teardown()
 
 
 def log_figures(settings: DictConfig, root: Path, files: Sequence[Path], folder: Path) -> bool:
-    """Log a study's figures and tables, `files` under `root`, as an artifact of a W&B run of its own.
+    """Log a study's figures and tables, `files` under `root`, as an artifact of a separate W&B run.
 
-    `folder` keeps the run, whose name is its own, with copies of the files: those under `root` may be others when
-    `wandb sync` sends it. Offline the same files are logged once; online they are offered again, and the server knows
-    them. Returns whether they were logged.
+    The run is called after `folder`, which keeps it with copies of the files, because those under `root` may have
+    changed when `wandb sync` sends the run. Offline, the same files are logged once; online they are offered again, and
+    the server recognizes them. Returns whether they were logged.
     """
     if settings.mode == "disabled":
         return False
@@ -191,11 +180,10 @@ def log_figures(settings: DictConfig, root: Path, files: Sequence[Path], folder:
     except OSError as error:
         log.warning("W&B gets no figures: %s cannot be written (%s)", copies, error)
         return False
-    tracker = Tracker(OmegaConf.create({"tracking": settings}), folder, run_id)
-    taken = tracker.log_files(folder.name, "figures", {title: copies / title for title in contents})
-    tracker.finish(0)
+    with Tracker(OmegaConf.create({"tracking": settings}), folder, run_id) as tracker:
+        taken = tracker.log_files(folder.name, "figures", {title: copies / title for title in contents})
     import wandb
 
     with contextlib.suppress(OSError, wandb.errors.Error):
-        wandb.teardown()  # worker processes that are started later are to have a service of their own, not this one
+        wandb.teardown()  # worker processes that start later must not use this process's service
     return taken

@@ -1,4 +1,4 @@
-"""The common trainer: trains one run epoch by epoch and records it so that it can be resumed exactly."""
+"""The trainer of all tasks: trains epoch by epoch and records each epoch, so that a run resumes exactly."""
 
 from __future__ import annotations
 
@@ -7,29 +7,24 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from torch import Tensor, nn
+from torch import Tensor
 
-from experiments.contracts.backend import Backend
 from experiments.contracts.base import ContractError, dotted
-from experiments.contracts.model import Model
-from experiments.contracts.task import Samples, Task
+from experiments.contracts.task import Samples
 from experiments.run.checkpoint import Checkpoint, Row
-from experiments.run.components import Components, make
+from experiments.run.components import Components
 from experiments.run.folders import load_metrics
-from experiments.run.interruption import StopRequest
+from experiments.run.interruption import Interrupted, StopRequest
 from experiments.run.tracking import Tracker
-from foldopt.checks import require_positive, require_whole
 from foldopt.errors import FoldoptError, InputError
 
 log = logging.getLogger("foldopt.run")
-SCHEDULES = ("constant", "cosine")
 ZERO_GRADIENT = 1e-12
 NO_GRADIENT = (
     "no sample had a gradient: the decisions do not move with the predictions (as at vertices of a linear program), "
@@ -38,18 +33,11 @@ NO_GRADIENT = (
 
 
 class DivergenceError(FoldoptError, ArithmeticError):
-    """Training produced NaN or inf; says where, and what to try."""
-
-
-class Interrupted(Exception):  # noqa: N818
-    """A stop was asked for; `begun` is what was done of the epoch until then."""
-
-    def __init__(self, begun: dict[str, Any] | None = None) -> None:
-        self.begun = begun
+    """Training produced NaN or inf; the message says where, and what to try."""
 
 
 class Stopwatch:
-    """Seconds by name; waits for the GPU at every reading."""
+    """Measures seconds by name; waits for the GPU at every reading."""
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._last = device, 0.0
@@ -72,76 +60,51 @@ class Stopwatch:
             torch.cuda.synchronize(self._device)
 
 
-def check_training(train: DictConfig) -> None:
-    """Raise InputError for settings of the training that cannot be, whatever the task."""
-    for name, least in (("epochs", 1), ("batch_size", 1), ("mse_epochs", 0)):
-        require_whole(f"train.{name}", train[name], least)
-    for name in ("lr", "loss_scale"):
-        require_positive(f"train.{name}", train[name])
-    if train.schedule not in SCHEDULES:
-        raise InputError(f"train.schedule={train.schedule!r} is unknown; choose one of {SCHEDULES}.")
-
-
 class Trainer:
     """Trains the model of a run on its task through its backend.
 
-    Each epoch visits the training samples in an order that follows from (seed, epoch) alone. Val and test are
-    evaluated after every epoch, and before the first as epoch 0, in eval mode and with the task's exact solver
-    whatever the backend.
+    The order of the training samples depends on (seed, epoch) alone. Validation and test samples are evaluated before
+    training, as epoch 0, and after every epoch: in eval mode, and by the task's exact solver for every backend.
     """
 
-    def __init__(self, cfg: DictConfig, parts: Components, folder: Path, device: torch.device) -> None:
+    def __init__(self, cfg: DictConfig, parts: Components, device: torch.device) -> None:
         self.cfg, self.device = cfg, device
-        self.task: Task = parts.task
-        self.backend: Backend = parts.backend
-        self.model: Model = parts.model.to(device)
-        self.task.to(device)
-        train = cfg.train
-        self._check(train)
-        self.optimizer = make(cfg.optimizer, "optimizer", params=self.model.parameters(), lr=train.lr)
+        self.task, self.model, self.backend = parts.task, parts.model, parts.backend
+        self.optimizer = parts.optimizer
         self.schedule = (
-            torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, train.epochs)
-            if train.schedule == "cosine"
+            torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, cfg.train.epochs)
+            if cfg.train.schedule == "cosine"
             else torch.optim.lr_scheduler.ConstantLR(self.optimizer, factor=1.0)
         )
-        kept = {"model": self.model, "optimizer": self.optimizer, "schedule": self.schedule}
-        if not self.backend.lacks("state_dict"):
-            kept["backend"] = self.backend
-        self.checkpoint = Checkpoint(folder, self.task.columns, **kept)
 
-    def _check(self, train: DictConfig) -> None:
-        if train.mse_epochs and self.task.lacks("prediction_losses"):
-            raise InputError(
-                f"train.mse_epochs={train.mse_epochs}: this task has no prediction error to train on; take 0."
-            )
-        size = min(train.batch_size, len(self.task.splits["train"]["inputs"]))
-        if size == 1 and any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in self.model.modules()):
-            raise InputError(
-                f"train.batch_size={train.batch_size}: this model normalizes over the samples of a batch, and 1 "
-                "is too few; take at least 2, and as many training samples."
-            )
+    @property
+    def state(self) -> dict[str, Any]:
+        """The parts whose state a checkpoint keeps, by name."""
+        backend = {} if self.backend.lacks("state_dict") else {"backend": self.backend}
+        return {"model": self.model, "optimizer": self.optimizer, "schedule": self.schedule, **backend}
 
-    def fit(self, tracker: Tracker, console: Console, stop: StopRequest) -> float:
-        """Train to the last epoch; return the seconds spent, those before a resumption included.
+    def fit(self, checkpoint: Checkpoint, tracker: Tracker, console: Console, stop: StopRequest) -> float:
+        """Train from the last checkpoint to the last epoch; return the seconds spent, including those before a stop.
 
-        Raises Interrupted after a signal, DivergenceError where loss or predictions are no longer finite.
+        Raises Interrupted after a signal, DivergenceError if loss or predictions are no longer finite.
         """
-        done, before, begun = self.checkpoint.restore(self.device)
+        done, before, begun = checkpoint.restore(self.device)
         if done >= 0:
             more = f" and {begun['batches']} batches" if begun else ""
             log.info("resumed after epoch %d of %d%s", done, self.cfg.train.epochs, more)
-            tracker.catch_up(load_metrics(self.checkpoint.path.parent))
+            tracker.catch_up(load_metrics(checkpoint.path.parent))
         begin = time.perf_counter()
         with self._progress(console) as progress:
             bar = progress.add_task("", total=self.cfg.train.epochs, completed=max(done, 0))
             for epoch in range(done + 1, self.cfg.train.epochs + 1):
                 try:
-                    rows = self._counted(epoch, stop, begun)
+                    rows = self._epoch(epoch, stop, begun)
                 except Interrupted as stopped:
-                    self.checkpoint.save(epoch - 1, before + time.perf_counter() - begin, [], stopped.begun)
+                    checkpoint.save(epoch - 1, before + time.perf_counter() - begin, [], stopped.begun)
+                    log.info("interrupted with exit code %d", stopped.exit_code)
                     raise
                 begun = None
-                self.checkpoint.save(epoch, before + time.perf_counter() - begin, rows)
+                checkpoint.save(epoch, before + time.perf_counter() - begin, rows)
                 tracker.log(rows)
                 line = self._line(epoch, rows)
                 log.info(line)
@@ -160,10 +123,11 @@ class Trainer:
             disable=not (self.cfg.progress and console.is_terminal),
         )
 
-    def _counted(self, epoch: int, stop: StopRequest, begun: dict[str, Any] | None) -> list[Row]:
-        """Do one epoch; what the problem refuses after training began is a divergence."""
+    def _epoch(self, epoch: int, stop: StopRequest, begun: dict[str, Any] | None) -> list[Row]:
+        """Train and evaluate; predictions that the problem refuses after training began are a divergence."""
         try:
-            return self._epoch(epoch, stop, begun)
+            rows = [self._train(epoch, stop, begun)] if epoch else []
+            return rows + [self._evaluate(epoch, split) for split in ("val", "test")]
         except InputError as error:
             if epoch == 0:
                 raise
@@ -171,16 +135,12 @@ class Trainer:
                 f"training diverged in epoch {epoch}: {error} Metrics and checkpoint of epoch {epoch - 1} are kept."
             ) from error
 
-    def _epoch(self, epoch: int, stop: StopRequest, begun: dict[str, Any] | None) -> list[Row]:
-        rows = [self._train(epoch, stop, begun)] if epoch else []
-        return rows + [self._evaluate(epoch, split) for split in ("val", "test")]
-
     def on_prediction(self, epoch: int) -> bool:
         """Whether this epoch trains on the prediction loss: the backend's choice, or the warm start."""
         return self.backend.trains_on == "prediction" or epoch <= self.cfg.train.mse_epochs
 
     def _train(self, epoch: int, stop: StopRequest, begun: dict[str, Any] | None) -> Row:
-        """Train one epoch, from where it was stopped if it was `begun`."""
+        """Train one epoch; if it was `begun` before a stop, do the remaining batches."""
         self.model.train()
         watch = Stopwatch(self.device)
         begin = time.perf_counter()
@@ -194,7 +154,8 @@ class Trainer:
         for number, batch in enumerate(islice(self._batches(epoch), first, None), first):
             if stop.signal is not None:
                 spent = {"seconds": watch.seconds, "seconds_epoch": time.perf_counter() - begin}
-                raise Interrupted({"batches": number, "totals": totals, "sums": dict(sums), **spent})
+                begun = {"batches": number, "totals": totals, "sums": dict(sums), **spent}
+                raise Interrupted(stop.exit_code, begun)
             values, zero = self._step(epoch, batch, watch)
             size = len(batch["inputs"])
             sums.update({name: value * size for name, value in values.items()})
@@ -226,13 +187,13 @@ class Trainer:
 
     @torch.no_grad()
     def _diagnosed(self, batch: Samples) -> Row:
-        """Return what the task measures on the last batch of an epoch."""
+        """Return the task's diagnostics of the last batch of an epoch."""
         self.model.eval()
         outputs = self.model(self.task.prepare(batch["inputs"], None))
         return self._declared(self.task.diagnose(outputs, batch), "diagnose")
 
     def _declared(self, values: dict[str, float], member: str) -> dict[str, float]:
-        """Return values after checking that the task declares all of their columns."""
+        """Return the values; ContractError if one has a column that the task does not declare."""
         unknown = sorted(set(values) - {"loss", *self.task.columns})
         if unknown:
             raise ContractError(
@@ -248,15 +209,15 @@ class Trainer:
         order = torch.randperm(n, generator=generator)
         for chosen in order.split(size):
             if len(chosen) == 1 < min(n, size):
-                continue  # a last sample alone has no batch statistics
+                continue  # a batch of one sample has no batch statistics
             index = chosen.to(self.device)
             batch = {name: values[index] for name, values in samples.items()}
             yield batch | {"inputs": self.task.prepare(batch["inputs"], generator)}
 
     def _step(self, epoch: int, batch: Samples, watch: Stopwatch) -> tuple[dict[str, float], int]:
-        """Take one optimizer step; return what the task follows, and how many samples had a zero gradient.
+        """Take one optimizer step; return the metrics of the batch, and how many samples had a zero gradient.
 
-        The graph is cut at the predicted parameters, so that the time of the layer and of the network are told apart.
+        The graph is cut at the predicted parameters, so that layer and network are timed separately.
         """
         watch.start()
         outputs = self.model(batch["inputs"])
@@ -292,7 +253,7 @@ class Trainer:
 
     @torch.no_grad()
     def _measured(self, epoch: int, outputs: Tensor, batch: Samples, gradient: Tensor) -> dict[str, float]:
-        """Return the metrics that the task follows in training, and how far the gradient is from the exact one."""
+        """Return the task's `running` metrics, and the relative error of the gradient if the exact one is known."""
         found = self.task.metrics(outputs, batch) if self.task.running else {}
         values = {name: found[name] for name in self.task.running}
         if not self.task.lacks("exact_gradient") and not self.on_prediction(epoch):
@@ -302,7 +263,7 @@ class Trainer:
         return values
 
     def _decision_loss(self, decisions: Tensor, batch: Samples) -> Tensor:
-        """Return the mean loss over the samples that the backend solved (it returns NaN in the others)."""
+        """Return the mean loss over the samples that the backend solved; the decisions of the others are NaN."""
         sound = decisions.detach().flatten(1).isfinite().all(1)
         filled = torch.where(sound.view(-1, *[1] * (decisions.dim() - 1)), decisions, 0.0)
         losses = self.task.decision_losses(filled, batch)
@@ -341,11 +302,11 @@ class Trainer:
         return ", ".join(f"{row['split']} {value}" for value in values)
 
     def _brief(self, rows: list[Row]) -> str:
-        """Return what fits beside a progress bar."""
+        """Return the validation metrics, which fit beside a progress bar."""
         return self._shown(next(row for row in rows if row["split"] == "val"))
 
     def _line(self, epoch: int, rows: list[Row]) -> str:
-        """Return what the console shows of an epoch."""
+        """Return the line that the console shows after an epoch."""
         values = [f"train loss {rows[0]['loss']:.4g}"] if epoch else []
         values += filter(None, map(self._shown, rows))
         seconds = f"{rows[0]['seconds_epoch']:.1f} s" if epoch else "before training"

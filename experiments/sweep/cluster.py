@@ -1,7 +1,7 @@
 """Sweeps: the runs of a study as Slurm job arrays, detached from the terminal.
 
-All that is true of a run is in its folder; a submission, a folder under <paths.runs>/sweeps, only says which task of
-which array executes it. So a sweep can be submitted in parts, beside `make reproduce`, and again.
+The state of a run is in its folder alone. A submission, a folder under <paths.runs>/sweeps, only records which task of
+which array executes it. So a sweep can be submitted in parts, repeatedly, and beside `make reproduce`.
 """
 
 from __future__ import annotations
@@ -32,25 +32,25 @@ STATES = ("finished", "running", "queued", "failed", "stopped", "missing")
 
 @dataclass(frozen=True)
 class Submission:
-    """One job array: the folders of the runs of each task, in the order of execution. Its own folder has its name."""
+    """One job array. tasks: for each task the folders of its runs, in the order of execution."""
 
     folder: Path
     tasks: tuple[tuple[str, ...], ...]
 
     @property
     def name(self) -> str:
-        """The name of the array in Slurm."""
+        """The name of the array in Slurm, which is also that of its folder."""
         return self.folder.name
 
     @property
     def cancelled(self) -> bool:
-        """Whether `cancel` ended it."""
+        """Whether the array was ended by `cancel`."""
         return (self.folder / "cancelled").exists()
 
 
 @dataclass(frozen=True)
 class RunState:
-    """Where a run is, one of STATES, and what there is to say of it."""
+    """The state of a run, one of STATES, with details for the user."""
 
     run: StudyRun
     state: str
@@ -68,16 +68,17 @@ class Sweep:
 
     @classmethod
     def of(cls, study: str, profile: str, series: set[str] | None = None, mode: str | None = None) -> Sweep:
-        """Return the sweep of conf/study/<study>.yaml in `profile`, or of the named series of it.
+        """Return the sweep of a study, named as for `studies.load`, in `profile`; of some `series` only, if given.
 
         mode: of W&B, for the runs that are submitted; None: as the study says.
         """
-        planned = tuple(studies.expand(studies.load(study), profile, series, mode))
+        loaded = studies.load(study)
+        planned = tuple(studies.expand(loaded, profile, series, mode))
         root = configuration.ROOT / planned[0].config.paths.runs / "sweeps"
-        return cls(study, profile, planned, root / f"{study}-{profile}")
+        return cls(loaded.name, profile, planned, root / f"{loaded.name}-{profile}")
 
     def submissions(self) -> list[Submission]:
-        """Return what was submitted."""
+        """Return all job arrays submitted for this sweep, oldest first."""
         contents = [(path.parent, json.loads(path.read_text())) for path in sorted(self.folder.glob("*/tasks.json"))]
         return [
             Submission(folder, tuple(tuple(run["folder"] for run in task) for task in tasks))
@@ -85,7 +86,7 @@ class Sweep:
         ]
 
     def states(self) -> list[RunState]:
-        """Return the state of each planned run, from the run folders and one look at the queue."""
+        """Return the state of each planned run, from the run folders and one call of squeue."""
         submissions = self.submissions()
         places = {
             folder: (submission, index)
@@ -97,7 +98,7 @@ class Sweep:
         return [_state(run, places.get(str(run.folder)), queue) for run in self.planned]
 
     def submit(self, chosen: Sequence[StudyRun], launcher: DictConfig, runs_per_job: int = 1) -> list[Submission]:
-        """Submit these runs, so many to a job, as few job arrays as the cluster allows; return at once."""
+        """Submit these runs, `runs_per_job` in each job, in as few arrays as the cluster allows; return at once."""
         require_whole("runs_per_job", runs_per_job, 1)
         jobs = [chosen[i : i + runs_per_job] for i in range(0, len(chosen), runs_per_job)]
         size = slurm.max_array_size()
@@ -135,7 +136,7 @@ class Sweep:
         return Submission(folder, tuple(tuple(str(run.folder) for run in job) for job in jobs))
 
     def cancel(self) -> list[Submission]:
-        """Cancel what is in the queue; running runs stop at a point from which they can be resumed."""
+        """Cancel the sweep's jobs in the queue and return their arrays; active runs stop where they can resume."""
         submissions = self.submissions()
         active = {task.name for task in slurm.tasks([s.name for s in submissions])}
         ended = [submission for submission in submissions if submission.name in active]
@@ -174,8 +175,9 @@ def _state(
 def work(folder: Path, index: int) -> int:
     """Execute the runs of one task of an array, one after the other; return its exit code.
 
-    A run that another job still executes, as after the loss of a node, is waited for. After SIGTERM or SIGUSR1 the run
-    stops at a resumable point, and the task asks to be queued again unless Slurm sees to that, or it was cancelled.
+    If another job still executes a run, for example after the loss of a node, this one waits for it. After SIGTERM or
+    SIGUSR1 the run stops where it can resume, and the task asks to be queued again, unless it was cancelled or Slurm
+    queues it again anyway.
     """
     failed = []
     with StopRequest() as stop:

@@ -1,4 +1,4 @@
-"""The metrics of all runs of a study in one table, and the error where some are not finished."""
+"""The metrics of all runs of a study in one table; an error names the runs that are not finished."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from foldopt.errors import FoldoptError
 
 
 class MissingRunsError(FoldoptError, LookupError):
-    """A figure or table needs runs that are not finished; names them and the command that makes them."""
+    """A figure or table needs runs that are not finished; the message names them and the command that runs them."""
 
 
 def require_finished(planned: Sequence[StudyRun], command: str) -> None:
-    """Raise MissingRunsError unless every planned run is finished; `command` is what makes them."""
+    """Raise MissingRunsError unless every planned run is finished; `command` is the one that runs them."""
     missing = [(run, status) for run in planned if (status := folders.status(run.folder)) != "finished"]
     if missing:
         named = "\n".join(f"  {run.label} ({status})" for run, status in missing[:12])

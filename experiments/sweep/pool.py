@@ -29,9 +29,10 @@ THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"
 
 @dataclass
 class Report:
-    """What became of the planned runs; `failed` pairs each run with where its traceback is.
+    """The outcome of the planned runs.
 
-    `elsewhere`: another process executes them, on a cluster for example.
+    failed: each failed run with the reason and the place of its traceback. elsewhere: runs that another process
+    executes, on a cluster for example. unfinished: runs left to do after a stop.
     """
 
     skipped: list[StudyRun] = field(default_factory=list)
@@ -69,7 +70,7 @@ class Report:
 def run_overrides(overrides: list[str], wait: bool = False) -> int:
     """Execute one run in this process exactly as `python run.py <overrides>` does; return its exit code.
 
-    wait: for another process that executes the run, see experiments.run.execution.execute.
+    wait: as for experiments.run.execution.execute.
     """
     from experiments.run.execution import execute as execute_run
 
@@ -90,7 +91,7 @@ def _serve(pipe: connection.Connection, run_one: RunOne) -> None:
 
 
 def attempt(run_one: RunOne, overrides: list[str], folder: Path) -> tuple[int, str]:
-    """Return the exit code of a run and, where it failed, the reason; what it raised goes to error.txt."""
+    """Return the exit code of a run and the reason if it failed; the traceback of an exception goes to error.txt."""
     try:
         code = run_one(overrides)
     except KeyboardInterrupt:

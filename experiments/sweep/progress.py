@@ -23,7 +23,7 @@ from experiments.sweep.studies import StudyRun
 
 
 class TimeEstimate:
-    """Seconds left, from the mean duration of each series' finished runs (of all, where it has none yet)."""
+    """Estimates the seconds left from the mean duration of each series' finished runs, or of all if it has none yet."""
 
     def __init__(self, workers: int) -> None:
         self.workers = workers

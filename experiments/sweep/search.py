@@ -1,4 +1,4 @@
-"""Hyper-parameter search by Hydra's Optuna sweeper: where its trials are kept, and its best configuration as a file."""
+"""Hyperparameter search by Hydra's Optuna sweeper: keeps its trials and writes its best configuration to a file."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from experiments.run import configuration, folders
 
 
 class Search(Callback):
-    """Wraps a search: makes the folder of its storage before, writes conf/tuned/<study_name>.yaml after."""
+    """Hydra calls it around a search: it creates the folder of the trials, and at the end writes conf/tuned/."""
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        """Make the folder; exit where the storage holds trials of a search that fixed other values.
+        """Create the folder; end the process if it holds trials of a search that fixed other values.
 
-        SystemExit, because Hydra turns any other error of a callback into a warning.
+        By SystemExit, because Hydra turns any other error of a callback into a warning.
         """
         folder = Path(config.hydra.sweep.dir)
         folder.mkdir(parents=True, exist_ok=True)
@@ -25,8 +25,8 @@ class Search(Callback):
         record = folder / "fixed.yaml"
         if record.is_file() and OmegaConf.load(record) != OmegaConf.create(fixed):
             raise SystemExit(
-                f"error: hydra.sweeper.study_name={config.hydra.sweeper.study_name}: its trials are of another search, "
-                f"with {OmegaConf.load(record).fixed}; name this one: hydra.sweeper.study_name=..."
+                f"error: hydra.sweeper.study_name={config.hydra.sweeper.study_name}: its trials belong to a search "
+                f"with {OmegaConf.load(record).fixed}; give this search another name: hydra.sweeper.study_name=..."
             )
         OmegaConf.save(OmegaConf.create(fixed), record)
 
@@ -38,7 +38,7 @@ class Search(Callback):
 
 
 def write_tuned(name: str, params: DictConfig, value: float) -> Path:
-    """Write conf/tuned/<name>.yaml, which sets `params`, a choice of a group or a value each; return its path."""
+    """Write conf/tuned/<name>.yaml, which sets `params` (options of groups, or values); return its path."""
     chosen = {str(key): value for key, value in params.items()}
     groups = [key for key in chosen if (configuration.CONF / key).is_dir()]
     content = OmegaConf.create({"defaults": [{f"override /{group}": chosen[group]} for group in groups]})

@@ -1,4 +1,4 @@
-"""Slurm through its commands: submit a job array, ask for its tasks, cancel, requeue. It needs no accounting."""
+"""Slurm through its commands: submit a job array, list its tasks, cancel, requeue. Needs no accounting database."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ RESOURCES = (
 
 
 class SlurmError(FoldoptError, RuntimeError):
-    """A command of Slurm failed; the message holds what it said."""
+    """A command of Slurm failed; the message holds its output."""
 
 
 @dataclass(frozen=True)
 class ArrayTask:
-    """A task of a job array that waits, runs or ends: its state and reason in Slurm's words, and its nodes."""
+    """A task of a job array in the queue: its state and reason in Slurm's words, and its nodes."""
 
     name: str
     index: int
@@ -35,7 +35,7 @@ class ArrayTask:
 
 
 def options(launcher: DictConfig) -> list[str]:
-    """Return the options of sbatch that conf/hydra/launcher/slurm.yaml stands for.
+    """Return the options of sbatch for the settings of conf/hydra/launcher/slurm.yaml.
 
     Raises InputError for more than one node or task: a run is one process.
     """
@@ -56,7 +56,7 @@ def _option(key: str, value: object) -> str:
 
 
 def max_array_size() -> int:
-    """Return how many tasks a job array of this cluster may have."""
+    """Return the largest number of tasks that this cluster allows in a job array."""
     lines = _call("scontrol", "show", "config").splitlines()
     return next(int(line.split("=")[1]) for line in lines if line.startswith("MaxArraySize"))
 
@@ -67,7 +67,7 @@ def submit(script: Path) -> None:
 
 
 def tasks(names: Sequence[str]) -> list[ArrayTask]:
-    """Return the tasks that this user's job arrays of these names still have in the queue."""
+    """Return the tasks of this user's job arrays of these names that are still in the queue."""
     if not names:
         return []
     form = "%j|%K|%T|%r|%N"
@@ -83,10 +83,10 @@ def cancel(names: Sequence[str]) -> None:
 
 
 def requeue() -> bool:
-    """Ask that the job of this process starts again, and return whether that was needed.
+    """Ask Slurm to start the job of this process again; return whether that was needed.
 
-    It is not where Slurm is ending the job already, because it was cancelled, preempted or requeued, or has started it
-    again elsewhere, taking this node for lost.
+    It is not needed if Slurm is already ending the job (cancelled, preempted or requeued), or has started it again on
+    another node because it considers this one lost.
     """
     environment = os.environ
     job = environment["SLURM_JOB_ID"]

@@ -18,7 +18,7 @@ from experiments.report.outputs import Measurement
 from experiments.run import components
 from experiments.run.components import make as make_component
 from experiments.run.configuration import compose
-from experiments.run.execution import resolve_device
+from experiments.run.settings import resolve_device
 
 LAYERS: Mapping[str, tuple[str, list[str]]] = {
     "exact": ("exact", ["backend=exact"]),

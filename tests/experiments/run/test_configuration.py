@@ -13,7 +13,7 @@ def test_every_configuration_composes(group):
 
 
 def test_identity_follows_what_the_numbers_depend_on():
-    base = configuration.identity(configuration.compose([]))
+    base = folders.identity(configuration.compose([]))
     for same in (
         "device=cpu",
         "deterministic=true",
@@ -21,9 +21,9 @@ def test_identity_follows_what_the_numbers_depend_on():
         "progress=false",
         "tracking.mode=disabled",
     ):
-        assert configuration.identity(configuration.compose([same])) == base
+        assert folders.identity(configuration.compose([same])) == base
     for other in ("seed=1", "task.degree=2", "backend=two_stage", "linear_solver=gmres", "train.lr=0.1", "threads=2"):
-        assert configuration.identity(configuration.compose([other])) != base
+        assert folders.identity(configuration.compose([other])) != base
 
 
 def test_identity_does_not_depend_on_where_a_class_lives():
@@ -31,9 +31,9 @@ def test_identity_does_not_depend_on_where_a_class_lives():
     moved = cfg.copy()
     for group in ("task", "model", "backend", "optimizer"):
         moved[group]._target_ = f"another_package.{group}.Moved"
-    assert configuration.identity(moved) == configuration.identity(cfg)
+    assert folders.identity(moved) == folders.identity(cfg)
     moved.task.name = "another"  # what a configuration is called still counts
-    assert configuration.identity(moved) != configuration.identity(cfg)
+    assert folders.identity(moved) != folders.identity(cfg)
 
 
 def test_folders_say_what_is_in_them(tmp_path):
@@ -64,6 +64,6 @@ def test_an_option_that_came_later_keeps_the_identity_of_runs_made_without_it():
     with open_dict(older):
         del older.backend["forward_tol"]
     assert components.build(older).task.n_inputs == 100
-    assert configuration.identity(older) == configuration.identity(cfg)
+    assert folders.identity(older) == folders.identity(cfg)
     cfg.backend.forward_tol = 1e-3
-    assert configuration.identity(older) != configuration.identity(cfg)
+    assert folders.identity(older) != folders.identity(cfg)

@@ -20,7 +20,7 @@ import pytest
 import wandb
 
 from experiments.report import reproduction
-from experiments.run import configuration, folders, tracking
+from experiments.run import folders, tracking
 from experiments.run.execution import execute
 from experiments.run.tracking import Tracker
 from experiments.run.trainer import Trainer
@@ -51,7 +51,7 @@ def test_offline_runs_are_kept_for_wandb_sync(tiny, console):
     assert execute(cfg, console) == 0
     names = tracked(folders.of(cfg))
     assert len(names) == 1
-    assert names[0].endswith(configuration.identity(cfg)[:12])
+    assert names[0].endswith(folders.identity(cfg)[:12])
     kept = wandb_files.read(folders.of(cfg))
     assert (kept["group"], kept["job_type"], kept["exit_code"]) == ("", "", 0)
     assert kept["tags"] == ["portfolio", "two_stage", "mlp"]
@@ -95,7 +95,7 @@ def test_a_tracked_study_can_be_read_back_and_is_what_wandb_sync_would_send(stud
     (run,) = studies.expand(study, "smoke", mode="offline")
 
     kept = wandb_files.read(run.folder)
-    assert kept["id"] == configuration.identity(run.config)[:12]
+    assert kept["id"] == folders.identity(run.config)[:12]
     assert (kept["group"], kept["job_type"], kept["exit_code"]) == ("figure_4c", "two_stage", 0)
     assert kept["tags"] == ["mine", "two_stage", "smoke", "degree=3", "portfolio", "mlp"]
     assert kept["config"]["task"]["degree"] == 3
@@ -298,15 +298,15 @@ def test_a_server_that_hangs_at_the_end_costs_little_time_and_no_data(tiny, cons
     folder, seconds = folders.of(cfg), []
     with answering() as server:
         monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}")
-        finish = Tracker.finish
+        finish = Tracker.__exit__
 
-        def hung(self, exit_code):
+        def hung(self, *error):
             server.hangs.set()
             begin = time.monotonic()
-            finish(self, exit_code)
+            finish(self, *error)
             seconds.append(time.monotonic() - begin)
 
-        monkeypatch.setattr(Tracker, "finish", hung)
+        monkeypatch.setattr(Tracker, "__exit__", hung)
         assert execute(cfg, console) == 0
         begin = time.monotonic()
         wandb.teardown()  # as at the end of the process

@@ -13,10 +13,11 @@ import pandas as pd
 import pytest
 import torch
 
-from experiments.run import execution, folders
+from experiments.run import folders
 from experiments.run.checkpoint import Checkpoint
-from experiments.run.execution import execute, resolve_device
+from experiments.run.execution import execute
 from experiments.run.interruption import BUSY, StopRequest
+from experiments.run.settings import resolve_device
 from experiments.run.trainer import Trainer
 from foldopt.errors import InputError
 
@@ -184,7 +185,7 @@ def test_a_run_that_is_being_executed_is_left_alone(tiny, console):
 
 def test_a_run_waits_for_the_process_that_executes_it(tiny, console, monkeypatch):
     """As on a cluster, where the job of a lost node may still run; a stop ends the waiting."""
-    monkeypatch.setattr(execution, "LOCK_POLL_SECONDS", 0.05)
+    monkeypatch.setattr(folders, "LOCK_POLL_SECONDS", 0.05)
     cfg = tiny("backend=two_stage", "train.epochs=1")
     folder = folders.of(cfg)
     folder.mkdir(parents=True)

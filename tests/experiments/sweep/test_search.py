@@ -57,7 +57,7 @@ def test_a_search_keeps_its_trials_goes_on_and_gives_a_configuration(here):
 
     done = run(here, *search, "task.degree=1")
     assert done.returncode == 1
-    assert "its trials are of another search" in done.stderr
+    assert "its trials belong to a search with" in done.stderr
     assert "Traceback" not in done.stderr
 
 

@@ -1,6 +1,7 @@
 from collections import Counter
 
 import pytest
+import yaml
 
 from experiments.run import configuration, folders
 from experiments.sweep import studies
@@ -56,7 +57,7 @@ def test_tracking_a_study_groups_its_runs_and_moves_none():
     untracked = studies.expand(studies.parse(RAW, "tiny.yaml"))
     tracked = studies.expand(studies.parse(RAW, "tiny.yaml"), mode="online")
     assert [run.folder for run in tracked] == [run.folder for run in untracked]
-    assert configuration.identity(tracked[0].config) == configuration.identity(untracked[0].config)
+    assert folders.identity(tracked[0].config) == folders.identity(untracked[0].config)
     settings = configuration.compose(list(tracked[-1].overrides)).tracking
     assert settings == tracked[-1].config.tracking
     assert (settings.mode, settings.group, settings.job_type) == ("online", "tiny", "fold")
@@ -105,6 +106,42 @@ def test_unknown_study_and_profile_list_the_choices():
         studies.load("nonsense")
     with pytest.raises(InputError, match="no profile 'huge'; choose one of default"):
         studies.expand(studies.parse(RAW, "tiny.yaml"), "huge")
+
+
+@pytest.mark.parametrize(
+    ("place", "text", "message"),
+    [
+        ("study/tiny.yaml", "name: [", "tiny.yaml is no YAML"),
+        ("study/tiny.yaml", "- fold", "tiny.yaml holds a list; expected keys with values"),
+        ("study/tiny.yaml", "name: tiny", r"tiny.yaml: expected the keys \['base', 'grid'"),
+        (
+            "study/a-b.yaml",
+            "{name: a-b, title: T, base: [], grid: {}, series: {}, profiles: {}}",
+            "take letters, digits",
+        ),
+        ("tiny.yaml", "name: tiny", "move the file into a folder study/"),
+    ],
+)
+def test_a_wrong_file_of_one_s_own_is_named(tmp_path, place, text, message):
+    (tmp_path / "study").mkdir()
+    (tmp_path / place).write_text(text)
+    with pytest.raises(InputError, match=message):
+        studies.load(str(tmp_path / place))
+
+
+def test_a_file_of_one_s_own_finds_the_parts_in_its_folder(tmp_path):
+    own = {**RAW, "grid": {**RAW["grid"], "model": ["mlp", "mine"]}}
+    for name, content in {"study/tiny": own, "model/mine": {"_target_": "mine.Model", "name": "mine"}}.items():
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(content))
+    path = tmp_path / "study" / "tiny.yaml"
+    assert studies.available(tmp_path)["tiny"] == str(path)
+    study = studies.load(str(path))
+    assert study.config_dir == tmp_path
+    run = next(run for run in studies.expand(study) if run.point["model"] == "mine")
+    assert run.config.model._target_ == configuration.compose(list(run.overrides)).model._target_ == "mine.Model"
+    with pytest.raises(InputError, match=r"study tiny, series fold: .*Could not find 'model/mine'"):
+        studies.expand(studies.parse(own, "tiny.yaml"))
 
 
 def test_a_series_runs_on_every_part_of_a_list_once_each():
