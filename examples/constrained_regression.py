@@ -34,6 +34,7 @@ layer = CvxpyLayer(cp.Problem(cp.Minimize(cp.sum_squares(z - c)), [cp.diff(z) >=
 # 1955): neighbours that decrease are merged into their mean. It gives us the truth to compare with, and the data: y =
 # P(xᵀW + noise) for a hidden W.
 
+
 # %%
 def pool_adjacent_violators(c):
     """Return P(c) of c (B, m): blocks of neighbours are merged into their mean while these means decrease."""
@@ -65,6 +66,7 @@ hidden = torch.randn(INPUTS, OUTPUTS, dtype=torch.float64, generator=generator)
 #
 # The derivative of P takes the mean over each block of entries that P makes equal. Central differences of the pooling
 # algorithm, entry by entry of W, know nothing of the layer.
+
 
 # %%
 def loss(W, project=lambda c: layer(c)[0]):

@@ -65,6 +65,7 @@ def simulated_cost(decide, L, noise):
 # With two controls the program can also be solved by looking at the nine faces of the box, one after the other.
 # Differences of the cost simulated with *these* decisions are the truth for the gradient of 25 decisions in a row.
 
+
 # %%
 def policy_by_faces(drift, P):
     """Return the same decisions: the best of the minimizers over the faces of the box, clipped to it."""

@@ -66,6 +66,7 @@ def gradient(x):
 # Newton's method on the objective finds the same weights without a cone. Differences of it, coordinate by coordinate of
 # all points, are the truth for the gradient.
 
+
 # %%
 def fit_by_newton(x):
     """Return the same theta (3,) by ten steps of Newton's method from 0."""

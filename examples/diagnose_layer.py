@@ -77,6 +77,7 @@ except foldopt.errors.FixedPointError as error:
 # above the tolerance, the layer refuses too. With `on_failure="nan"` such a sample gets a gradient of NaN instead of
 # the error, and `layer.last.ok` is false for it, so that we can look at all of them.
 
+
 # %%
 def stopped(iterations):
     """Return a layer whose solver makes so many steps of projected gradient descent."""
@@ -131,6 +132,7 @@ for solver in ("lfpi", "auto"):
 #
 # This step reuses a value of x that was computed without gradients. It fixes the solution, so the layer has no reason
 # to complain: it answers, and its derivative is wrong. Only a comparison with differences of the solver can find that.
+
 
 # %%
 def careless(x, b, ridge):

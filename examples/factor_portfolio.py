@@ -78,6 +78,7 @@ def regret(weights, features, returns, decide=portfolio):
 # PIQP solves the same program with the covariance formed, in dense arithmetic and to 1e-12. Differences of its
 # portfolios along a direction are the truth for the gradient of the regret.
 
+
 # %%
 def portfolio_by_piqp(m):
     """Return the same portfolios by PIQP alone, with the covariance formed."""

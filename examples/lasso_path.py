@@ -56,6 +56,7 @@ def lasso(s):
 # of an unused feature with the residual grows to s. The truth for the slope is a closed form: dw/ds = −(XₐᵀXₐ)⁻¹
 # sign(wₐ) on the coefficients a that are not 0.
 
+
 # %%
 def slope(s):
     """Return w and dw/ds (features,) as arrays, in forward mode."""
@@ -131,6 +132,7 @@ for place, at in (("at a knot", s), ("inside a segment", (s + t) / 2)):
 #
 # Sixty steps of Adam on the validation error, in log s. With the whole path known, the best penalty can also be found
 # exactly, segment by segment.
+
 
 # %%
 def best_on(knots):

@@ -66,6 +66,7 @@ def flow(layer, c, ridge, N, b, capacity):
 # %% [markdown]
 # HiGHS and PIQP solve the same programs without foldopt. They give the truth to compare with.
 
+
 # %%
 def flow_by_highs(c, N, b, capacity):
     """Return a flow (arcs,) of least cost c'x by HiGHS alone, at a vertex."""
@@ -85,6 +86,7 @@ def flow_by_piqp(c, ridge, N, b, capacity):
 #
 # We ask three programs for the gradient of some function of the flow: with the integer costs, with small numbers added
 # that break all ties, and with the ridge.
+
 
 # %%
 def answers(cost, tie, ridge, city):

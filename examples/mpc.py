@@ -50,6 +50,7 @@ def dynamics(chain):
 # The program in z = (u₀, x₁, u₁, x₂, …) puts the blocks A, B and −I of each time step where they belong. The values of
 # the sparse tensor carry the gradient; their places are constant.
 
+
 # %%
 def program(chain, start):
     """Return Q, p, A, b and upper (= -lower) of a QPLayer in z (16 horizon,), for (stiffness, damping) and x_0 (12,).
@@ -123,6 +124,7 @@ print(f"the control law predicts the optimal forces of a state nearby to 1e-9: {
 #
 # Another controller was seen to make the plan z. What are the stiffness and the damping that it believes in? Minimize
 # the squared distance of our plan to z over these two numbers, from a wrong guess.
+
 
 # %%
 def loss(chain):

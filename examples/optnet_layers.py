@@ -49,6 +49,7 @@ def layers(n, **options):
 #
 # The activations, their Jacobians, and the second derivative of a weighted sum wᵀx, written by hand.
 
+
 # %%
 def closed_forms(c, w):
     """Return x (n,), dx/dc (n, n) and the second derivative of w'x (n, n), by name, at a c (n,) without a kink."""

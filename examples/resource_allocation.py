@@ -62,6 +62,7 @@ def earnings(c):
 # SciPy's root finder solves the optimality conditions alone. The gradient of V must be the prices (the envelope
 # theorem), and its Hessian the differences of SciPy's prices.
 
+
 # %%
 def by_root(c, x, prices):
     """Return x and prices as arrays from the optimality conditions alone, starting at some x and prices."""

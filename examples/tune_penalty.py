@@ -45,6 +45,7 @@ train, validation = samples(40), samples(30)
 # A root finder of SciPy is the black box; the step is one of gradient descent. The parameter is u = log λ, so that the
 # penalty stays positive. States of a layer have a batch dimension: w is (1, 10) and u is (1,).
 
+
 # %%
 def training_slope(w, u):
     """Return the gradient of the training problem at w (1, 10) for u = log(penalty) (1,)."""
@@ -75,6 +76,7 @@ def validation_loss(u, c):
 # The inner layer gives V′, and a bracketing root finder of SciPy the best u. The step of the outer layer is gradient
 # descent on V: it contains the inner layer. Its derivative needs the second derivative of that layer, which folded
 # layers have.
+
 
 # %%
 def slope_of_validation(u, c):
