@@ -21,6 +21,15 @@ GALLERY = re.compile("<!-- gallery: (.*?) -->")
 SECTION = re.compile("<!-- README: (.*?) -->")
 
 
+def on_config(config: MkDocsConfig) -> None:
+    """List the pages of the examples below their index in the navigation."""
+    pages = [{described(path)[0]: f"examples/{name}.md"} for name, path in scripts().items()]
+    for section in config.nav or []:
+        for item in (item for items in section.values() if isinstance(items, list) for item in items):
+            if isinstance(item, dict) and item.get("Examples") == "examples/index.md":
+                item["Examples"] = ["examples/index.md", *pages]
+
+
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the committed results and a page for each example."""
     for pattern in RESULTS:
@@ -90,7 +99,8 @@ def example(path: Path) -> str:
         f"The script is `examples/{path.name}`. It opens as a notebook in VS Code and in Jupyter with jupytext. "
         f"`python examples/{path.name}` runs it; `python -m scripts.examples {path.stem}` also redraws the figure."
     )
-    return "\n\n".join([f"# {title}", sentence, f"<small>{command}</small>", *cells(path)]) + "\n"
+    wide = "---\nhide: [toc]\n---"  # lines of code need the room of the table of contents
+    return "\n\n".join([wide, f"# {title}", sentence, f"<small>{command}</small>", *cells(path)]) + "\n"
 
 
 def cells(path: Path) -> list[str]:

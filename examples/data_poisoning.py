@@ -121,8 +121,8 @@ print(f"test loss {losses[0]:.4f}; after the attack {losses[-1]:.4f}, after rand
 # test loss 0.2810; after the attack 0.3840, after random moves 0.2838
 # ```
 #
-# The attacked points wander towards the other class and turn the boundary of the classifier. Random moves of the same
-# size hardly matter.
+# Points near the boundary move into the other class, and those far from it move away from it. Together they turn the
+# boundary. Random moves of the same size hardly matter.
 #
 # ![Moves of the points; test loss over the steps](../docs/assets/examples/data_poisoning.png)
 

@@ -102,8 +102,8 @@ print("of one more car", share.round(decimals=3).tolist())
 #
 # ## Tolls that help
 #
-# Every driver looks only at his or her own time. Tolls can lead to flows that are better for all: minimize the total
-# time Σ xᵢ tᵢ(xᵢ) over the tolls, by gradient descent through the equilibrium.
+# Drivers look only at their own time. Tolls can lead to flows that are better for all: minimize the total time Σ xᵢ
+# tᵢ(xᵢ) over the tolls, by gradient descent through the equilibrium.
 #
 # The answer is known, so that we can judge the result. The best flows are an equilibrium for the *marginal* times tᵢ +
 # xᵢ tᵢ′ = fᵢ (1 + 5 · 0.15 (xᵢ / kᵢ)⁴). These have the form of travel times on roads of the capacities kᵢ / 5^¼, for
