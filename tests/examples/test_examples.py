@@ -96,6 +96,10 @@ def test_decision_focused_learning_loses_less_on_every_seed(capsys, tmp_path):
     assert found["less"].mean() > 2 * found["less"].std() / len(found["less"]) ** 0.5
     assert (found["errors"][:, 1] > found["errors"][:, 0]).all()
     assert (found["slopes"][:, 1] < found["slopes"][:, 0]).all()
+    assert 0.5 < found["less"].min() < found["less"].max() < 3.5
+    too_much = (found["sold"] - found["sold"][:, 2:])[:, :2].mean(0)
+    assert too_much[0] > 0.3
+    assert too_much[1].abs() < too_much[0] / 3
     assert labels(panels) == [[], ["true", "least squares", "trained on regret"]]
     assert len(panels[0].lines) == 5
 
