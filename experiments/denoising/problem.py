@@ -213,6 +213,9 @@ class DenoisingProblem(Problem):
         """Return (Q, p, G, h, A, b) of the quadratic program (33) in (x, t), with -t <= D x <= t.
 
         Args:
+            D: operators, (m, n).
+            d: noisy signals, (B, n).
+            weight: of the total variation, a number.
             ridge: Diagonal entry of Q for t, above 0, for solvers that need a positive definite Q. It changes the
                 solution slightly.
         """
