@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Mapping
@@ -22,7 +23,32 @@ CONF = ROOT / "conf"
 NOT_IDENTITY = ("device", "deterministic", "paths", "progress", "tracking")
 # Keys that came after runs had been made without them, and the value that says the same as their absence. It is the
 # default of the argument too, so that those runs can still be built.
-ADDED: Mapping[str, Any] = {"backend.forward_tol": None}
+ADDED: Mapping[str, Any] = {
+    "backend.forward_tol": None,
+    "task.csv": None,
+    "task.digest": None,
+    "task.date": None,
+    "task.returns": None,
+    "task.features": None,
+    "task.max_gap": None,
+    "task.lags": 1,
+    "task.feature_lag": 1,
+    "task.val_share": 0.15,
+    "task.test_share": 0.3,
+    "task.folds": 1,
+    "task.fold": 0,
+    "task.risk": 1.2,
+}
+
+
+def sha256_of_file(path: Any) -> str | None:
+    """Return the SHA-256 of a file's content, None if it cannot be read or the path is no text."""
+    with contextlib.suppress(OSError):
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest() if isinstance(path, str) else None
+    return None
+
+
+OmegaConf.register_new_resolver("sha256", sha256_of_file, replace=True)
 
 
 def compose(overrides: list[str]) -> DictConfig:

@@ -50,6 +50,7 @@ def execute(cfg: DictConfig, console: Console | None = None, wait: bool = False)
     run, unless `wait`: then until that process has ended.
     """
     console = console or Console()
+    OmegaConf.resolve(cfg)  # once: what depends on files must not change during the run
     try:
         require_type("paths.runs", cfg.paths.runs, str)
     except InputError as error:
