@@ -6,18 +6,25 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from data.portfolio import generate
+from data import returns_csv
+from data.portfolio import PortfolioData, generate
 from experiments.contracts.task import Samples, Task
 from experiments.portfolio.problem import PortfolioProblem
+from foldopt.errors import InfeasibleError, InputError
 
 
 class PortfolioTask(Task):
-    """The portfolio task on the data of `data.portfolio.generate`.
+    """The portfolio task on the data of `data.portfolio.generate`, or on returns from a CSV file.
 
     Args:
         standardize: The model predicts (c - mean) / deviation, with one mean and one standard deviation over all
             training returns, so that the weights of the assets relative to each other stay the same.
-        seed, degree, n_train, n_val, n_test, n_assets, n_features, tau: See `data.portfolio.generate`.
+        seed, degree, n_train, n_val, n_test, n_assets, n_features, tau: See `data.portfolio.generate`; not used with a
+            file.
+        csv: Path of a file of returns, see `data.returns_csv.read`; None generates the data.
+        digest, date, returns, features, max_gap: See `data.returns_csv.read`.
+        lags, feature_lag, val_share, test_share, folds, fold: See `data.returns_csv.WalkForward`.
+        risk: See `data.returns_csv.split`.
     """
 
     objective: ClassVar[str] = "regret"
@@ -36,13 +43,33 @@ class PortfolioTask(Task):
         n_features: int,
         tau: float,
         standardize: bool,
+        csv: str | None = None,
+        digest: str | None = None,
+        date: str | None = None,
+        returns: list[str] | None = None,
+        features: list[str] | None = None,
+        max_gap: float | None = None,
+        lags: int = 1,
+        feature_lag: int = 1,
+        val_share: float = 0.15,
+        test_share: float = 0.3,
+        folds: int = 1,
+        fold: int = 0,
+        risk: float = 1.2,
     ) -> None:
-        drawn = generate(seed, degree, n_train, n_val, n_test, n_assets, n_features, tau)
-        self.problem = PortfolioProblem(drawn.V, drawn.gamma)
-        self.n_inputs, self.n_outputs = n_features, n_assets
-        train = drawn.returns["train"]
+        walk = returns_csv.WalkForward(lags, feature_lag, val_share, test_share, folds, fold)
+        if csv is not None:
+            table = returns_csv.read(csv, digest, date, returns, features, max_gap)
+            data = returns_csv.split(table, walk, risk)
+        elif folds > 1:
+            raise InputError(f"task.folds={folds}: only the data of a file have folds; name one by task.csv.")
+        else:
+            data = generate(seed, degree, n_train, n_val, n_test, n_assets, n_features, tau)
+        self.problem = _problem(data, risk)
+        self.n_inputs, self.n_outputs = data.features["train"].shape[1], len(data.V)
+        train = data.returns["train"]
         self.shift, self.scale = (float(train.mean()), float(train.std())) if standardize else (0.0, 1.0)
-        self.splits = {name: self._samples(drawn.features[name], c) for name, c in drawn.returns.items()}
+        self.splits = {name: self._samples(data.features[name], c) for name, c in data.returns.items()}
 
     def _samples(self, features: Tensor, c: Tensor) -> Samples:
         optimal = self.problem.value(self.problem.exact(c).x, c)
@@ -73,3 +100,12 @@ class PortfolioTask(Task):
             "regret_percent": float(100 * regret.sum() / samples["optimal"].abs().sum()),
             "mse": float((c - samples["returns"]).square().mean()),
         }
+
+
+def _problem(data: PortfolioData, risk: float) -> PortfolioProblem:
+    try:
+        return PortfolioProblem(data.V, data.gamma)
+    except InfeasibleError as error:
+        raise InputError(
+            f"task.risk={risk}: {error} gamma is task.risk times the variance of equal weights."
+        ) from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from experiments.run import folders, settings
@@ -28,6 +28,7 @@ def execute(cfg: DictConfig, console: Console | None = None, wait: bool = False)
     """
     console = console or Console()
     say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
+    OmegaConf.resolve(cfg)  # once: what depends on files must not change during the run
     try:
         folder = folders.of(cfg)
         if folders.status(folder) == "finished":

@@ -48,7 +48,22 @@ COLUMNS = (  # of every task; those of its own follow
 NOT_IDENTITY = ("device", "deterministic", "paths", "progress", "tracking")
 # Keys that were added after runs had been made without them, with the value that means the same as leaving them out.
 # It is also the default of the argument, so that those runs can still be built.
-ADDED: Mapping[str, Any] = {"backend.forward_tol": None}
+ADDED: Mapping[str, Any] = {
+    "backend.forward_tol": None,
+    "task.csv": None,
+    "task.digest": None,
+    "task.date": None,
+    "task.returns": None,
+    "task.features": None,
+    "task.max_gap": None,
+    "task.lags": 1,
+    "task.feature_lag": 1,
+    "task.val_share": 0.15,
+    "task.test_share": 0.3,
+    "task.folds": 1,
+    "task.fold": 0,
+    "task.risk": 1.2,
+}
 
 
 class StorageError(FoldoptError, OSError):

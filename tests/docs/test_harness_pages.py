@@ -30,6 +30,14 @@ def test_every_column_is_explained():
         assert f"`{column}`" in rows
 
 
+def test_every_key_for_a_file_is_explained():
+    page = (DOCS / "harness" / "your-data.md").read_text()
+    keys = [key for key in configuration.ADDED if key.startswith("task.")]
+    assert len(keys) > 10
+    for key in keys:
+        assert f"| `{key}` |" in page
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["smoothed", "fold", "spo_plus"])
 def test_the_project_runs_and_learns_as_it_stands(tmp_path, backend):

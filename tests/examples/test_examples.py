@@ -234,3 +234,15 @@ def test_resource_allocation_converges_quadratically_to_the_best_capacities(caps
     assert any(1e-12 < later < 10 * gap**2 < 1e-3 for gap, later in pairwise(found["gaps"]))
     assert found["distance"] < 1e-9
     assert labels(panels) == [["resource 1", "resource 2", "resource 3"], []]
+
+
+@pytest.mark.slow
+def test_own_returns_are_judged_against_the_best_portfolios_of_cvxpy():
+    pytest.importorskip("sklearn")
+    found = run("own_returns", folds=2, epochs=2)
+    assert len(found["returns"]) == 389
+    assert not found["returns"].isna().any(axis=None)
+    assert found["error"] < 1e-6
+    for values in found["regret"].values():
+        assert len(values) == 2
+        assert all(0 < value < 0.1 for value in values)
