@@ -165,6 +165,10 @@ def test_factor_portfolio_pays_off_on_unseen_days(capsys, tmp_path):
     assert results["trained"]["mse"] > results["two stages"]["mse"]
     for part in ("seen", "unseen"):
         assert 0 < results["trained"][part] < results["two stages"][part] / 7
+    features, returns = (part[0] for part in found["unseen"])
+    misses = [(features @ weights - returns).abs() for weights in (found["two_stage"], found["weights"])]
+    top = returns.argsort(descending=True)[:20]
+    assert misses[1][top].mean() < 0.6 * misses[0][top].mean()
     assert labels(panels)[0] == ["least squares", "trained on regret"]
     assert len(panels[1].patches) == 4
 
