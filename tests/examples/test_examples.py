@@ -91,7 +91,7 @@ def test_the_second_fold_predicts_how_the_penalty_moves(capsys, tmp_path):
 @pytest.mark.slow
 def test_decision_focused_learning_loses_less_on_every_seed(capsys, tmp_path):
     found, panels = run("decision_focused", capsys, tmp_path)
-    assert np.isclose(found["slope"], found["truth"], rtol=1e-5)
+    assert np.isclose(found["slope"], found["truth"], rtol=2e-5)
     assert (found["regrets"][:, 1] < found["regrets"][:, 0]).all()
     assert (found["regrets"] > 0).all()
     assert found["less"].mean() > 2 * found["less"].std() / len(found["less"]) ** 0.5
