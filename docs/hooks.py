@@ -27,10 +27,11 @@ GALLERY = re.compile("<!-- gallery: (.*?) -->")
 def on_config(config: MkDocsConfig) -> None:
     """List the pages of the examples below their index in the navigation."""
     pages = [{described(path)[0]: f"examples/{name}.md"} for name, path in scripts().items()]
-    for section in config.nav or []:
-        for item in (item for items in section.values() if isinstance(items, list) for item in items):
-            if isinstance(item, dict) and item.get("Examples") == "examples/index.md":
-                item["Examples"] = ["examples/index.md", *pages]
+    parts = [part for tab in config.nav or [] for part in tab.values() if isinstance(part, list)]
+    entries = [item for part in parts for item in part if isinstance(item, dict) and "Examples" in item]
+    if not entries:
+        raise PluginError("mkdocs.yml has no entry 'Examples' below a tab of its nav, where the pages of examples go.")
+    entries[0]["Examples"] = [entries[0]["Examples"], *pages]
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:

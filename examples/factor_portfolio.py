@@ -133,9 +133,9 @@ print(f"value of the best portfolio, unseen: {best:.3f}")
 # value of the best portfolio, unseen: 2.980
 # ```
 #
-# The regret falls to an eighth, on days that training has not seen too. The left picture shows how: the trained
-# forecast is too high for ordinary assets, where it does not matter, and close to the truth for the best ones, among
-# which the portfolio chooses. Least squares is right in the crowd and wrong at the top.
+# The regret falls to an eighth, on days that training has not seen too. The left picture shows how. The trained
+# forecast is wrong for the crowd of ordinary assets, where that does not matter, and much nearer to the truth for the
+# best ones, among which the portfolio chooses. Least squares is right in the crowd and wrong at the top.
 #
 # ![Forecast over true return of each asset; regret of both forecasts](../docs/assets/examples/factor_portfolio.png)
 
@@ -148,7 +148,7 @@ left.set(xlabel="true return", ylabel="forecast", title="1,000 assets on an unse
 left.legend(loc="lower right")
 for shift, color, part in ((-0.2, "C5", "seen"), (0.2, "C0", "unseen")):
     right.bar([shift, 1 + shift], [one[part] for one in results.values()], width=0.4, color=color, label=part)
-right.set(xticks=(0, 1), xticklabels=("least squares", "trained"), ylabel="regret", title="Regret")
+right.set(xticks=(0, 1), xticklabels=("least squares", "regret"), xlabel="trained on", ylabel="regret", title="Regret")
 right.grid(visible=False, axis="x")
 right.legend()
 plt.show()

@@ -80,7 +80,7 @@ def validation_loss(u, c):
 
 # %%
 def slope_of_validation(u, c):
-    """Return dV/dl (1,), itself differentiable in u and c."""
+    """Return dV/du (1,), itself differentiable in u and c."""
     return torch.func.grad(lambda u: validation_loss(u, c).sum())(u)
 
 
