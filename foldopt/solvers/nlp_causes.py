@@ -1,0 +1,103 @@
+"""Why a smooth program was not solved: the causes by name, and how some are told from others."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from foldopt.batched import matvec
+from foldopt.solvers.interior_point import largest
+from foldopt.solvers.nlp_model import violation
+from foldopt.updates.programs import SmoothProgram, SQPData, batched_jacobian
+
+__all__ = ["CAUSES", "explained"]
+
+(
+    SOLVED,
+    INFEASIBLE,
+    UNBOUNDED,
+    NOT_SMOOTH,
+    NO_MULTIPLIERS,
+    OUT_OF_ITERATIONS,
+    OUT_OF_TIME,
+    NOT_FINITE,
+    STALLED,
+    RUNNING,
+) = range(10)
+CAUSES = (
+    "solved",
+    "infeasible",
+    "unbounded",
+    "not smooth",
+    "no multipliers",
+    "iteration limit",
+    "time limit",
+    "not finite",
+    "no progress",
+)
+NEARBY = 1e-2  # half the length, relative to 1 + |x|, of the line on which a jump of the gradients is looked for
+HALVINGS = 40  # of that line
+JUMP = 1e-4  # change of a gradient across what is left of it, relative to the gradient, that is no rounding
+VANISHING = 1e-5  # of the active constraints' gradients that the largest multipliers combine, relative to these
+
+
+def explained(
+    program: SmoothProgram,
+    x: Tensor,
+    nu: Tensor,
+    lam: Tensor,
+    data: SQPData,
+    cause: Tensor,
+    params: tuple[Tensor, ...],
+) -> Tensor:
+    """Return the causes (B,), those of samples that ended without one found out.
+
+    A function is not smooth where its gradient jumps within any distance however small. There are no
+    multipliers where feasible iterates have multipliers that grow beyond bounds: their constraints' gradients, combined
+    with them, almost vanish, so that the constraint qualification of Mangasarian and Fromovitz fails.
+    """
+    open_ = (cause == STALLED) | (cause == OUT_OF_ITERATIONS)
+    if not open_.any():
+        return cause
+    rough = open_ & _jumps(program, x, params)
+    feasible = violation(data.h, data.g) <= 1e-6 * (1 + largest(x))
+    y, rows = torch.cat([nu, lam], 1), torch.cat([data.jacobian_h, data.jacobian_g], 1)
+    weight = (y.abs() * rows.abs().sum(2)).sum(1)
+    combined = largest(matvec(rows.mT, y))
+    vanishing = open_ & ~rough & feasible & (weight > 0) & (combined <= VANISHING * weight)
+    cause = torch.where(rough, NOT_SMOOTH, cause)
+    return torch.where(vanishing, NO_MULTIPLIERS, cause)
+
+
+def _jumps(program: SmoothProgram, x: Tensor, params: tuple[Tensor, ...]) -> Tensor:
+    """Return in which samples, (B,) bool, the gradient of a function jumps near x.
+
+    A line through x is halved again and again, the half across which the gradients change more being kept.
+    """
+    mixed = NEARBY * (1 + x.abs()) * torch.cos(torch.arange(1, x.shape[1] + 1).to(x))
+    ends = [x - mixed, x + mixed]
+    gradients = [_gradients(program, end, params) for end in ends]
+    for _ in range(HALVINGS):
+        middle = (ends[0] + ends[1]) / 2
+        at = _gradients(program, middle, params)
+        first = _change(gradients[0], at) >= _change(at, gradients[1])
+        keep, part = first[:, None], first[:, None, None]
+        ends = [torch.where(keep, ends[0], middle), torch.where(keep, middle, ends[1])]
+        gradients = [torch.where(part, gradients[0], at), torch.where(part, at, gradients[1])]
+    return _change(*gradients) > JUMP
+
+
+def _change(one: Tensor, other: Tensor) -> Tensor:
+    """Return the largest change (B,) of a function's gradient, relative to the gradient where that is large."""
+    size = torch.maximum(one.abs().amax(2), other.abs().amax(2)).clamp(min=1e-3)
+    return ((one - other).abs().amax(2) / size).nan_to_num(0, 0, 0).amax(1)
+
+
+def _gradients(program: SmoothProgram, x: Tensor, params: tuple[Tensor, ...]) -> Tensor:
+    """Return the gradients of f, h and g, (B, 1 + p + m, n)."""
+
+    def functions(z: Tensor) -> Tensor:
+        f, h, g = program.values(z, *params)
+        return torch.cat([f[:, None], h, g], 1)
+
+    return batched_jacobian(functions, x, functions(x).shape[1])
