@@ -10,7 +10,7 @@ STUDIES := $(subst _,-,$(basename $(notdir $(wildcard conf/study/*.yaml))))
 MEASUREMENTS := $(shell sed -n '/^measurements:/,/^[^ ]/s/^  \([a-z0-9-]*\):.*/\1/p' conf/study/*.yaml)
 
 .PHONY: help test test-slow test-all nightly endurance coverage lint format reproduce sweep docs docs-serve slurm figures \
-	report verify $(STUDIES) $(MEASUREMENTS) bench bench-qp bench-cvxpy verdicts peers clean lock
+	report verify $(STUDIES) $(MEASUREMENTS) bench bench-qp bench-cvxpy verdicts ac-opf peers clean lock
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -102,6 +102,9 @@ bench-cvxpy: .venv/peers/.installed ## CvxpyLayer beside cvxpylayers on all kind
 
 verdicts: .venv/.installed ## QPLayer's verdicts and gradients against exact arithmetic on random integer programs (some 5 minutes; a table)
 	OMP_NUM_THREADS=1 $(PY) -m scripts.verdicts
+
+ac-opf: .venv/.installed ## AC optimal power flow beside pypower, and forecasts trained on the cost of redispatch (some 15 minutes; two tables)
+	OMP_NUM_THREADS=1 MPLBACKEND=agg $(PY) examples/ac_opf.py --cases case9 case14 case57 case118 --seeds 6 --days 64 --steps 12 --tables results/tables
 
 .venv/peers/.installed: .venv/.installed
 	$(PYTHON) -m venv .venv/peers
