@@ -22,6 +22,7 @@ from foldopt.diagnostics import check
 from foldopt.layers import NLPLayer, f_fdpg, f_pgd_a, f_pgd_b, f_sqp
 from foldopt.qp._layer import QPLayer
 from foldopt.updates import ADMM, SQP, DualProximalGradient, ProjectedGradient, ProximalGradient, SmoothProgram
+from foldopt.updates.external import ExternalFunction
 
 __version__ = "0.1.0"
 
@@ -30,6 +31,7 @@ __all__ = [
     "SQP",
     "CvxpyLayer",
     "DualProximalGradient",
+    "ExternalFunction",
     "FixedPointLayer",
     "FoldInfo",
     "Implicit",

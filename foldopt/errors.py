@@ -15,8 +15,11 @@ __all__ = [
     "LimitError",
     "LinearSolveError",
     "MissingDependencyError",
+    "NoMultipliersError",
     "NonconvexError",
+    "NotSmoothError",
     "NotUniqueError",
+    "SingularHessianError",
     "SolverError",
     "UnboundedError",
     "UndeclaredParameterError",
@@ -59,6 +62,14 @@ class LimitError(SolverError):
     """The solver ended without a solution, or a proof that there is none, for the samples in `indices`."""
 
 
+class NotSmoothError(SolverError):
+    """A function of the samples in `indices` has a gradient that jumps near the point where the solver ended."""
+
+
+class NoMultipliersError(SolverError):
+    """The samples in `indices` end at feasible points without multipliers: their active constraints are degenerate."""
+
+
 class FixedPointError(SolverError):
     """The update step does not fix the solution that the solver returned, for the samples in `indices`."""
 
@@ -77,6 +88,10 @@ class KinkError(DegenerateError):
 
 class NotUniqueError(DegenerateError):
     """The program has several solutions, which the incoming gradient tells apart."""
+
+
+class SingularHessianError(DegenerateError):
+    """The Hessian of the Lagrangian is singular along the active constraints: the solution has no derivative."""
 
 
 class DependentRowsError(DegenerateError):

@@ -8,23 +8,22 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor, nn
 
-from foldopt._fold import FoldOptions, fold
+from foldopt._fold import FoldOptions, Implicit, fold
 from foldopt._layer import FixedPointLayer, LayerAround
+from foldopt._nlp import NLPFold, solved_by
 from foldopt._sparsity import Sparsity
-from foldopt.checks import require_whole
+from foldopt.checks import require_positive, require_whole
 from foldopt.errors import InputError
 from foldopt.linear_solve import LinearSolver
 from foldopt.solvers import scipy_nlp
-from foldopt.solvers.ipopt import solve_ipopt
 from foldopt.solvers.multipliers import recover_multipliers
-from foldopt.solvers.nlp import solve_nlp
 from foldopt.solvers.qp import solve_qp
 from foldopt.solvers.qpth import solve_qpth
 from foldopt.step import State, as_tuple
 from foldopt.updates.admm import PrimalADMM, PrimalState, batched_qp, symmetric
 from foldopt.updates.dual_proximal_gradient import DualProximalGradient
 from foldopt.updates.gradient import ProjectedGradient
-from foldopt.updates.programs import SmoothProgram, SQPData, SQPProgram, SQPState
+from foldopt.updates.programs import Bound, SmoothProgram, SQPData, SQPProgram, SQPState
 from foldopt.updates.sparse_sqp import SparseSQP
 from foldopt.updates.sqp import SQP
 
@@ -173,17 +172,9 @@ def f_sqp(
         parameters that the constraints use, and where their curvatures differ. ``layer.last.verdict`` says after a
         backward pass what became of each sample.
     """
-    nan = "nan" in (degenerate, on_failure)
-    step: SQP | SparseSQP
-    if sparsity is False:
-        step = SQP(program, stepsize, degenerate, nan)
-    elif stepsize == 1:
-        step = SparseSQP(program, None if sparsity is True else sparsity, nan)
-    else:
-        raise InputError(f"stepsize={stepsize}: with sparsity= the step is a full one, stepsize=1.")
     return fold(
         solve,
-        step,
+        _step(program, stepsize, degenerate, "nan" in (degenerate, on_failure), sparsity),
         linear_solver=linear_solver,
         tol=tol,
         on_failure=on_failure,
@@ -191,6 +182,16 @@ def f_sqp(
         dtype=dtype,
         modules=modules,
     )
+
+
+def _step(
+    program: SQPProgram, stepsize: float, degenerate: str, nan: bool, sparsity: bool | Sparsity
+) -> SQP | SparseSQP:
+    if sparsity is False:
+        return SQP(program, stepsize, degenerate, nan)
+    if stepsize == 1:
+        return SparseSQP(program, None if sparsity is True else sparsity, nan)
+    raise InputError(f"stepsize={stepsize}: with sparsity= the step is a full one, stepsize=1.")
 
 
 class ADMMLayer(LayerAround):
@@ -224,26 +225,57 @@ class NLPLayer(LayerAround):
     """Any smooth program as a layer, convex or not: min f(x, c) s.t. g(x, c) <= 0, h(x, c) = 0 (paper eq. 1).
 
     ``NLPLayer(objective, inequalities, equalities, start=start)(*params) -> x``, (B, n), folded through one SQP step at
-    the KKT point that the solver found. B is the length of the first parameter.
+    the KKT point that the solver found. A program of several local minima has the derivative of the one that was found.
+
+    How many samples there are, B: as many as `start` has rows if it is (B, n) or a function that returns that. With a
+    start (n,) for all samples, as many as the parameters of two or more dimensions have rows, which must agree; 0-D and
+    1-D parameters are shared by all samples. Give a start of shape (1, n) where all parameters are shared matrices.
+
+    ``layer.last`` holds the certificates: ``status`` ("solved", "infeasible", "unbounded", "not smooth", "no
+    multipliers", "iteration limit", "time limit", "not finite", "no progress" or "step and solution disagree" for each
+    sample), ``residual``, ``solved``, ``ok``, after a backward pass ``verdict``; `layer.multipliers` the (nu, lam) of
+    the last call, the bounds' behind the others.
 
     Args:
-        objective: f(x, *params) -> (B,). inequalities: g(x, *params) -> (B, m). equalities: h(x, *params) -> (B, p);
-            either may be None. The samples of a batch do not interact.
+        objective: f(x, *params) -> (B,). The samples of a batch do not interact. Functions that are not PyTorch code
+            come in as a `foldopt.ExternalFunction`.
+        inequalities: g(x, *params) -> (B, m), meant as g <= 0, or None.
+        equalities: h(x, *params) -> (B, p), or None.
+        lower: lower <= x, a tensor (n,) or (B, n) or a function of the parameters that returns one; -inf is no bound.
+        upper: x <= upper, likewise; inf is no bound. A variable with lower = upper in all samples is an equality.
         start: where the solver starts, (n,) or (B, n), or a function ``start(*params) -> (B, n)``.
         solver: "sqp" (built in, batched: `foldopt.solvers.nlp.solve_nlp`), "slsqp" or "trust-constr" (SciPy), "ipopt"
-            (cyipopt), or any black box ``solver(*params) -> x`` or ``-> (x, nu, lam)`` with nu for h and lam >= 0 for
-            g; of x alone the multipliers are recovered by least squares. Such a black box needs no `start`.
+            (cyipopt), or any black box ``solver(*params) -> x`` or ``-> (x, nu, lam)`` with nu (B, p) for h and
+            lam (B, m) >= 0 for g, those of bounds behind the others; of x alone the multipliers are recovered by least
+            squares. Such a black box needs no `start`, and keeps its own limits.
+        tol: largest accepted ||U(x*, c) - x*|| / (1 + ||x*||) of x and of the multipliers; default 1e-6 in float64,
+            else 1e-3. Solvers stop at a ten-thousandth of it.
+        max_iter: cap of the solver's iterations for each sample; None for the solver's own.
+        time_limit: seconds after which the solver gives up, for the batch ("sqp") or for each sample; None for none.
         polish: SQP steps taken on the solver's answer, which square its error. A sample that they move by more than
-            1e-3 (relative) was no KKT point; it is left as it was and falls under `on_failure`.
+            1e-3 (relative) is left as it was.
         dtype: float64 by default whatever the network's; x comes back in that of the first parameter.
         sparsity: as for `f_sqp`, for thousands of variables; the solver is then "ipopt" or a function, for the others
             work with dense matrices.
-        degenerate, on_failure, linear_solver, tol, modules: as for `f_sqp`.
+        degenerate: what happens to samples whose solution has no derivative, as for `f_sqp`.
+        on_failure: what happens to samples that are not solved, as for `foldopt.fold`. "raise" raises the error of the
+            first cause: InfeasibleError, UnboundedError, NotSmoothError, NoMultipliersError, LimitError, or
+            FixedPointError where the solver's answer is no KKT point.
+        linear_solver: as for `foldopt.fold`.
+        modules: as for `foldopt.fold`.
 
-    A program of several local minima has the derivative of the one that the solver found. ``layer.last`` holds the
-    certificates: ``status``, ``residual``, ``solved``, ``ok``, after a backward pass ``verdict``; `layer.multipliers`
-    the (nu, lam) of the last call.
+    Raises:
+        InputError: an argument is unknown or of a wrong shape, or the parameters' numbers of rows contradict.
+
+    Example:
+        >>> layer = NLPLayer(lambda x, c: (c * x).sum(1), lambda x, c: x.square().sum(1, keepdim=True) - 1,
+        ...                  start=torch.zeros(2))
+        >>> layer(torch.tensor([[3.0, 4.0], [0.0, -1.0]]))
+        tensor([[-0.6000, -0.8000],
+                [ 0.0000,  1.0000]])
     """
+
+    fold: NLPFold
 
     def __init__(
         self,
@@ -251,15 +283,19 @@ class NLPLayer(LayerAround):
         inequalities: Callable[..., Tensor] | None = None,
         equalities: Callable[..., Tensor] | None = None,
         *,
+        lower: Bound | None = None,
+        upper: Bound | None = None,
         start: Tensor | Callable[..., Tensor] | None = None,
         solver: str | Callable[..., State] = "sqp",
+        tol: float | None = None,
+        max_iter: int | None = None,
+        time_limit: float | None = None,
         polish: int = 1,
         dtype: torch.dtype | None = torch.float64,
         sparsity: bool | Sparsity = False,
         degenerate: str = "raise",
         on_failure: str = "raise",
         linear_solver: str | LinearSolver = "auto",
-        tol: float | None = None,
         modules: Iterable[nn.Module] = (),
     ) -> None:
         super().__init__()
@@ -276,17 +312,21 @@ class NLPLayer(LayerAround):
                 f"solver={solver!r} needs start=, a tensor (n,) or (B, n) or a function of the parameters."
             )
         require_whole("polish", polish, 0)
-        self.program = SmoothProgram(objective, equalities, inequalities)
+        if max_iter is not None:
+            require_whole("max_iter", max_iter, 1)
+        if time_limit is not None:
+            require_positive("time_limit", time_limit)
+        self.program = SmoothProgram(objective, equalities, inequalities, lower, upper)
         self.start, self.solver, self.polish = start, solver, polish
-        self.fold = f_sqp(
-            self.program,
+        self.limits = {"max_iter": max_iter, "time_limit": time_limit}
+        nan = "nan" in (degenerate, on_failure)
+        self.fold = NLPFold(
             self._solve,
-            dtype=dtype,
-            degenerate=degenerate,
-            on_failure=on_failure,
-            sparsity=sparsity,
-            linear_solver=linear_solver,
+            _step(self.program, 1.0, degenerate, nan, sparsity),
+            Implicit(linear_solver, degenerate),
             tol=tol,
+            on_failure=on_failure,
+            dtype=dtype,
             modules=modules,
         )
         self.multipliers: tuple[Tensor, Tensor] | None = None
@@ -301,16 +341,11 @@ class NLPLayer(LayerAround):
         return x
 
     def _solve(self, *params: Tensor) -> SQPState:
-        if self.solver == "sqp":
-            found: State = solve_nlp(self.program, self._started(params), *params)[:3]
-        elif self.solver == "ipopt":
-            sparse = self.fold.update.derivatives if isinstance(self.fold.update, SparseSQP) else None
-            found = solve_ipopt(self.program, self._started(params), *params, sparse=sparse)[:3]
-        elif isinstance(self.solver, str):
-            found = scipy_nlp.solve_scipy(self.program, self.solver, self._started(params), *params)
+        if callable(self.solver):
+            found, causes = as_tuple(self.solver(*params)), None
         else:
-            found = self.solver(*params)
-        state: Any = as_tuple(found)
+            found, causes = solved_by(self.solver, self.fold, self.program, self._started(params), params, self.limits)
+        state: Any = found
         if len(state) not in (1, 3):
             raise InputError(f"solver returned {len(state)} tensors, expected x or (x, nu, lam).")
         like = next((p for p in params if p.is_floating_point()), state[0])
@@ -322,6 +357,7 @@ class NLPLayer(LayerAround):
             change = torch.linalg.vector_norm(moved[0] - state[0], dim=1)
             near = change <= 1e-3 * (1 + torch.linalg.vector_norm(state[0], dim=1))
             state = tuple(torch.where(near[:, None], new, old) for new, old in zip(moved, state, strict=True))
+        self.fold.call.params, self.fold.call.causes = params, causes
         return state
 
     def _multipliers(self, x: Tensor, params: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
@@ -334,5 +370,12 @@ class NLPLayer(LayerAround):
     def _started(self, params: tuple[Tensor, ...]) -> Tensor:
         start: Any = self.start(*params) if callable(self.start) else self.start
         start = start.to(device=params[0].device, dtype=self.fold.dtype or params[0].dtype)
-        batch = len(params[0]) if params[0].dim() else 1
-        return start.expand(batch, -1) if start.dim() == 1 else start
+        if start.dim() != 1:
+            return start
+        rows = {len(p) for p in params if p.dim() >= 2} - {1}
+        if len(rows) > 1:
+            raise InputError(
+                f"the parameters have {sorted(rows)} rows, of shapes {[tuple(p.shape) for p in params]}: which are the "
+                "samples? Pass start= of shape (B, n), or a function start(*params) that returns that."
+            )
+        return start.expand(max(rows, default=1), -1)

@@ -9,7 +9,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from foldopt.errors import DegenerateError, DependentRowsError, InputError, KinkError, NotUniqueError
+from foldopt.errors import (
+    DegenerateError,
+    DependentRowsError,
+    InputError,
+    KinkError,
+    NotUniqueError,
+    SingularHessianError,
+)
 
 __all__ = ["NAMES", "POLICIES", "Verdict", "require_policy"]
 
@@ -18,11 +25,16 @@ def __dir__() -> list[str]:
     return __all__
 
 
-DIFFERENTIABLE, DEPENDENT, KINK, NOT_UNIQUE = range(4)
-NAMES = ("differentiable", "dependent rows", "kink", "not unique")
+DIFFERENTIABLE, DEPENDENT, KINK, NOT_UNIQUE, SINGULAR = range(5)
+NAMES = ("differentiable", "dependent rows", "kink", "not unique", "singular Hessian")
 POLICIES = ("raise", "warn", "one_sided", "least_norm", "nan", "zero")
 
 _CAUSES: dict[int, tuple[type[DegenerateError], str, str]] = {
+    SINGULAR: (
+        SingularHessianError,
+        "the Hessian of the Lagrangian is singular along the active constraints",
+        "The solution moves faster than any multiple of the parameters: add curvature to the objective",
+    ),
     NOT_UNIQUE: (
         NotUniqueError,
         "the solution is not unique along the incoming gradient",
@@ -82,7 +94,8 @@ class Verdict:
         worst = int(self.code.max()) if len(self.code) else DIFFERENTIABLE
         if worst == DIFFERENTIABLE or policy not in ("raise", "warn"):
             return
-        message = f"{self.causes()[0]}, or choose degenerate='one_sided'|'least_norm'|'nan'|'zero'."
+        others = "" if worst == SINGULAR else "'one_sided'|'least_norm'|"
+        message = f"{self.causes()[0]}, or choose degenerate={others}'nan'|'zero'."
         if policy == "raise":
             raise _CAUSES[worst][0](message, (self.code != DIFFERENTIABLE).nonzero()[:, 0].tolist())
         warnings.warn(message, RuntimeWarning, stacklevel=4)
@@ -100,7 +113,9 @@ class Verdict:
         return found
 
     def _blamed(self, kind: int, sample: int) -> str:
-        mask, name = (self.variables, lambda j: f"x[{j}]") if kind == NOT_UNIQUE else (self.rows, self.row_names)
+        mask, name = (
+            (self.variables, lambda j: f"x[{j}]") if kind in (NOT_UNIQUE, SINGULAR) else (self.rows, self.row_names)
+        )
         found = mask[sample].nonzero()[:, 0].tolist()
         return ", ".join(name(i) for i in found[:6]) + (f" and {len(found) - 6} more" if len(found) > 6 else "")
 

@@ -22,16 +22,17 @@ from foldopt.solvers.nlp_causes import (
     UNBOUNDED,
     explained,
 )
-from foldopt.solvers.nlp_model import ScaledProgram, convexified, elastic_step, violation
+from foldopt.solvers.nlp_model import convexified, elastic_step, violation
 from foldopt.solvers.nlp_search import Filter, filter_search, violation_search
 from foldopt.solvers.qp import QPSolution, solve_qp
+from foldopt.updates.conditions import ScaledProgram, kkt_residual
 from foldopt.updates.programs import SmoothProgram, SQPData
 
-__all__ = ["NLPSolution", "kkt_residual", "solve_nlp"]
+__all__ = ["NLPSolution", "solve_nlp"]
 
 FAILURES = 12  # steps in a row without progress, each with a larger ridge, that end the search
 FEASIBLE = 1e-6  # violation, relative to 1 + |x|, below which a point is near enough to be unbounded from
-DIVERGED = 1e15  # growth of x or of the objective that nothing bounds
+DIVERGED = 1e10  # growth of x or of the objective that nothing bounds
 STATIONARY = 1e-7  # slope of the violation, relative to the rows' gradients, at a point of least violation
 STEEPEST = 1e6  # cap of the gradients on the way that count for the tolerance
 AWAY = 1e-2  # move, relative to 1 + |x|, from such a point that may be a saddle
@@ -97,23 +98,6 @@ def solve_nlp(
                 break
             search.advance(data)
         return search.finished()
-
-
-def kkt_residual(x: Tensor, nu: Tensor, lam: Tensor, data: SQPData, slope: Tensor | float = 0.0) -> Tensor:
-    """Return the worst relative violation (B,) of the KKT conditions at (x, nu, lam); `data` is the model there.
-
-    slope: (B,), a further size of the gradient to which the stationarity is relative.
-    """
-    pulled = [
-        data.gradient,
-        matvec(data.jacobian_h.mT, nu),
-        matvec(data.jacobian_g.mT, lam),
-    ]
-    size = torch.stack([largest(t) for t in pulled]).amax(0).clamp(min=slope)
-    stationarity = largest(pulled[0] + pulled[1] + pulled[2]) / (1 + size)
-    infeasible = largest(torch.cat([data.h, data.g.clamp(min=0)], 1)) / (1 + largest(x))
-    complementary = largest(lam * data.g) / (1 + largest(lam))
-    return torch.stack([stationarity, infeasible, complementary, largest((-lam).clamp(min=0))]).amax(0)
 
 
 class _Search:

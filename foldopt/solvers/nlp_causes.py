@@ -62,7 +62,7 @@ def explained(
     rough = open_ & _jumps(program, x, params)
     feasible = violation(data.h, data.g) <= 1e-6 * (1 + largest(x))
     y, rows = torch.cat([nu, lam], 1), torch.cat([data.jacobian_h, data.jacobian_g], 1)
-    weight = (y.abs() * rows.abs().sum(2)).sum(1)
+    weight = (y.abs() * rows.abs().sum(2).clamp(min=1)).sum(1)
     combined = largest(matvec(rows.mT, y))
     vanishing = open_ & ~rough & feasible & (weight > 0) & (combined <= VANISHING * weight)
     cause = torch.where(rough, NOT_SMOOTH, cause)

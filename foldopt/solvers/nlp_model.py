@@ -1,4 +1,4 @@
-"""The quadratic models of a smooth program that `foldopt.solvers.nlp` solves for its steps, and its units."""
+"""The quadratic models of a smooth program that `foldopt.solvers.nlp` solves for its steps."""
 
 from __future__ import annotations
 
@@ -8,66 +8,12 @@ from torch import Tensor
 from foldopt.batched import matvec
 from foldopt.solvers.interior_point import largest
 from foldopt.solvers.qp import QPSolution, solve_qp
-from foldopt.updates.programs import SmoothProgram, SQPData, checked
+from foldopt.updates.programs import SQPData
 
-__all__ = ["WEIGHTS", "ScaledProgram", "convexified", "elastic_step", "violation"]
+__all__ = ["WEIGHTS", "convexified", "elastic_step", "violation"]
 
 WEIGHTS = 10.0, 1e3, 1e5  # of J'J, relative to the Hessian: the least that makes it convex
-AWAY = 1e-2  # where gradients are looked at besides the start, relative to 1 + |x|
-FAR = 1e2  # sizes of gradients within this factor of 1 are left as they are
-TINY = 1e-12  # sizes of gradients below are taken for zero
 LONGEST = 1e2  # step along a direction without curvature, relative to 1 + |x|
-
-
-class ScaledProgram(SmoothProgram):
-    """A program in units in which its functions have gradients of about 1 at the start.
-
-    A variable that is large at the start is divided by a power of 2; then each function is multiplied by one, for each
-    sample, where its gradient is far from 1 (Wächter and Biegler, 2006, section 3.8, who only reduce). weight (B,): a
-    further factor of the objective, 0 where only the constraints are to be satisfied.
-    """
-
-    def __init__(self, program: SmoothProgram, start: Tensor, params: tuple[Tensor, ...]) -> None:
-        super().__init__(self._cost, self._equalities, self._inequalities)
-        self.program, self.weight = program, torch.ones_like(start[:, 0])
-        self.unit = 1 / _factor(start.abs().clamp(min=1))
-        self.factor_f, (self.factor_h, self.factor_g) = self.weight, (self.weight[:, None],) * 2
-        direction = torch.cos(torch.arange(1, start.shape[1] + 1, device=start.device, dtype=start.dtype))
-        z = start / self.unit
-        sizes = []
-        for at in (z, z + AWAY * (1 + z.abs()) * direction):
-            _, h, g = self.values(at, *params)
-            data = SQPData(*self.sqp_data(at, torch.zeros_like(h), torch.zeros_like(g), *params))
-            rows = torch.cat([data.gradient[:, None], data.jacobian_h, data.jacobian_g], 1)
-            sizes.append(rows.abs().amax(2).nan_to_num(0, 0, 0))
-        factors = _factor(torch.maximum(*sizes))
-        self.factor_f = factors[:, 0]
-        self.factor_h, self.factor_g = factors[:, 1:].split([h.shape[1], g.shape[1]], 1)
-
-    def _cost(self, z: Tensor, *params: Tensor) -> Tensor:
-        return self.weight * self.factor_f * checked("objective", self.program.objective(self.unit * z, *params), z, 1)
-
-    def _equalities(self, z: Tensor, *params: Tensor) -> Tensor:
-        return self.factor_h * self.program.constraints_of(self.unit * z, "equalities", *params)
-
-    def _inequalities(self, z: Tensor, *params: Tensor) -> Tensor:
-        return self.factor_g * self.program.constraints_of(self.unit * z, "inequalities", *params)
-
-    def unscaled(self, z: Tensor, nu: Tensor, lam: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return a point and its multipliers in the units of the program itself."""
-        cost = self.factor_f[:, None]
-        return self.unit * z, nu * self.factor_h / cost, lam * self.factor_g / cost
-
-    def scaled(self, x: Tensor, nu: Tensor, lam: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return a point and its multipliers in the units of this program: the inverse of `unscaled`."""
-        cost = self.factor_f[:, None]
-        return x / self.unit, nu * cost / self.factor_h, lam * cost / self.factor_g
-
-
-def _factor(size: Tensor) -> Tensor:
-    """Return the powers of 2 that bring sizes far from 1 to 1; 1 for others and for those that are next to zero."""
-    far = ((size > FAR) | (size < 1 / FAR)) & (size > TINY) & size.isfinite()
-    return torch.where(far, torch.exp2(-torch.where(far, size, 1).log2().round()), 1)
 
 
 def violation(h: Tensor, g: Tensor) -> Tensor:

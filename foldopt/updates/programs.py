@@ -137,12 +137,19 @@ class SmoothProgram(nn.Module):
             return self.constraints_of(z, "inequalities", *params)
 
         y = torch.cat([nu, lam], 1)
-        gradient = torch.func.grad(lambda z: self.objective(z, *params).sum())(x)
         slope = torch.func.grad(lambda z: self.lagrangian(z, y, *params).sum())
-        hessian = batched_jacobian(slope, x, x.shape[1])
-        return SQPData(
-            gradient, hessian, h(x), batched_jacobian(h, x, nu.shape[1]), g(x), batched_jacobian(g, x, lam.shape[1])
-        )
+        try:
+            gradient = torch.func.grad(lambda z: self.objective(z, *params).sum())(x)
+            hessian = batched_jacobian(slope, x, x.shape[1])
+            jacobian_h, jacobian_g = batched_jacobian(h, x, nu.shape[1]), batched_jacobian(g, x, lam.shape[1])
+        except RuntimeError as error:
+            if "doesn't have storage" not in str(error):
+                raise
+            raise InputError(
+                "a function of the program leaves PyTorch, as by .numpy(), so that it has no derivatives: write it in "
+                "PyTorch, or give its derivatives in a foldopt.ExternalFunction."
+            ) from error
+        return SQPData(gradient, hessian, h(x), jacobian_h, g(x), jacobian_g)
 
 
 def checked(name: str, value: Tensor, x: Tensor, dim: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from foldopt._compat import plain
 from foldopt.batched import lu_factor, matvec
-from foldopt.errors import InputError
+from foldopt.errors import InputError, SingularHessianError
 from foldopt.qp._activity import activity, complemented
 from foldopt.qp._kkt import Spectral, probe
 from foldopt.qp._program import Program, equilibrate, residual, sizes
@@ -20,9 +21,10 @@ from foldopt.qp.matrix import dense
 from foldopt.solvers.interior_point import largest
 from foldopt.solvers.qp import QPSolution, _kkt_matrix, solve_qp
 from foldopt.updates._kept import Kept
+from foldopt.updates.conditions import LONG, singular
 from foldopt.updates.newton import Judge, Point
-from foldopt.updates.programs import SQPData, SQPProgram, SQPState
-from foldopt.verdicts import DEPENDENT, DIFFERENTIABLE, Verdict, require_policy
+from foldopt.updates.programs import SmoothProgram, SQPData, SQPProgram, SQPState
+from foldopt.verdicts import DEPENDENT, DIFFERENTIABLE, SINGULAR, Verdict, require_policy
 
 __all__ = [
     "CLEAR",
@@ -52,7 +54,8 @@ class SQP(nn.Module):
 
     At a KKT point where x may lack a derivative (constraints without slack and without a multiplier, active ones that
     depend on each other, x not unique) the step is that of Newton on the strongly active constraints, and `judge` tells
-    which cotangents have a derivative.
+    which cotangents have a derivative. Where the Hessian of the Lagrangian is singular along the active constraints a
+    Newton step is long however small the KKT residual: such a state is a fixed point too, without a derivative.
 
     Args:
         program: any object with ``sqp_data`` (`SQPProgram`), such as a `SmoothProgram`.
@@ -94,9 +97,13 @@ class SQP(nn.Module):
         moved = x + a * qp.x, nu + a * (qp.nu - nu), lam + a * (qp.lam - lam)
         choice = torch.is_grad_enabled() or not all(map(_same, state, moved))  # of multipliers, or of a derivative
         known = self.at(state, params, data, self.last) if choice and plain(*moved) else None
-        if known is not None:
+        if known is not None and known.point is not None:
             pieces = self._on_strong_rows(known, state, params, data)
             x, nu, lam = (new.index_put((known.samples,), piece) for piece, new in zip(pieces, moved, strict=True))
+            moved = x, nu, lam
+        if known is not None and known.lost.any():
+            lost = known.lost.any(1, keepdim=True)
+            x, nu, lam = (torch.where(lost, old.detach(), new) for old, new in zip(state, moved, strict=True))
             moved = x, nu, lam
         if self.nan:
             moved = moved[0] + 0 * sum(part.flatten(1).sum(1, keepdim=True) for part in data), *moved[1:]
@@ -117,18 +124,37 @@ class SQP(nn.Module):
         if known is None:
             return None
         p, m, index, at = state[1].shape[1], state[2].shape[1], known.samples, known.point
+        lost = known.lost.any(1)
 
         def judged(g: Tensor, needed: Sequence[bool], forward: bool) -> tuple[Tensor, Verdict]:
+            blamed = lost & (g != 0).any(1)
+            if blamed.any() and self.degenerate in ("warn", "one_sided", "least_norm"):
+                raise SingularHessianError(
+                    "the Hessian of the Lagrangian is singular along the active constraints, so that the solution has "
+                    f"no derivative, on one side or another, at {int(blamed.sum())} of {len(blamed)} samples: choose "
+                    "degenerate='nan'|'zero'.",
+                    blamed.nonzero()[:, 0].tolist(),
+                )
+            part, verdict = examined(g, needed, forward)
+            code = torch.where(blamed, SINGULAR, verdict.code)
+            return part, replace(
+                verdict, code=code, variables=torch.where(blamed[:, None], known.lost, verdict.variables)
+            )
+
+        def examined(g: Tensor, needed: Sequence[bool], forward: bool) -> tuple[Tensor, Verdict]:
+            code = g.new_full(g.shape[:1], DIFFERENTIABLE, dtype=torch.long)
+            rows, variables = (g.new_zeros(len(g), size, dtype=torch.bool) for size in (p + m, known.lost.shape[1]))
+            named = Verdict(
+                code, rows, variables, lambda row: f"equalities[{row}]" if row < p else f"inequalities[{row - p}]"
+            )
+            if at is None:
+                return g, named
             moved = moving(lambda *c: self.program.sqp_data(*(part.detach() for part in state), *c), params, needed)
             part, own = at.judged(g[index].to(known.y), moved, p, m, forward)
             curved = (own.code == DIFFERENTIABLE) & self._curved(known, state, params, part, forward)
-            code = g.new_full(g.shape[:1], DIFFERENTIABLE, dtype=own.code.dtype)
-            rows, variables = (g.new_zeros(len(g), t.shape[1], dtype=torch.bool) for t in (own.rows, own.variables))
             code[index], variables[index] = torch.where(curved, DEPENDENT, own.code), own.variables
             rows[index] = torch.where(curved[:, None], at.dependent, own.rows)
-            return g.index_put((index,), part.to(g)), Verdict(
-                code, rows, variables, lambda row: f"equalities[{row}]" if row < p else f"inequalities[{row - p}]"
-            )
+            return g.index_put((index,), part.to(g)), named
 
         return judged
 
@@ -146,10 +172,25 @@ class SQP(nn.Module):
             if data is None or qp is None:
                 data = SQPData(*self.program.sqp_data(*state, *params))
                 qp = _model_solution(data, state[2])
-            unclear = (~_clear(state[0], data, qp)).nonzero()[:, 0]
+            lost = self._lost(state, params, qp)
+            unclear = (~_clear(state[0], data, qp) & ~lost.any(1)).nonzero()[:, 0]
             known = _examined(unclear, state[0], data, qp, self.degenerate) if len(unclear) else None
+            if lost.any():
+                known = Known(unclear[:0], None, state[0][:0], lost) if known is None else known._replace(lost=lost)
         self.keep(known, state, params)
         return known
+
+    def _lost(self, state: SQPState, params: Sequence[Tensor], qp: QPSolution) -> Tensor:
+        """Return along which variables, (B, n) bool, the Hessian of the Lagrangian is singular at a KKT point.
+
+        The KKT conditions hold there while the step qp is long: x is right, and has no derivative.
+        """
+        x = state[0]
+        length = largest(qp.x) / (1 + largest(x))
+        if not isinstance(self.program, SmoothProgram) or (length <= LONG).all():
+            return torch.zeros_like(x, dtype=torch.bool)
+        mostly = ~(qp.x.abs() < 0.1 * largest(qp.x)[:, None])
+        return mostly & singular(self.program, state, length, tuple(params))[:, None]
 
     def keep(self, known: Known | None, state: SQPState, params: Sequence[Tensor]) -> None:
         """Keep what is known of a state (None: all is regular) as long as its x is."""
@@ -161,7 +202,7 @@ class SQP(nn.Module):
         Rows that depend on each other leave a choice of multipliers: the derivative is that at their own, on the rows
         that are to carry, and the value that at the state's.
         """
-        index, at, y = known
+        index, at, y = known.samples, known.at, known.y
         n, p, a = state[0].shape[1], state[1].shape[1], self.stepsize
         given = torch.cat(state[1:], 1)
         x, own = state[0][index], given[index]
@@ -185,7 +226,7 @@ class SQP(nn.Module):
 
         They enter by the curvature of their constraints, seen from the directions w that the adjoint solution has.
         """
-        index, at, y = known
+        index, at, y = known.samples, known.at, known.y
         rows = at.dependent.any(1) & (g != 0).any(1)
         if at.base is None or not isinstance(at.base.kkt, Spectral) or not rows.any():
             return rows & False
@@ -249,11 +290,23 @@ def moving(
 
 
 class Known(NamedTuple):
-    """The samples that may lack a derivative, their point, and multipliers that go with it, (b, p + m)."""
+    """What is known of the samples that may lack a derivative.
+
+    samples: (b,), those of which the active constraints may be the reason. point: theirs, None if there are none. y:
+    (b, p + m), multipliers that go with it. lost: (B, n) bool, along which variables a sample's Hessian is singular.
+    """
 
     samples: Tensor
-    point: Point
+    point: Point | None
     y: Tensor
+    lost: Tensor
+
+    @property
+    def at(self) -> Point:
+        """The point of the samples where there are some."""
+        if self.point is None:
+            raise ValueError("no sample was examined")
+        return self.point
 
 
 def _same(old: Tensor, new: Tensor) -> bool:
@@ -315,7 +368,8 @@ def _examined(index: Tensor, x: Tensor, data: SQPData, qp: QPSolution, degenerat
     if activity(scaled, at_s, y_s, error).weak.any():
         y = complemented(scaled, at_s, y_s, error) * to_y
     point = Point.of(program, at, y, degenerate, units, error)
-    return Known(index, point, y) if point.degenerate.any() else None
+    nothing = torch.zeros_like(data.gradient, dtype=torch.bool)
+    return Known(index, point, y, nothing) if point.degenerate.any() else None
 
 
 def _newton(system: System, carrying: Tensor, data: SQPData, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
