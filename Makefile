@@ -9,7 +9,7 @@ UV_VERSION := 0.13.9
 STUDIES := $(subst _,-,$(basename $(notdir $(wildcard conf/study/*.yaml))))
 MEASUREMENTS := $(shell sed -n '/^measurements:/,/^[^ ]/s/^  \([a-z0-9-]*\):.*/\1/p' conf/study/*.yaml)
 
-.PHONY: help test test-slow test-all nightly endurance coverage lint format reproduce sweep docs docs-serve slurm figures \
+.PHONY: help test test-slow test-all nightly endurance coverage lint format reproduce sweep examples docs docs-serve slurm figures \
 	report verify $(STUDIES) $(MEASUREMENTS) bench bench-qp bench-cvxpy verdicts ac-opf peers clean lock
 
 help: ## list the targets
@@ -64,6 +64,9 @@ reproduce: .venv/.installed ## run every study, then figures and tables (PROFILE
 sweep: .venv/.installed ## submit a study to the Slurm cluster and return (STUDY="figure_4c figure_6", PROFILE, RUNS_PER_JOB=n, TRACKING)
 	@test -n "$(STUDY)" || { echo "make sweep needs a study: make sweep STUDY=figure_4c"; exit 1; }
 	$(PY) -m scripts.sweep submit $(STUDY) --profile $(PROFILE) $(if $(RUNS_PER_JOB),--runs-per-job $(RUNS_PER_JOB)) $(TRACKED)
+
+examples: .venv/.installed ## run all examples and redraw their figures (some 5 minutes)
+	OMP_NUM_THREADS=1 $(PY) -m scripts.examples
 
 docs: .venv/.installed ## build the documentation into build/site; a broken link fails
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict

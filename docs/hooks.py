@@ -1,7 +1,7 @@
 """What mkdocs does beside the pages in docs/: it shows results/ and examples/ as they are when the site is built.
 
 The committed results appear under results/ in the site, with their own links between them; each script of examples/
-becomes a page of its text cells, its code and, where docs/assets/examples/ has one of its name, its figure.
+becomes a page of its text cells and its code, and a card of the gallery of examples.
 """
 
 from __future__ import annotations
@@ -17,8 +17,17 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ("*.md", "bench/*.md", "figures/*.png", "figures/*.csv", "tables/*.md")
-GALLERY = "<!-- one line for each script of examples/ -->"
+GALLERY = re.compile("<!-- gallery: (.*?) -->")
 SECTION = re.compile("<!-- README: (.*?) -->")
+
+
+def on_config(config: MkDocsConfig) -> None:
+    """List the pages of the examples below their index in the navigation."""
+    pages = [{described(path)[0]: f"examples/{name}.md"} for name, path in scripts().items()]
+    for section in config.nav or []:
+        for item in (item for items in section.values() if isinstance(items, list) for item in items):
+            if isinstance(item, dict) and item.get("Examples") == "examples/index.md":
+                item["Examples"] = ["examples/index.md", *pages]
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -30,15 +39,16 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
                 files.append(File.generated(config, name, content=titled(path)))
             else:
                 files.append(File.generated(config, name, abs_src_path=str(path)))
-    for path in scripts():
+    for path in scripts().values():
         files.append(File.generated(config, f"examples/{path.stem}.md", content=example(path)))
     return files
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Fill in the list of examples, and sections of the README, where a page has the comment for them."""
-    lines = [f"- [{title(path)}]({path.stem}.md)" for path in scripts()]
-    return SECTION.sub(lambda match: section(match[1]), markdown.replace(GALLERY, "\n".join(lines)))
+    """Fill in the gallery of examples, and sections of the README, where a page has the comment for them."""
+    listed = " ".join(GALLERY.findall(markdown))
+    markdown = GALLERY.sub(lambda match: gallery(match[1], listed), markdown)
+    return SECTION.sub(lambda match: section(match[1]), markdown)
 
 
 def section(heading: str) -> str:
@@ -56,46 +66,54 @@ def titled(path: Path) -> str:
     return text if text.startswith("# ") else f"# {path.stem.replace('_', ' ').capitalize()}\n\n{text}"
 
 
-def scripts() -> list[Path]:
-    """Return the examples, in the order of their names."""
-    return [path for path in sorted((ROOT / "examples").glob("*.py")) if path.stem != "__init__"]
+def scripts() -> dict[str, Path]:
+    """Return the examples by name, in the order of their names."""
+    return {path.stem: path for path in sorted((ROOT / "examples").glob("[!_]*.py"))}
 
 
-def title(path: Path) -> str:
-    """Return what the first line of an example says before its colon."""
-    return described(path).splitlines()[0].split(":")[0].rstrip(".")
+def gallery(asked: str, listed: str) -> str:
+    """Return the cards of examples: those named in `asked`, or with "the others" those that `listed` does not name."""
+    others = [name for name in scripts() if name not in re.findall(r"\w+", listed)]
+    names = others if asked == "the others" else asked.split()
+    return "\n".join(["<div class='gallery' markdown>", *(card(scripts()[name]) for name in names), "</div>"])
 
 
-def described(path: Path) -> str:
-    """Return the docstring of an example."""
-    return ast.get_docstring(ast.parse(path.read_text())) or path.stem.replace("_", " ").capitalize()
+def card(path: Path) -> str:
+    """Return an example's place in the gallery: its figure, which leads to its page, its title and its sentence."""
+    title, sentence = described(path)
+    figure = ROOT / "docs" / "assets" / "examples" / f"{path.stem}.png"
+    picture = f"[![](../assets/examples/{figure.name})]({path.stem}.md)\n\n" if figure.is_file() else ""
+    return f"<div markdown>\n\n{picture}**[{title}]({path.stem}.md)**\n\n{sentence}\n\n</div>"
+
+
+def described(path: Path) -> tuple[str, str]:
+    """Return an example's title and the sentence of the gallery: the two paragraphs of its docstring."""
+    title, _, sentence = (ast.get_docstring(ast.parse(path.read_text())) or path.stem).partition("\n\n")
+    return title.rstrip("."), sentence
 
 
 def example(path: Path) -> str:
-    """Return the page of an example: its docstring, figure and cells."""
-    parts = [f"# {title(path)}", described(path)]
-    figure = ROOT / "docs" / "assets" / "examples" / f"{path.stem}.png"
-    if figure.is_file():
-        parts.append(f"![{title(path)}](../assets/examples/{path.stem}.png)")
-    parts.append(f"Run it with `python -m examples.{path.stem}`.")
-    return "\n\n".join([*parts, *cells(code_of(path))]) + "\n"
+    """Return the page of an example: its docstring, how it is run, and its cells."""
+    title, sentence = described(path)
+    command = (
+        f"The script is `examples/{path.name}`. It opens as a notebook in VS Code and in Jupyter with jupytext. "
+        f"`python examples/{path.name}` runs it; `python -m scripts.examples {path.stem}` also redraws the figure."
+    )
+    wide = "---\nhide: [toc]\n---"  # lines of code need the room of the table of contents
+    return "\n\n".join([wide, f"# {title}", sentence, f"<small>{command}</small>", *cells(path)]) + "\n"
 
 
-def code_of(path: Path) -> str:
-    """Return the source of an example below its docstring."""
-    source = path.read_text()
-    first = ast.parse(source).body[0]
-    documented = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
-    return "\n".join(source.splitlines()[first.end_lineno if documented else 0 :])
+def cells(path: Path) -> list[str]:
+    """Return the percent cells of a script as Markdown: text cells as text, the others as blocks of code.
 
-
-def cells(code: str) -> list[str]:
-    """Return the percent cells of a script as Markdown: text cells as text, the others as blocks of code."""
+    Links of text cells are relative to the script, as an editor needs them; here they become those of the site.
+    """
     found = []
-    for cell in f"\n{code}".split("\n# %%"):
+    for cell in path.read_text().split("\n# %%")[1:]:
         kind, _, body = cell.partition("\n")
         if kind.strip() == "[markdown]":
-            found.append("\n".join(line.removeprefix("#").removeprefix(" ") for line in body.strip().splitlines()))
+            text = "\n".join(line.removeprefix("#").removeprefix(" ") for line in body.strip().splitlines())
+            found.append(re.sub(r"\]\((\w+)\.py\)", r"](\1.md)", text.replace("](../docs/", "](../")))
         elif body.strip():
             found.append(f"```python\n{body.strip()}\n```")
     return found

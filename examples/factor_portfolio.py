@@ -1,16 +1,26 @@
-"""A portfolio of 1,000 assets under a factor model, and a forecast that is trained for the decision.
+"""A portfolio of 1,000 assets.
 
-max m'x - risk/2 x'(FF' + D)x over 1'x = 1, 0 <= x <= 0.05, with F (1,000 x 20) and D diagonal. The covariance has a
-million entries and is never formed: with y = F'x, 20 variables more, the matrix of the program is diagonal and the
-rows F'x - y = 0 are all that is added. Returns m are a function of three features of each asset; the forecast is linear
-and so cannot be right. Least squares (two stages) is right on average over all assets; training through the layer is
-right where the decision is made, in the sense of Elmachtoub and Grigas, Smart "predict, then optimize" (2022).
-
-Truth: x, and the gradient by differences, from PIQP on the program with the covariance formed.
+A forecast of returns is trained for the decision that it leads to, through a sparse program with a factor model of the
+risk.
 """
 
-import argparse
+# %% [markdown]
+# ## The problem
+#
+# A portfolio x of 1,000 assets is chosen for forecast returns m. The risk comes from 20 factors F that all assets
+# share, and from the noise D of each asset, a diagonal matrix:
+#
+# > maximize mᵀx − ½ρ xᵀ(FFᵀ + D)x subject to Σx = 1, 0 ≤ x ≤ 0.05
+#
+# The covariance has a million entries and is never formed. With 20 more variables y = Fᵀx the quadratic term is
+# diagonal, and the rows Fᵀx − y = 0 are all that is added. `foldopt.QPLayer` takes the sparse matrices as they are.
+#
+# The true returns rise steeply with three features of an asset; the forecast is linear in them and so cannot be right.
+# Least squares (two stages) is right on average over all assets. Training through the layer is right where the decision
+# is made: at the few assets that are bought (Elmachtoub and Grigas, *Smart "predict, then optimize"*, 2022).
 
+# %%
+import matplotlib.pyplot as plt
 import numpy as np
 import qpsolvers
 import scipy.sparse
@@ -18,95 +28,127 @@ import torch
 
 from foldopt import QPLayer
 
+ASSETS, FACTORS, DAYS = 1000, 20, 4
 LARGEST = 0.05  # share of one asset
 RISK = 5.0
 
+generator = np.random.default_rng(0)
+F = torch.as_tensor(generator.standard_normal((ASSETS, FACTORS)) / FACTORS**0.5)
+noise = torch.as_tensor(generator.uniform(0.5, 1.5, ASSETS))  # the diagonal of D
 
-def market(days, assets, factors, generator):
-    """Return F (assets, factors), noise (assets,), features (days, assets, 4), the last of which is 1, and returns.
 
-    Returns (days, assets) rise steeply with a good first feature; noise is the diagonal of D.
-    """
-    F = generator.standard_normal((assets, factors)) / factors**0.5
-    noise = generator.uniform(0.5, 1.5, assets)
-    features = generator.standard_normal((days, assets, 3))
+def market(days):
+    """Return features (days, assets, 4), the last of which is 1, and returns (days, assets)."""
+    features = generator.standard_normal((days, ASSETS, 3))
     score = features @ np.array([1.0, -0.5, 0.3])
-    returns = 0.2 * np.expm1(score) + 0.1 * generator.standard_normal((days, assets))
-    features = np.concatenate([features, np.ones((days, assets, 1))], 2)
-    return tuple(torch.as_tensor(part) for part in (F, noise, features, returns))
+    returns = 0.2 * np.expm1(score) + 0.1 * generator.standard_normal((days, ASSETS))
+    features = np.concatenate([features, np.ones((days, ASSETS, 1))], 2)
+    return torch.as_tensor(features), torch.as_tensor(returns)
 
 
-class Portfolio:
-    """The decision for forecast returns m (days, assets)."""
-
-    def __init__(self, F, noise):
-        (n, k), self.F, self.noise = F.shape, F, noise
-        self.n, self.layer = n, QPLayer()
-        self.Q = scipy.sparse.diags(torch.cat([RISK * noise, torch.full((k,), RISK)]).numpy())
-        total = np.concatenate([np.ones(n), np.zeros(k)])[None]
-        self.A = scipy.sparse.vstack([scipy.sparse.hstack([F.T.numpy(), -scipy.sparse.identity(k)]), total]).tocsr()
-        self.b = torch.cat([torch.zeros(k), torch.ones(1)]).double()
-        free = torch.full((k,), torch.inf)
-        self.lower, self.upper = torch.cat([torch.zeros(n), -free]), torch.cat([torch.full((n,), LARGEST), free])
-
-    def __call__(self, m):
-        """Return the portfolios x (days, assets), differentiable in m (days, assets)."""
-        p = torch.cat([-m, m.new_zeros(len(m), len(self.b) - 1)], 1)
-        return self.layer(self.Q, p, None, None, self.A, self.b, lower=self.lower, upper=self.upper)[:, : self.n]
-
-    def by_piqp(self, m):
-        """Return the same portfolios by PIQP alone, with the covariance formed, to 1e-12."""
-        Q = RISK * (self.F @ self.F.T + self.noise.diag()).numpy()
-        one, exact = np.ones(self.n), {"eps_abs": 1e-12, "eps_rel": 1e-12}
-        rest = {"A": one[None], "b": np.ones(1), "lb": 0 * one, "ub": LARGEST * one, "solver": "piqp"}
-        return torch.stack([torch.tensor(qpsolvers.solve_qp(Q, -day, **rest, **exact)) for day in m.numpy()])
-
-    def value(self, x, m):
-        """Return the mean over days of m'x - risk/2 x'(FF' + D)x."""
-        risk = (x @ self.F).square().sum(1) + (self.noise * x.square()).sum(1)
-        return ((m * x).sum(1) - RISK / 2 * risk).mean()
+Q = scipy.sparse.diags(np.concatenate([RISK * noise, np.full(FACTORS, RISK)]))
+total = np.concatenate([np.ones(ASSETS), np.zeros(FACTORS)])[None]
+rows = scipy.sparse.vstack([scipy.sparse.hstack([F.T.numpy(), -scipy.sparse.identity(FACTORS)]), total]).tocsr()
+right_side = torch.cat([torch.zeros(FACTORS), torch.ones(1)]).double()
+free = torch.full((FACTORS,), torch.inf)
+lower, upper = torch.cat([torch.zeros(ASSETS), -free]), torch.cat([torch.full((ASSETS,), LARGEST), free])
+layer = QPLayer(degenerate="one_sided")
 
 
-def main(assets=1000, days=8, steps=25):
-    """Print what the example finds and return the numbers in a dict."""
-    F, noise, features, returns = market(2 * days, assets, min(20, assets // 5), np.random.default_rng(0))
-    portfolio = Portfolio(F, noise)
-    (known, later), (outcome, later_outcome) = features.split(days), returns.split(days)
-
-    def regret(weights, decide=portfolio, features=known, returns=outcome):
-        return portfolio.value(decide(returns), returns) - portfolio.value(decide(features @ weights), returns)
-
-    two_stage = torch.linalg.lstsq(known.flatten(0, 1), outcome.flatten()[:, None]).solution[:, 0]
-    error = float((portfolio(known @ two_stage) - portfolio.by_piqp(known @ two_stage)).abs().max())
-    print(f"{assets} assets, {days} days: portfolios agree with PIQP on the dense covariance to {error:.0e}")
-
-    weights = two_stage.clone().requires_grad_()
-    (gradient,) = torch.autograd.grad(regret(weights), weights)
-    h = 1e-6
-    ends = [[regret(two_stage + side * h * e, portfolio.by_piqp) for side in (1, -1)] for e in torch.eye(4).double()]
-    truth = torch.stack([(up - down) / (2 * h) for up, down in ends])
-    gradient_error = float((gradient - truth).abs().max() / truth.abs().max())
-    print(f"gradient of the regret {gradient.tolist()}, relative error to differences {gradient_error:.0e}")
-
-    optimizer = torch.optim.Adam([weights], lr=0.05)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        regret(weights).backward()
-        optimizer.step()
-    trained = weights.detach()
-    result = {"error": error, "gradient_error": gradient_error}
-    best = float(portfolio.value(portfolio(later_outcome), later_outcome))
-    for name, w in (("two stages", two_stage), ("trained", trained)):
-        seen, unseen = float(regret(w)), float(regret(w, features=later, returns=later_outcome))
-        mse = float((known @ w - outcome).square().mean())
-        result[name] = {"seen": seen, "unseen": unseen, "mse": mse}
-        print(
-            f"{name}: squared error {mse:.3f}, regret {seen:.4f} seen, {unseen:.4f} unseen of a best value {best:.3f}"
-        )
-    return result
+def portfolio(m):
+    """Return the portfolios x (days, assets), differentiable in the returns m (days, assets)."""
+    p = torch.cat([-m, m.new_zeros(len(m), FACTORS)], 1)
+    return layer(Q, p, None, None, rows, right_side, lower=lower, upper=upper)[:, :ASSETS]
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--assets", type=int, default=1000, help="at least 20, so that 1'x = 1 is possible")
-    main(parser.parse_args().assets)
+def value(x, m):
+    """Return the mean over days of m'x - risk/2 x'(FF' + D)x."""
+    risk = (x @ F).square().sum(1) + (noise * x.square()).sum(1)
+    return ((m * x).sum(1) - RISK / 2 * risk).mean()
+
+
+def regret(weights, features, returns, decide=portfolio):
+    """Return the mean over days of what decisions on the forecast features @ weights lose."""
+    return value(decide(returns), returns) - value(decide(features @ weights), returns)
+
+
+# %% [markdown]
+# ## Is the gradient right?
+#
+# PIQP solves the same program with the covariance formed, in dense arithmetic and to 1e-12. Differences of its
+# portfolios along a direction are the truth for the gradient of the regret.
+
+
+# %%
+def portfolio_by_piqp(m):
+    """Return the same portfolios by PIQP alone, with the covariance formed."""
+    dense, one = RISK * (F @ F.T + noise.diag()).numpy(), np.ones(ASSETS)
+    rest = {"A": one[None], "b": np.ones(1), "lb": 0 * one, "ub": LARGEST * one, "solver": "piqp"}
+    exact = {"eps_abs": 1e-12, "eps_rel": 1e-12}
+    return torch.stack([torch.tensor(qpsolvers.solve_qp(dense, -day, **rest, **exact)) for day in m.numpy()])
+
+
+seen, unseen = market(DAYS), market(DAYS)
+two_stage = torch.linalg.lstsq(seen[0].flatten(0, 1), seen[1].flatten()[:, None]).solution[:, 0]
+error = float((portfolio(seen[0] @ two_stage) - portfolio_by_piqp(seen[0] @ two_stage)).abs().max())
+weights = two_stage.clone().requires_grad_()
+(gradient,) = torch.autograd.grad(regret(weights, *seen), weights)
+direction, h = torch.tensor([0.6, -0.4, 0.5, 0.3], dtype=torch.float64), 1e-6
+up, down = (-value(portfolio_by_piqp(seen[0] @ (two_stage + side * h * direction)), seen[1]) for side in (1, -1))
+slope, truth = float(gradient @ direction), float((up - down) / (2 * h))
+print(f"portfolios agree with PIQP to 1e-7: {error < 1e-7}")
+print(f"slope of the regret in a direction {slope:.6f}, by differences {truth:.6f}")
+
+# %% [markdown]
+# ```text
+# portfolios agree with PIQP to 1e-7: True
+# slope of the regret in a direction -0.380357, by differences -0.380359
+# ```
+#
+# ## Training
+#
+# Twenty-five steps of Adam on the regret, starting from least squares. On the way some day may lie at a kink, where an
+# asset is just about to be bought; `degenerate="one_sided"` goes on with the derivative of one side. The table also has
+# the squared error of the forecast, which gets worse.
+
+# %%
+optimizer = torch.optim.Adam([weights], lr=0.05)
+for _ in range(25):
+    optimizer.zero_grad()
+    (-value(portfolio(seen[0] @ weights), seen[1])).backward()
+    optimizer.step()
+weights = weights.detach()
+results = {}
+for name, w in (("two stages", two_stage), ("trained", weights)):
+    mse = float((seen[0] @ w - seen[1]).square().mean())
+    results[name] = {"seen": float(regret(w, *seen)), "unseen": float(regret(w, *unseen)), "mse": mse}
+    print("{:11} regret {seen:.4f} seen, {unseen:.4f} unseen; squared error {mse:.3f}".format(name, **results[name]))
+best = float(value(portfolio(unseen[1]), unseen[1]))
+print(f"value of the best portfolio, unseen: {best:.3f}")
+
+# %% [markdown]
+# ```text
+# two stages  regret 0.1536 seen, 0.1603 unseen; squared error 0.171
+# trained     regret 0.0191 seen, 0.0141 unseen; squared error 0.994
+# value of the best portfolio, unseen: 2.980
+# ```
+#
+# The regret falls to an eighth, on days that training has not seen too. The left picture shows how. The trained
+# forecast is wrong for the crowd of ordinary assets, where that does not matter, and much nearer to the truth for the
+# best ones, among which the portfolio chooses. Least squares is right in the crowd and wrong at the top.
+#
+# ![Forecast over true return of each asset; regret of both forecasts](../docs/assets/examples/factor_portfolio.png)
+
+# %%
+figure, (left, right) = plt.subplots(1, 2, width_ratios=(3, 2))
+for w, mark, color, name in ((two_stage, "x", "C1", "least squares"), (weights, ".", "C0", "trained on regret")):
+    left.plot(unseen[1][0], (unseen[0] @ w)[0], mark, color=color, alpha=0.6, label=name)
+left.axline((0, 0), slope=1, color="0.1", linewidth=1)
+left.set(xlabel="true return", ylabel="forecast", title="1,000 assets on an unseen day")
+left.legend(loc="lower right")
+for shift, color, part in ((-0.2, "C5", "seen"), (0.2, "C0", "unseen")):
+    right.bar([shift, 1 + shift], [one[part] for one in results.values()], width=0.4, color=color, label=part)
+right.set(xticks=(0, 1), xticklabels=("least squares", "regret"), xlabel="trained on", ylabel="regret", title="Regret")
+right.grid(visible=False, axis="x")
+right.legend()
+plt.show()
