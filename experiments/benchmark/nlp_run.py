@@ -76,7 +76,10 @@ def solved(name: str, limit: float = LIMIT) -> Finding:
         seconds = time.perf_counter() - before
         return Finding(name, problem.n, problem.m, status, f, violation, published, seconds=seconds)
     try:
-        gradient = [g.numpy()[0] for g in torch.autograd.grad((x[0] * torch.from_numpy(weight)).sum(), params)]
+        gradient = [
+            g.numpy()[0]
+            for g in torch.autograd.grad((x[0] * torch.from_numpy(weight)).sum(), params, materialize_grads=True)
+        ]
         verdict = "given"
     except DegenerateError as error:
         gradient, verdict = [], type(error).__name__
