@@ -31,12 +31,13 @@ from foldopt.updates.programs import SmoothProgram, SQPData
 __all__ = ["NLPSolution", "solve_nlp"]
 
 FAILURES = 12  # steps in a row without progress, each with a larger ridge, that end the search
-FEASIBLE = 1e-6  # violation, relative to 1 + |x|, below which a point is near enough to be unbounded from
-DIVERGED = 1e10  # growth of x or of the objective that nothing bounds
+FEASIBLE = 1e-6  # violation, relative to 1 + |x| of the start, of a point far away that counts as feasible
+DIVERGED = 1e10  # growth of x that nothing bounds, and its square that of the objective
 STATIONARY = 1e-7  # slope of the violation, relative to the rows' gradients, at a point of least violation
 STEEPEST = 1e6  # cap of the gradients on the way that count for the tolerance
 RESCALED = 10  # iterations after which the units of the rows are looked at again
 FAR = 1e3  # size of a row's gradient, or its inverse, that calls for other units
+EXTREME = 1e12  # units of rows up to which that is done
 AWAY = 1e-2  # move, relative to 1 + |x|, from such a point that may be a saddle
 
 
@@ -142,8 +143,8 @@ class _Search:
         self.end(~sound, NOT_FINITE)
         self.end(self.residual <= self.tol, SOLVED)
         f = self.program.values(self.x, *self.params)[0]
-        near = violation(data.h, data.g) <= FEASIBLE * (1 + largest(self.x))
-        self.end(near & ((f < -DIVERGED * self.cost) | (largest(self.x) > DIVERGED * self.size)), UNBOUNDED)
+        near = violation(data.h, data.g) <= FEASIBLE * self.size
+        self.end(near & ((f < -(DIVERGED**2) * self.cost) | (largest(self.x) > DIVERGED * self.size)), UNBOUNDED)
         return data
 
     def _model(self) -> tuple[SQPData, Tensor]:
@@ -165,6 +166,8 @@ class _Search:
         if not which.any():
             return data
         factor = torch.where(far, factors(size), 1)
+        total = torch.cat([self.program.factor_h, self.program.factor_g], 1) * factor
+        factor = torch.where((total < EXTREME) & (total > 1 / EXTREME), factor, 1)
         of_h, of_g = factor.split([data.h.shape[1], data.g.shape[1]], 1)
         self.program.factor_h, self.program.factor_g = self.program.factor_h * of_h, self.program.factor_g * of_g
         self.nu, self.lam = self.nu / of_h, self.lam / of_g
