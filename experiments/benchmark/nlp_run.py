@@ -27,7 +27,7 @@ from foldopt.updates.programs import SmoothProgram
 LIMIT = 300.0  # seconds for one solver on one problem
 LARGEST = 100  # variables
 PEERS = "slsqp", "trust-constr", "ipopt"
-STEP = 1e-4  # by which differences move x, relative to 1 + |x|
+STEP = 1e-5  # by which differences move x, relative to 1 + |x|
 SAME = 1e-4  # relative difference of objectives that are the same
 FEASIBLE = 1e-5  # violation relative to 1 + |x|
 Say = Callable[[str], None]
@@ -76,7 +76,10 @@ def solved(name: str, limit: float = LIMIT) -> Finding:
         seconds = time.perf_counter() - before
         return Finding(name, problem.n, problem.m, status, f, violation, published, seconds=seconds)
     try:
-        gradient = [g.numpy()[0] for g in torch.autograd.grad((x[0] * torch.from_numpy(weight)).sum(), params)]
+        gradient = [
+            g.numpy()[0]
+            for g in torch.autograd.grad((x[0] * torch.from_numpy(weight)).sum(), params, materialize_grads=True)
+        ]
         verdict = "given"
     except DegenerateError as error:
         gradient, verdict = [], type(error).__name__
@@ -103,7 +106,8 @@ def _differenced(
     problem: Problem, x: Vector, weight: Vector, along: Sequence[Vector], moved: float, slope: float, limit: float
 ) -> float:
     """Return the relative error of `slope` against a central difference from x; NaN where an end is not solved."""
-    step = STEP * (1 + np.abs(x).max()) / max(moved, 1e-300)
+    size = 1 + float(np.abs(x).max())
+    step = STEP * size / max(moved, 1e-2 * size)
     layer, ends = _layer(problem, torch.from_numpy(x), limit), []
     for sign in (1, -1):
         end = layer(*(torch.from_numpy(sign * step * d)[None] for d in along)).numpy()[0]
@@ -111,7 +115,7 @@ def _differenced(
             return float("nan")
         ends.append(end)
     expected = float(weight @ (ends[0] - ends[1])) / (2 * step)
-    return float(abs(slope - expected) / max(abs(expected), float(np.linalg.norm(weight)) * moved, 1e-300))
+    return float(abs(slope - expected) / max(abs(expected), float(np.linalg.norm(weight)) * max(moved, 1e-6 * size)))
 
 
 def measured(problem: Problem, x: Vector) -> tuple[float, float]:

@@ -16,10 +16,12 @@ Vector = NDArray[np.float64]
 Matrix = NDArray[np.float64]
 REGULAR, KINK, DEPENDENT, SINGULAR = "regular", "kink", "dependent rows", "singular Hessian"
 NO_MINIMUM, NO_KKT = "no minimum", "no KKT point"
-ACTIVE = 1e-6  # slack, relative to 1 + |x|, of a constraint with a gradient of size 1
+ACTIVE = 1e-6  # slack, relative to 1 + |gradient|'(1 + |x|), of a constraint that is active
 STATIONARY = 1e-6  # residual of the KKT conditions, relative to the gradients
 WEAK = 1e-6  # force of an active constraint, relative to the gradients, that counts as none
 RANK = 1e-8  # smallest singular value of the active constraints, relative to the largest, of independent ones
+NEARBY = 1e-2  # distance over which curvature makes a gradient that others are compared with
+FAR = 1e-6  # Newton step at a KKT point, relative to 1 + |x|, of a singular Hessian
 CURVED = 1e-7  # least curvature along the active constraints, relative to the Hessian, that counts as some
 
 
@@ -48,14 +50,15 @@ def examined(problem: Problem, x: Vector, weight: Vector, along: tuple[Vector, V
     value = np.concatenate([value, x])
     below, above = np.concatenate([problem.below, problem.lower]), np.concatenate([problem.above, problem.upper])
     size = np.linalg.norm(rows, axis=1)
-    unit = ACTIVE * (1 + np.abs(x).max()) * np.maximum(size, 1)
+    unit = ACTIVE * (1 + np.abs(rows) @ (1 + np.abs(x)))
     outside = np.maximum(below - value, value - above)
     at_below, at_above = value - below <= unit, above - value <= unit
     equal = below == above
     active = np.flatnonzero(at_below | at_above)
     A = rows[active]
     y = np.linalg.lstsq(A.T, -gradient, rcond=1e-12)[0] if len(active) else np.zeros(0)
-    force = 1 + np.abs(gradient).max() + np.abs(A.T * y).max(initial=0.0)
+    bent = (np.abs(hessian) @ (np.abs(x) + NEARBY)).max()
+    force = max(np.abs(gradient).max(), np.abs(A.T * y).max(initial=0.0), bent, 1e-300)
     residual = np.abs(gradient + A.T @ y).max() / force
     pull = y * size[active]
     inequality = ~equal[active]
@@ -78,6 +81,9 @@ def examined(problem: Problem, x: Vector, weight: Vector, along: tuple[Vector, V
         return Truth(SINGULAR if least >= -CURVED * scale else NO_MINIMUM, *nothing)
     r = len(active)
     K = np.block([[H, A.T], [A, np.zeros((r, r))]])
+    distance = np.linalg.solve(K, -np.concatenate([gradient + A.T @ y, _gap(value, below, above)[active]]))[:n]
+    if np.abs(distance).max() > FAR * (1 + np.abs(x).max()):
+        return Truth(SINGULAR, *nothing)
     adjoint = np.linalg.solve(K, np.concatenate([weight, np.zeros(r)]))
     shift, moved_rows = np.zeros(problem.m), np.zeros(r)
     for k, i in enumerate(active):
@@ -85,6 +91,12 @@ def examined(problem: Problem, x: Vector, weight: Vector, along: tuple[Vector, V
             shift[i], moved_rows[k] = adjoint[n + k], along[1][i]
     dx = np.linalg.solve(K, np.concatenate([-along[0], moved_rows]))[:n]
     return Truth(REGULAR, -adjoint[:n], shift, float(np.linalg.norm(dx)))
+
+
+def _gap(value: Vector, below: Vector, above: Vector) -> Vector:
+    """Return by how much each value exceeds the nearer of its bounds."""
+    over, under = value - above, value - below
+    return np.where(np.abs(over) < np.abs(under), over, under)
 
 
 def _least_curvature(H: Matrix, rows: Matrix) -> float:
