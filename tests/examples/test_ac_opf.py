@@ -14,7 +14,7 @@ pytest.importorskip("cyipopt", reason="the extra ipopt is not installed")
 pytest.importorskip("pypower", reason="the extra power is not installed")
 pyplot = pytest.importorskip("matplotlib.pyplot")
 SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "ac_opf.py"
-PUBLISHED = {"case57": 41737.79, "case118": 129660.69}  # $/h, MATPOWER's manual and its test cases
+PUBLISHED = {"case57": 41737.79, "case118": 129660.69}  # $/h, by MATPOWER
 
 
 @pytest.fixture(scope="module")
