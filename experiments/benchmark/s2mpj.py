@@ -63,12 +63,12 @@ class Problem:
         if not len(self.native.objgrps) and not hasattr(self.native, "H"):
             return 0.0, np.zeros(self.n), np.zeros((self.n, self.n))
         f, g, H = self.native.fgHx(x)
-        return float(np.ravel(f)[0]), np.ravel(_full(g)), _full(H)
+        return float(np.ravel(f)[0]), np.ravel(full(g)), full(H)
 
     def rows(self, x: Vector) -> tuple[Vector, NDArray[np.float64], list[Any]]:
         """Return c (m,), its Jacobian (m, n) and the Hessian of each constraint."""
         c, J, hessians = self.native.cJHx(x)
-        return np.ravel(c), _full(J), hessians
+        return np.ravel(c), full(J), hessians
 
     @cached_property
     def objective_function(self) -> ExternalFunction:
@@ -87,11 +87,11 @@ class Problem:
             total = np.zeros((self.n, self.n))
             for weight, H in zip(w, self.rows(x)[2], strict=True):
                 if weight:
-                    total += weight * _full(H)
+                    total += weight * full(H)
             return total
 
         return ExternalFunction(
-            lambda x: np.ravel(self.native.cx(x)).astype(float), lambda x: _full(self.native.cJx(x)[1]), hessian
+            lambda x: np.ravel(self.native.cx(x)).astype(float), lambda x: full(self.native.cJx(x)[1]), hessian
         )
 
     def functions(self) -> dict[str, Any]:
@@ -173,6 +173,7 @@ def _bound(values: Any, size: int) -> Vector:
     return np.where(np.abs(found) >= INFINITE, np.copysign(np.inf, found), found)
 
 
-def _full(matrix: Any) -> NDArray[np.float64]:
+def full(matrix: Any) -> NDArray[np.float64]:
+    """Return a matrix, sparse or not, as an array of floats."""
     found: NDArray[np.float64] = np.asarray(matrix.toarray() if hasattr(matrix, "toarray") else matrix, dtype=float)
     return found

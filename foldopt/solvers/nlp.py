@@ -25,16 +25,19 @@ from foldopt.solvers.nlp_causes import (
 from foldopt.solvers.nlp_model import convexified, elastic_step, violation
 from foldopt.solvers.nlp_search import Filter, filter_search, violation_search
 from foldopt.solvers.qp import QPSolution, solve_qp
-from foldopt.updates.conditions import ScaledProgram, kkt_residual
+from foldopt.updates.conditions import ScaledProgram, factors, kkt_residual
 from foldopt.updates.programs import SmoothProgram, SQPData
 
 __all__ = ["NLPSolution", "solve_nlp"]
 
 FAILURES = 12  # steps in a row without progress, each with a larger ridge, that end the search
-FEASIBLE = 1e-6  # violation, relative to 1 + |x|, below which a point is near enough to be unbounded from
-DIVERGED = 1e10  # growth of x or of the objective that nothing bounds
+FEASIBLE = 1e-6  # violation, relative to 1 + |x| of the start, of a point far away that counts as feasible
+DIVERGED = 1e10  # growth of x that nothing bounds, and its square that of the objective
 STATIONARY = 1e-7  # slope of the violation, relative to the rows' gradients, at a point of least violation
 STEEPEST = 1e6  # cap of the gradients on the way that count for the tolerance
+RESCALED = 10  # iterations after which the units of the rows are looked at again
+FAR = 1e3  # size of a row's gradient, or its inverse, that calls for other units
+EXTREME = 1e12  # units of rows up to which that is done
 AWAY = 1e-2  # move, relative to 1 + |x|, from such a point that may be a saddle
 
 
@@ -90,8 +93,10 @@ def solve_nlp(
     deadline = time.monotonic() + time_limit
     with torch.no_grad():
         search = _Search(program, start.detach().clone(), tuple(p.detach() for p in params), tol)
-        for _ in range(max_iter):
+        for iteration in range(max_iter):
             data = search.judged()
+            if iteration % RESCALED == RESCALED - 1:
+                data = search.rescaled(data)
             if time.monotonic() > deadline:
                 search.end(search.cause == RUNNING, OUT_OF_TIME)
             if not (search.cause == RUNNING).any():
@@ -138,8 +143,8 @@ class _Search:
         self.end(~sound, NOT_FINITE)
         self.end(self.residual <= self.tol, SOLVED)
         f = self.program.values(self.x, *self.params)[0]
-        near = violation(data.h, data.g) <= FEASIBLE * (1 + largest(self.x))
-        self.end(near & ((f < -DIVERGED * self.cost) | (largest(self.x) > DIVERGED * self.size)), UNBOUNDED)
+        near = violation(data.h, data.g) <= FEASIBLE * self.size
+        self.end(near & ((f < -(DIVERGED**2) * self.cost) | (largest(self.x) > DIVERGED * self.size)), UNBOUNDED)
         return data
 
     def _model(self) -> tuple[SQPData, Tensor]:
@@ -147,6 +152,29 @@ class _Search:
         self.program.weight = (~self.restoring).to(self.x)
         data = SQPData(*self.program.sqp_data(self.x, self.nu, self.lam, *self.params))
         return data, torch.stack([part.flatten(1).isfinite().all(1) for part in data]).all(0)
+
+    def rescaled(self, data: SQPData) -> SQPData:
+        """Return the model in new units of the rows whose gradients have become large or small on the way.
+
+        Of inequalities those count that are violated or within reach. The filter of such a sample begins anew.
+        """
+        size = torch.cat([data.jacobian_h, data.jacobian_g], 1).abs().amax(2)
+        reach = size * (1 + largest(self.x))[:, None]
+        near = torch.cat([torch.ones_like(data.h, dtype=torch.bool), -data.g <= reach[:, data.h.shape[1] :]], 1)
+        far = near & (size > 0) & ((size < 1 / FAR) | (size > FAR)) & (self.cause == RUNNING)[:, None]
+        which = far.any(1)
+        if not which.any():
+            return data
+        factor = torch.where(far, factors(size), 1)
+        total = torch.cat([self.program.factor_h, self.program.factor_g], 1) * factor
+        factor = torch.where((total < EXTREME) & (total > 1 / EXTREME), factor, 1)
+        of_h, of_g = factor.split([data.h.shape[1], data.g.shape[1]], 1)
+        self.program.factor_h, self.program.factor_g = self.program.factor_h * of_h, self.program.factor_g * of_g
+        self.nu, self.lam = self.nu / of_h, self.lam / of_g
+        theta = violation(data.h * of_h, data.g * of_g)
+        self.filter.reset(which, 1e4 * theta.clamp(min=1))
+        self.entered = torch.where(which, theta, self.entered)
+        return self._model()[0]
 
     def advance(self, data: SQPData) -> None:
         """Take a step in every running sample."""

@@ -59,14 +59,14 @@ def explained(
     open_ = (cause == STALLED) | (cause == OUT_OF_ITERATIONS)
     if not open_.any():
         return cause
-    rough = open_ & _jumps(program, x, params)
     feasible = violation(data.h, data.g) <= 1e-6 * (1 + largest(x))
     y, rows = torch.cat([nu, lam], 1), torch.cat([data.jacobian_h, data.jacobian_g], 1)
     weight = (y.abs() * rows.abs().sum(2).clamp(min=1)).sum(1)
     combined = largest(matvec(rows.mT, y))
-    vanishing = open_ & ~rough & feasible & (weight > 0) & (combined <= VANISHING * weight)
-    cause = torch.where(rough, NOT_SMOOTH, cause)
-    return torch.where(vanishing, NO_MULTIPLIERS, cause)
+    vanishing = open_ & feasible & (weight > 0) & (combined <= VANISHING * weight)
+    cause = torch.where(vanishing, NO_MULTIPLIERS, cause)
+    rough = open_ & ~vanishing & _jumps(program, x, params)
+    return torch.where(rough, NOT_SMOOTH, cause)
 
 
 def _jumps(program: SmoothProgram, x: Tensor, params: tuple[Tensor, ...]) -> Tensor:
@@ -77,19 +77,19 @@ def _jumps(program: SmoothProgram, x: Tensor, params: tuple[Tensor, ...]) -> Ten
     mixed = NEARBY * (1 + x.abs()) * torch.cos(torch.arange(1, x.shape[1] + 1).to(x))
     ends = [x - mixed, x + mixed]
     gradients = [_gradients(program, end, params) for end in ends]
+    size = torch.maximum(*(g.abs().amax(2) for g in gradients)).clamp(min=1e-3)
     for _ in range(HALVINGS):
         middle = (ends[0] + ends[1]) / 2
         at = _gradients(program, middle, params)
-        first = _change(gradients[0], at) >= _change(at, gradients[1])
+        first = _change(gradients[0], at, size) >= _change(at, gradients[1], size)
         keep, part = first[:, None], first[:, None, None]
         ends = [torch.where(keep, ends[0], middle), torch.where(keep, middle, ends[1])]
         gradients = [torch.where(part, gradients[0], at), torch.where(part, at, gradients[1])]
-    return _change(*gradients) > JUMP
+    return _change(*gradients, size) > JUMP
 
 
-def _change(one: Tensor, other: Tensor) -> Tensor:
-    """Return the largest change (B,) of a function's gradient, relative to the gradient where that is large."""
-    size = torch.maximum(one.abs().amax(2), other.abs().amax(2)).clamp(min=1e-3)
+def _change(one: Tensor, other: Tensor, size: Tensor) -> Tensor:
+    """Return the largest change (B,) of a function's gradient, relative to its size (B, number of functions)."""
     return ((one - other).abs().amax(2) / size).nan_to_num(0, 0, 0).amax(1)
 
 

@@ -37,6 +37,13 @@ class Filter:
         if which.any():
             self.entries.append((torch.where(which, theta, torch.inf), torch.where(which, f, torch.inf)))
 
+    def reset(self, which: Tensor, limit: Tensor) -> None:
+        """Forget the pairs of the samples in `which`; limit: (B,), of their violation from now on."""
+        self.limit = torch.where(which, limit, self.limit)
+        self.entries = [
+            (torch.where(which, torch.inf, theta), torch.where(which, torch.inf, f)) for theta, f in self.entries
+        ]
+
 
 def filter_search(
     program: SmoothProgram,

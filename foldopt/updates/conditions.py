@@ -9,7 +9,7 @@ from foldopt.batched import matvec
 from foldopt.solvers.interior_point import largest
 from foldopt.updates.programs import SmoothProgram, SQPData, SQPState, checked
 
-__all__ = ["ScaledProgram", "kkt_residual", "singular"]
+__all__ = ["ScaledProgram", "factors", "kkt_residual", "singular"]
 
 AWAY = 1e-2  # where gradients are looked at besides the start, relative to 1 + |x|
 FAR = 1e2  # sizes of gradients within this factor of 1 are left as they are
@@ -46,7 +46,7 @@ class ScaledProgram(SmoothProgram):
     def __init__(self, program: SmoothProgram, start: Tensor, params: tuple[Tensor, ...]) -> None:
         super().__init__(self._cost, self._equalities, self._inequalities)
         self.program, self.weight = program, torch.ones_like(start[:, 0])
-        self.unit = 1 / _factor(start.abs().clamp(min=1))
+        self.unit = 1 / factors(start.abs().clamp(min=1))
         self.factor_f, (self.factor_h, self.factor_g) = self.weight, (self.weight[:, None],) * 2
         direction = torch.cos(torch.arange(1, start.shape[1] + 1, device=start.device, dtype=start.dtype))
         z = start / self.unit
@@ -56,9 +56,9 @@ class ScaledProgram(SmoothProgram):
             data = SQPData(*self.sqp_data(at, torch.zeros_like(h), torch.zeros_like(g), *params))
             rows = torch.cat([data.gradient[:, None], data.jacobian_h, data.jacobian_g], 1)
             sizes.append(rows.abs().amax(2).nan_to_num(0, 0, 0))
-        factors = _factor(torch.maximum(*sizes))
-        self.factor_f = factors[:, 0]
-        self.factor_h, self.factor_g = factors[:, 1:].split([h.shape[1], g.shape[1]], 1)
+        every = factors(torch.maximum(*sizes))
+        self.factor_f = every[:, 0]
+        self.factor_h, self.factor_g = every[:, 1:].split([h.shape[1], g.shape[1]], 1)
 
     def _cost(self, z: Tensor, *params: Tensor) -> Tensor:
         return self.weight * self.factor_f * checked("objective", self.program.objective(self.unit * z, *params), z, 1)
@@ -80,7 +80,7 @@ class ScaledProgram(SmoothProgram):
         return x / self.unit, nu * cost / self.factor_h, lam * cost / self.factor_g
 
 
-def _factor(size: Tensor) -> Tensor:
+def factors(size: Tensor) -> Tensor:
     """Return the powers of 2 that bring sizes far from 1 to 1; 1 for others and for those that are next to zero."""
     far = ((size > FAR) | (size < 1 / FAR)) & (size > TINY) & size.isfinite()
     return torch.where(far, torch.exp2(-torch.where(far, size, 1).log2().round()), 1)
