@@ -187,7 +187,7 @@ def small(names: Sequence[str], say: Say) -> list[str]:
     sizes = in_turn(_variables, [(name,) for name in names], LIMIT)
     kept = []
     for name, (n, reason) in zip(names, sizes, strict=True):
-        if reason:
+        if n is None:
             say(f"{name}: left out, {reason}")
         elif n <= LARGEST:
             kept.append(name)

@@ -29,7 +29,7 @@ class Highs:
 
         self._solver = highspy._core._Highs()  # its subclass Highs prints a banner
         self._solver.setOptionValue("output_flag", False)
-        self._solver.setOptionValue("threads", 1)
+        self._solver.setOptionValue("parallel", "off")
         self._solver.setOptionValue("mip_rel_gap", 0.0)
         rows = sp.csc_matrix(np.concatenate([polytope.A.numpy(), polytope.G.numpy()]))
         model = highspy.HighsLp()

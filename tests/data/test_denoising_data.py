@@ -44,7 +44,7 @@ def test_scale_and_noise_are_what_one_asks_for():
         ({"length": 1}, "length=1"),
         ({"max_segments": 0}, "max_segments=0"),
         ({"max_segments": 101}, "max_segments=101 exceeds the length=100"),
-        ({"low": 5, "high": 5}, "choose low below high"),
+        ({"low": 5, "high": 5}, "take low below high"),
         ({"noise": 0}, "noise=0"),
         ({"n_test": 0}, "n_test=0"),
     ],

@@ -19,7 +19,7 @@ from experiments.report.outputs import Measurement
 from experiments.run import components, configuration
 from foldopt.errors import SolverError
 
-BASE = ["task=multilabel", "model=densenet", "task.data=stand_in", "task.n_train=1", "task.n_val=1", "task.n_test=1"]
+BASE = ["task=multilabel", "model=densenet", "task.data=stand_in", "task.n_train=2", "task.n_val=1", "task.n_test=1"]
 FOLD = ["backend=fold", "backend.forward=cvxpy"]
 # Title and overrides of each layer. Layers whose forward pass is cvxpy's differ only in the backward pass.
 LAYERS: Mapping[str, tuple[str, list[str]]] = {
