@@ -202,7 +202,7 @@ def _check_units(table: ReturnsTable) -> None:
     for position, name in enumerate(table.assets):
         values = table.returns[:, position]
         row = int(values.argmin())
-        if values[row] < -1 or (len(values) and values.abs().median() > 1):
+        if values[row] < -1 or values.abs().median() > 1:
             raise InputError(
                 f"{table.file}: column {name!r} holds {float(values[row]):g} on {table.dates[row]} and "
                 f"{float(values.abs().median()):g} as its median absolute value; expected returns as fractions, which "
@@ -284,14 +284,13 @@ def split(table: ReturnsTable, walk: WalkForward, risk: float) -> PortfolioData:
         MissingDependencyError: scikit-learn is not installed.
     """
     require_positive("task.risk", risk)
-    first = max(walk.lags, walk.feature_lag if table.names else 0)
-    rows = len(table.dates)
-    blocks = walk.blocks(rows - first, table.file)
-    shifted = [(table.names, table.features, walk.feature_lag)]
+    shifted = [(table.names, table.features, walk.feature_lag)] if table.names else []
     shifted += [(table.assets, table.returns, lag) for lag in range(1, walk.lags + 1)]
-    names = [f"{name} (lag {lag})" for columns, _, lag in shifted for name in columns]
-    if not names:
+    if not shifted:
         raise InputError("task.lags=0 without task.features leaves no inputs; take task.lags=1 or name features.")
+    rows, first = len(table.dates), max(lag for _, _, lag in shifted)
+    blocks = walk.blocks(rows - first, table.file)
+    names = [f"{name} (lag {lag})" for columns, _, lag in shifted for name in columns]
     inputs = torch.cat([values[first - lag : rows - lag] for _, values, lag in shifted], 1)
     returns = table.returns[first:]
     train = blocks["train"]
@@ -301,8 +300,7 @@ def split(table: ReturnsTable, walk: WalkForward, risk: float) -> PortfolioData:
             begin, end = table.dates[first], table.dates[first + len(values) - 1]
             raise InputError(
                 f"{table.file}: column {columns[position]!r} is constant ({float(values[0, position]):g}) in the "
-                f"training samples from {begin} to {end}. Leave the column out, or train on rows in "
-                "which it varies."
+                f"training samples from {begin} to {end}. Leave the column out, or train on rows in which it varies."
             )
     inputs = (inputs - inputs[train].mean(0)) / inputs[train].std(0)
     V = _ledoit_wolf(returns[train])

@@ -238,6 +238,14 @@ def test_no_inputs_are_refused(written):
         split(table, walk(lags=0), 1.0)
 
 
+def test_without_features_their_lag_costs_no_rows(written):
+    pytest.importorskip("sklearn")
+    table = read(written(frame()), returns=["A", "B"])
+    found = split(table, walk(feature_lag=30), 1.0)
+    assert sum(len(values) for values in found.returns.values()) == ROWS - 1
+    assert found.features["train"].shape[1] == 2
+
+
 def test_a_missing_scikit_learn_is_named_with_the_extra(written, monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.covariance", None)
     table = read(written(frame()), features=["vix"], returns=["A", "B"])
