@@ -22,6 +22,7 @@ from foldopt.errors import InputError, MissingDependencyError
 LEAST = {"train": 20, "val": 5, "test": 5}  # samples of each block
 DAY = pd.Timedelta(days=1)
 LONGEST_STEP = 10 * DAY  # between the dates of two rows, unless rows are further apart as a rule
+LARGEST = 100  # return of one period
 CONSTANT = 1e-12  # deviation relative to the largest absolute value
 
 
@@ -201,13 +202,13 @@ def _check_units(table: ReturnsTable) -> None:
     """Raise InputError for returns that are no simple returns in fractions."""
     for position, name in enumerate(table.assets):
         values = table.returns[:, position]
-        row = int(values.argmin())
-        if values[row] < -1 or values.abs().median() > 1:
+        wrong, median = (values < -1) | (values > LARGEST), float(values.abs().median())
+        if wrong.any() or median > 1:
+            row = int(wrong.int().argmax())
             raise InputError(
-                f"{table.file}: column {name!r} holds {float(values[row]):g} on {table.dates[row]} and "
-                f"{float(values.abs().median()):g} as its median absolute value; expected returns as fractions, which "
-                "are at least -1 and rarely above 1. Divide percent by 100; turn prices into returns, for example by "
-                "pandas' pct_change."
+                f"{table.file}: column {name!r} holds {float(values[row]):g} on {table.dates[row]}, and its "
+                f"median absolute value is {median:g}; expected returns as fractions, from -1 to {LARGEST} and rarely "
+                "above 1. Divide percent by 100; turn prices into returns, for example by pandas' pct_change."
             )
 
 
