@@ -22,6 +22,7 @@ from foldopt.errors import InputError, MissingDependencyError
 LEAST = {"train": 20, "val": 5, "test": 5}  # samples of each block
 DAY = pd.Timedelta(days=1)
 LONGEST_STEP = 10 * DAY  # between the dates of two rows, unless rows are further apart as a rule
+LARGEST = 100  # return of one period
 CONSTANT = 1e-12  # deviation relative to the largest absolute value
 
 
@@ -201,13 +202,13 @@ def _check_units(table: ReturnsTable) -> None:
     """Raise InputError for returns that are no simple returns in fractions."""
     for position, name in enumerate(table.assets):
         values = table.returns[:, position]
-        row = int(values.argmin())
-        if values[row] < -1 or (len(values) and values.abs().median() > 1):
+        wrong, median = (values < -1) | (values > LARGEST), float(values.abs().median())
+        if wrong.any() or median > 1:
+            row = int(wrong.int().argmax())
             raise InputError(
-                f"{table.file}: column {name!r} holds {float(values[row]):g} on {table.dates[row]} and "
-                f"{float(values.abs().median()):g} as its median absolute value; expected returns as fractions, which "
-                "are at least -1 and rarely above 1. Divide percent by 100; turn prices into returns, for example by "
-                "pandas' pct_change."
+                f"{table.file}: column {name!r} holds {float(values[row]):g} on {table.dates[row]}, and its "
+                f"median absolute value is {median:g}; expected returns as fractions, from -1 to {LARGEST} and rarely "
+                "above 1. Divide percent by 100; turn prices into returns, for example by pandas' pct_change."
             )
 
 
@@ -284,14 +285,13 @@ def split(table: ReturnsTable, walk: WalkForward, risk: float) -> PortfolioData:
         MissingDependencyError: scikit-learn is not installed.
     """
     require_positive("task.risk", risk)
-    first = max(walk.lags, walk.feature_lag if table.names else 0)
-    rows = len(table.dates)
-    blocks = walk.blocks(rows - first, table.file)
-    shifted = [(table.names, table.features, walk.feature_lag)]
+    shifted = [(table.names, table.features, walk.feature_lag)] if table.names else []
     shifted += [(table.assets, table.returns, lag) for lag in range(1, walk.lags + 1)]
-    names = [f"{name} (lag {lag})" for columns, _, lag in shifted for name in columns]
-    if not names:
+    if not shifted:
         raise InputError("task.lags=0 without task.features leaves no inputs; take task.lags=1 or name features.")
+    rows, first = len(table.dates), max(lag for _, _, lag in shifted)
+    blocks = walk.blocks(rows - first, table.file)
+    names = [f"{name} (lag {lag})" for columns, _, lag in shifted for name in columns]
     inputs = torch.cat([values[first - lag : rows - lag] for _, values, lag in shifted], 1)
     returns = table.returns[first:]
     train = blocks["train"]
@@ -301,8 +301,7 @@ def split(table: ReturnsTable, walk: WalkForward, risk: float) -> PortfolioData:
             begin, end = table.dates[first], table.dates[first + len(values) - 1]
             raise InputError(
                 f"{table.file}: column {columns[position]!r} is constant ({float(values[0, position]):g}) in the "
-                f"training samples from {begin} to {end}. Leave the column out, or train on rows in "
-                "which it varies."
+                f"training samples from {begin} to {end}. Leave the column out, or train on rows in which it varies."
             )
     inputs = (inputs - inputs[train].mean(0)) / inputs[train].std(0)
     V = _ledoit_wolf(returns[train])

@@ -100,6 +100,8 @@ def test_other_spellings_of_the_same_file_are_read_alike(written, rewritten):
         (changed_cell(7, "B", "inf"), {}, ["column 'B'", "2021-01-13", "'inf' is no finite number"]),
         (changed_cell(7, "B", "1e999"), {}, ["column 'B'", "2021-01-13", "'1e999' is no finite number"]),
         (changed_cell(7, "B", "0,01"), {}, ["column 'B'", "'0,01' is no finite number"]),
+        (changed_cell(7, "B", 250), {}, ["column 'B' holds 250 on 2021-01-13", "from -1 to 100"]),
+        (changed_cell(7, "B", -1.5), {}, ["column 'B' holds -1.5 on 2021-01-13", "Divide percent by 100"]),
         (changed_cell(7, "vix", ""), {"features": ["vix"]}, ["column 'vix'", "2021-01-13", "missing"]),
         (
             changed_cell(3, "date", "08/01/2021"),
@@ -132,8 +134,6 @@ def test_other_spellings_of_the_same_file_are_read_alike(written, rewritten):
     ],
 )
 def test_a_file_that_cannot_be_used_is_refused_with_place_and_remedy(written, content, choice, messages):
-    if not choice and isinstance(content, pd.DataFrame) and "Divide" not in " ".join(messages):
-        choice = {"returns": ["A", "B", "C"]}
     file = written(content)
     with pytest.raises(InputError) as caught:
         read(file, **choice)
@@ -236,6 +236,14 @@ def test_no_inputs_are_refused(written):
     table = read(written(frame()), returns=["A", "B"])
     with pytest.raises(InputError, match=r"task.lags=0 without task.features"):
         split(table, walk(lags=0), 1.0)
+
+
+def test_without_features_their_lag_costs_no_rows(written):
+    pytest.importorskip("sklearn")
+    table = read(written(frame()), returns=["A", "B"])
+    found = split(table, walk(feature_lag=30), 1.0)
+    assert sum(len(values) for values in found.returns.values()) == ROWS - 1
+    assert found.features["train"].shape[1] == 2
 
 
 def test_a_missing_scikit_learn_is_named_with_the_extra(written, monkeypatch):
