@@ -31,7 +31,7 @@ CURVED = {
     "quartic": (
         lambda x, c: (x**4).sum(1, keepdim=True) - 1,
         None,
-        lambda c: -(c.abs() ** (4 / 3)).sum(1) ** (3 / 4),
+        lambda c: -((c.abs() ** (4 / 3)).sum(1) ** (3 / 4)),
     ),
 }
 
@@ -138,7 +138,9 @@ def test_causes_are_errors_of_their_own(error, objective, rows):
 
 
 @pytest.mark.parametrize("solver", ["sqp", "slsqp", "trust-constr"])
-@pytest.mark.parametrize(("limit", "name"), [({"max_iter": 2}, "iteration limit"), ({"time_limit": 1e-6}, "time limit")])
+@pytest.mark.parametrize(
+    ("limit", "name"), [({"max_iter": 2}, "iteration limit"), ({"time_limit": 1e-6}, "time limit")]
+)
 def test_limits_reach_every_solver(solver, limit, name):
     if solver != "sqp":
         pytest.importorskip("scipy")
