@@ -13,7 +13,7 @@ from foldopt.errors import InputError, MissingDependencyError
 from foldopt.qp.matrix import SparseMatrix
 from foldopt.updates.programs import SmoothProgram, SQPData
 
-__all__ = ["CAUSES", "IpoptSolution", "solve_ipopt"]
+__all__ = ["CAUSES", "IpoptSolution", "SparseDerivatives", "solve_ipopt"]
 
 CAUSES = {
     0: "solved",
@@ -40,10 +40,21 @@ WARM: dict[str, str | int | float] = {
 
 
 class IpoptSolution(NamedTuple):
-    """What Ipopt found: x (B, n), nu (B, p), lam (B, m) and, per sample, its status and how many iterations it took.
+    """What Ipopt found, sample by sample.
 
-    status: "solved", or why a sample is not, one of the words of `CAUSES`. A sample that is not solved has Ipopt's last
-    iterate.
+    Attributes:
+        x: the solutions, (B, n); Ipopt's last iterate where a sample is not solved.
+        nu: the multipliers of the equalities, (B, p).
+        lam: the multipliers of the inequalities, (B, m), at least 0.
+        status: "solved" for each sample, or why it is not, in one of the words of `CAUSES`.
+        iterations: how many Ipopt took, (B,) int.
+
+    Examples:
+        >>> import torch
+        >>> x = torch.zeros(1, 2)
+        >>> found = IpoptSolution(x, x[:, :0], x[:, :0], ("solved",), torch.tensor([3]))
+        >>> found.status
+        ('solved',)
     """
 
     x: Tensor
@@ -76,7 +87,8 @@ def solve_ipopt(
         *params: the parameters c of the functions.
         multipliers: (nu, lam), (B, p) and (B, m), to start from as well: a warm start, for a `start` that is close to
             the solution, such as that of the last call with parameters nearby.
-        sparse: the derivatives as sparse matrices, ``SparseDerivatives(program)``; None takes dense ones.
+        sparse: the derivatives as sparse matrices, ``foldopt.solvers.ipopt.SparseDerivatives(program)``; None takes
+            dense ones.
         tol: Ipopt's tolerance, relative to its own scaling of the program.
         max_iter: cap of iterations for each sample.
         time_limit: seconds for each sample, or None.
@@ -89,7 +101,7 @@ def solve_ipopt(
         InputError: start is not (B, n), Ipopt does not know an option, or given sparsity misses entries.
         MissingDependencyError: cyipopt is not installed.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from foldopt import SmoothProgram
         >>> program = SmoothProgram(lambda x, c: (c * x).sum(1), None, lambda x, c: x.square().sum(1, keepdim=True) - 1)

@@ -10,7 +10,7 @@ import torch
 import foldopt
 from foldopt import SmoothProgram
 from foldopt._sparsity import SparseDerivatives, Sparsity
-from foldopt.errors import InputError
+from foldopt.errors import InputError, UnboundedError
 from foldopt.solvers.ipopt import solve_ipopt
 from foldopt.solvers.nlp import solve_nlp
 from tests.foldopt.programs import F64, PROGRAMS, hock_schittkowski_71, indefinite_on_a_sphere, made
@@ -195,6 +195,24 @@ def test_a_constraint_said_twice_is_solved_and_found_to_be_dependent():
     with pytest.warns(RuntimeWarning, match="depend"):
         x.sum().backward()
     assert layer.last.verdict == ("dependent rows",)
+
+
+def test_a_layer_says_why_ipopt_found_no_solution():
+    """min c x, x <= 1 and, where c is positive, x >= 2."""
+    options = {"start": torch.zeros(1), "solver": "ipopt"}
+    layer = foldopt.NLPLayer(
+        lambda x, c: (c * x).sum(1),
+        lambda x, c: torch.cat([x - 1, torch.where(c > 0, 2 - x, -1 - 0 * x)], 1),
+        on_failure="nan",
+        **options,
+    )
+    c = torch.tensor([[1.0], [-1.0]], dtype=F64, requires_grad=True)
+    x = layer(c)
+    assert layer.last.status == ("infeasible", "solved")
+    torch.testing.assert_close(x[1], torch.ones(1, dtype=F64), rtol=1e-9, atol=1e-9)
+    falling = foldopt.NLPLayer(lambda x, c: (c * x).sum(1), lambda x, c: x - 1, **options)
+    with pytest.raises(UnboundedError, match="unbounded at 1 of 2 samples"):
+        falling(c)
 
 
 LARGE = """
