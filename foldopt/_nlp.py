@@ -26,7 +26,8 @@ from foldopt.solvers.nlp import solve_nlp
 from foldopt.solvers.nlp_causes import CAUSES
 from foldopt.solvers.scipy_nlp import solve_scipy
 from foldopt.step import Tensors
-from foldopt.updates.programs import SmoothProgram
+from foldopt.updates.conditions import cancelling
+from foldopt.updates.programs import SmoothProgram, SQPState
 from foldopt.updates.sparse_sqp import SparseSQP
 from foldopt.updates.sqp import SQP
 
@@ -78,6 +79,11 @@ class NLPFold(FixedPointLayer):
         if causes is None and solved.all():
             return FoldInfo(residual, solved)
         said = [cause if cause != "solved" else DISAGREE for cause in causes or ["solved"] * len(residual)]
+        if causes is not None and "solved" in causes and not solved.all() and isinstance(self.update, SQP):
+            large = cancelling(cast(SmoothProgram, self.update.program), cast(SQPState, state), params).tolist()
+            said = [
+                "no multipliers" if one and cause == DISAGREE else cause for one, cause in zip(large, said, strict=True)
+            ]
         names = tuple("solved" if ok else cause for ok, cause in zip(solved.tolist(), said, strict=True))
         info = FoldInfo(residual, solved, names if causes is not None else None)
         if not solved.all():

@@ -85,7 +85,7 @@ def _jumps(program: SmoothProgram, x: Tensor, params: tuple[Tensor, ...]) -> Ten
         keep, part = first[:, None], first[:, None, None]
         ends = [torch.where(keep, ends[0], middle), torch.where(keep, middle, ends[1])]
         gradients = [torch.where(part, gradients[0], at), torch.where(part, at, gradients[1])]
-    return _change(*gradients, size) > JUMP
+    return _change(gradients[0], gradients[1], size) > JUMP
 
 
 def _change(one: Tensor, other: Tensor, size: Tensor) -> Tensor:

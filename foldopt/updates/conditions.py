@@ -9,12 +9,13 @@ from foldopt.batched import matvec
 from foldopt.solvers.interior_point import largest
 from foldopt.updates.programs import SmoothProgram, SQPData, SQPState, checked
 
-__all__ = ["ScaledProgram", "factors", "kkt_residual", "singular"]
+__all__ = ["ScaledProgram", "cancelling", "factors", "kkt_residual", "singular"]
 
 AWAY = 1e-2  # where gradients are looked at besides the start, relative to 1 + |x|
 FAR = 1e2  # sizes of gradients within this factor of 1 are left as they are
 TINY = 1e-12  # sizes of gradients below are taken for zero
 LONG = 1e-6  # a step of more than this, relative to 1 + |x|, and than 1e4 times the KKT residual: a singular Hessian
+CANCELLING = 1e-2  # force of multipliers, relative to their sum, that is small
 SATISFIED = 1e-8  # KKT residual up to which the conditions hold
 
 
@@ -97,3 +98,16 @@ def singular(program: SmoothProgram, state: SQPState, length: Tensor, params: tu
         z, nu, lam = scaled.scaled(*state)
         residual = kkt_residual(z, nu, lam, SQPData(*scaled.sqp_data(z, nu, lam, *params)))
         return ~(length <= LONG) & ~(length <= 1e4 * residual) & (residual <= SATISFIED)
+
+
+def cancelling(program: SmoothProgram, state: SQPState, params: tuple[Tensor, ...]) -> Tensor:
+    """Return where the multipliers are large beside the force that they make together, (B,) bool.
+
+    So they are at a point near one that has none, in units in which the gradients around x are about 1.
+    """
+    with torch.no_grad():
+        scaled = ScaledProgram(program, state[0], params)
+        z, nu, lam = scaled.scaled(*state)
+        data = SQPData(*scaled.sqp_data(z, nu, lam, *params))
+        force = largest(matvec(data.jacobian_h.mT, nu) + matvec(data.jacobian_g.mT, lam))
+        return force <= CANCELLING * torch.cat([nu, lam], 1).abs().sum(1)

@@ -57,7 +57,7 @@ def test_no_feasible_neighbour_is_better(make):
     found = solve_nlp(program, start, *params)
     generator = torch.Generator().manual_seed(1)
     near = found.x + 1e-3 * torch.randn(found.x.shape, generator=generator, dtype=F64)
-    other = solve_scipy(program, "slsqp", near, *params)
+    other = solve_scipy(program, "slsqp", near, *params).x
     gain = program.objective(found.x, *params) - program.objective(other, *params)
     assert float(gain.max()) < 1e-6
 

@@ -94,7 +94,6 @@ def square(x, c):
         ("unbounded", {"objective": lambda x, c: -x.sum(1), "inequalities": lambda x, c: -x}),
         ("unbounded", {"objective": lambda x, c: x.sum(1) - x.square().sum(1)}),
         ("not smooth", {"objective": lambda x, c: (x - 0.3).abs().sum(1)}),
-        ("no multipliers", {"objective": lambda x, c: x[:, 0], "equalities": lambda x, c: x.square()}),
         ("iteration limit", {"objective": lambda x, c: (x - 5).pow(4).sum(1), "max_iter": 3}),
         ("time limit", {"objective": lambda x, c: (x - 5).pow(4).sum(1), "time_limit": 1e-9}),
         ("not finite", {"objective": lambda x, c: x.log().sum(1), "start": -1.0}),
