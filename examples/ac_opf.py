@@ -213,8 +213,8 @@ print(table(compared_rows))
 # ```text
 # | case | variables | cost | pypower | error: price | error: dispatch | error: cost | forward (s) | backward (s) |
 # | --- | --- | --- | --- | --- | --- | --- | --- | --- |
-# | case14 | 38 | 8081.53 | 8081.53 | 1e-09 | 2e-10 | 3e-12 | 0.67 | 0.03 |
-# | case118 | 344 | 129660.69 | 129660.69 | 3e-10 | 4e-10 | 6e-12 | 1.02 | 0.02 |
+# | case14 | 38 | 8081.53 | 8081.53 | 1e-09 | 2e-10 | 9e-12 | 0.53 | 0.02 |
+# | case118 | 344 | 129660.69 | 129660.69 | 3e-10 | 1e-10 | 4e-11 | 0.88 | 0.02 |
 # ```
 #
 # MATPOWER's optimal cost of case 118 is 129660.69 dollars per hour. The backward pass takes a small part of the

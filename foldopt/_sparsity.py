@@ -172,6 +172,14 @@ class SparseDerivatives:
         program: the program.
         sparsity: places of the entries of its derivatives; None, the default, detects them, and more of them wherever
             a later point shows that some are missing.
+
+    Examples:
+        >>> import torch
+        >>> from foldopt import SmoothProgram
+        >>> chain = SmoothProgram(lambda x: (x[:, 1:] - x[:, :-1]).square().sum(1))
+        >>> places = SparseDerivatives(chain).places(torch.zeros(1, 4), ())
+        >>> list(zip(places.H.rows.tolist(), places.H.columns.tolist()))
+        [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2), (2, 1), (2, 2), (2, 3), (3, 2), (3, 3)]
     """
 
     def __init__(self, program: SmoothProgram, sparsity: Sparsity | None = None) -> None:

@@ -14,7 +14,7 @@ from foldopt.errors import InputError, MissingDependencyError
 from foldopt.qp.matrix import SparseMatrix
 from foldopt.updates.programs import SmoothProgram, SQPData
 
-__all__ = ["CAUSES", "IpoptSolution", "solve_ipopt"]
+__all__ = ["CAUSES", "IpoptSolution", "SparseDerivatives", "solve_ipopt"]
 
 CAUSES = {
     0: "solved",
@@ -29,6 +29,7 @@ CAUSES = {
     -4: "time limit",
     -5: "time limit",
     -10: "more equalities than variables",
+    -11: "infeasible",  # a lower bound above an upper one
     -13: "not finite",
 }
 WARM: dict[str, str | int | float] = {
@@ -41,10 +42,21 @@ WARM: dict[str, str | int | float] = {
 
 
 class IpoptSolution(NamedTuple):
-    """What Ipopt found: x (B, n), nu (B, p), lam (B, m) and, per sample, its status and how many iterations it took.
+    """What Ipopt found, sample by sample.
 
-    status: "solved", or why a sample is not, one of the words of `CAUSES`. A sample that is not solved has Ipopt's last
-    iterate.
+    Attributes:
+        x: the solutions, (B, n); Ipopt's last iterate where a sample is not solved.
+        nu: the multipliers of the equalities, (B, p).
+        lam: the multipliers of the inequalities, (B, m), at least 0.
+        status: "solved" for each sample, or why it is not, in one of the words of `CAUSES`.
+        iterations: how many Ipopt took, (B,) int.
+
+    Examples:
+        >>> import torch
+        >>> x = torch.zeros(1, 2)
+        >>> found = IpoptSolution(x, x[:, :0], x[:, :0], ("solved",), torch.tensor([3]))
+        >>> found.status
+        ('solved',)
     """
 
     x: Tensor
@@ -72,12 +84,14 @@ def solve_ipopt(
     106, 2006). It gets the exact gradient, Jacobian and Hessian of the Lagrangian by automatic differentiation.
 
     Args:
-        program: the functions; without `sparse` any object with `values` and `sqp_data` as `SmoothProgram` has them.
+        program: the functions; without `sparse` any object that has the methods `values`, `bounds` and `sqp_data` of a
+            `SmoothProgram`. Its bounds are bounds for Ipopt: no function is evaluated beyond them.
         start: where Ipopt starts, (B, n).
         *params: the parameters c of the functions.
         multipliers: (nu, lam), (B, p) and (B, m), to start from as well: a warm start, for a `start` that is close to
             the solution, such as that of the last call with parameters nearby.
-        sparse: the derivatives as sparse matrices, ``SparseDerivatives(program)``; None takes dense ones.
+        sparse: the derivatives as sparse matrices, ``foldopt.solvers.ipopt.SparseDerivatives(program)``; None takes
+            dense ones.
         tol: Ipopt's tolerance, relative to its own scaling of the program.
         max_iter: cap of iterations for each sample.
         time_limit: seconds for each sample, or None.
@@ -108,22 +122,23 @@ def solve_ipopt(
     p, y = h.shape[1], torch.zeros_like(torch.cat([h, g], 1))
     if multipliers:
         y = torch.cat(multipliers, 1).detach().to(x).clone()
-    bounds = {"cl": [0.0] * p + [-float("inf")] * g.shape[1], "cu": [0.0] * y.shape[1]}
+    box = _Box(program, x, g.shape[1] + p, params)
+    limits = {"cl": [0.0] * p + [-float("inf")] * (box.rows - p), "cu": [0.0] * box.rows}
     status, iterations = [], []
     for i in range(len(x)):
         while True:
             derivatives = _Dense(program, x, y, p, params) if sparse is None else _Sparse(sparse, x, params)
-            sample = _Sample(program, derivatives, x, y, i, params)
-            problem = cyipopt.Problem(n=x.shape[1], m=y.shape[1], problem_obj=sample, **bounds)
+            sample = _Sample(program, derivatives, x, y, i, params, box.rows)
+            problem = cyipopt.Problem(n=x.shape[1], m=box.rows, problem_obj=sample, **limits, **box.around(i))
             _set_options(problem, settings)
-            z, info = problem.solve(_numbers(x[i]), lagrange=_numbers(y[i]))
+            z, info = problem.solve(_numbers(x[i]), **box.multipliers(y[i]))
             if isinstance(sample.error, _PlacesMissingError):
                 sample.error.sparse.extend(sample.error.x, params)
             elif sample.error is not None:
                 raise sample.error
             else:
                 break
-        x[i], y[i] = (torch.from_numpy(part).to(x) for part in (z, info["mult_g"]))
+        x[i], y[i] = torch.from_numpy(z).to(x), box.joined(info).to(x)
         status.append(CAUSES.get(info["status"], f"Ipopt failed with status {info['status']}"))
         iterations.append(sample.iterations)
     return IpoptSolution(x, y[:, :p], y[:, p:].clamp(min=0), tuple(status), torch.tensor(iterations))
@@ -169,6 +184,38 @@ def _set_options(problem: Any, settings: Mapping[str, str | int | float]) -> Non
 
 def _numbers(t: Tensor) -> Any:
     return t.detach().double().cpu().numpy()
+
+
+class _Box:
+    """The bounds of a program's variables, which Ipopt keeps to all the way; their rows are the last of g.
+
+    rows: how many constraints are left for Ipopt.
+    """
+
+    def __init__(self, program: SmoothProgram, x: Tensor, r: int, params: tuple[Tensor, ...]) -> None:
+        self.lower, self.upper = (part.double().cpu() for part in program.bounds(x, *params))
+        fixed = ((self.lower == self.upper) & self.lower.isfinite()).all(0)
+        self.below, self.above = (part.isfinite().any(0) & ~fixed for part in (self.lower, self.upper))
+        self.rows = r - int(self.below.sum()) - int(self.above.sum())
+
+    def around(self, i: int) -> dict[str, Any]:
+        """Return the bounds of sample i under cyipopt's names."""
+        return {
+            "lb": torch.where(self.below, self.lower[i], -torch.inf).numpy(),
+            "ub": torch.where(self.above, self.upper[i], torch.inf).numpy(),
+        }
+
+    def multipliers(self, y: Tensor) -> dict[str, Any]:
+        """Return multipliers (r,) of all rows under cyipopt's names."""
+        y = y.detach().double().cpu()
+        ends = torch.zeros(2, len(self.below), dtype=torch.float64)
+        ends[0, self.below], ends[1, self.above] = y[self.rows :].split([int(self.below.sum()), int(self.above.sum())])
+        return {"lagrange": y[: self.rows].numpy(), "zl": ends[0].numpy(), "zu": ends[1].numpy()}
+
+    def joined(self, info: dict[str, Any]) -> Tensor:
+        """Return the multipliers that cyipopt found, of all rows, (r,)."""
+        own, low, high = (torch.from_numpy(info[name]) for name in ("mult_g", "mult_x_L", "mult_x_U"))
+        return torch.cat([own, low[self.below], high[self.above]])
 
 
 class _PlacesMissingError(Exception):
@@ -252,8 +299,10 @@ class _Sample:
         y: Tensor,
         i: int,
         params: tuple[Tensor, ...],
+        rows: int,
     ) -> None:
         self._program, self._derivatives, self._params = program, derivatives, params
+        self._rows, self._kept = rows, (derivatives.jacobian_places[0] < rows).nonzero()[:, 0]
         self._x, self._y, self._i = x.clone(), y.clone(), i
         self._values: tuple[Tensor, Tensor] | None = None
         self._first: tuple[Tensor, Tensor] | None = None
@@ -297,20 +346,20 @@ class _Sample:
         return float(self._valued(z)[0])
 
     def constraints(self, z: Any) -> Any:
-        return _numbers(self._valued(z)[1])
+        return _numbers(self._valued(z)[1][: self._rows])
 
     def gradient(self, z: Any) -> Any:
         return self._row(lambda: self._sloped(z)[0])
 
     def jacobian(self, z: Any) -> Any:
-        return self._row(lambda: self._sloped(z)[1])
+        return self._row(lambda: self._sloped(z)[1][:, self._kept])
 
     def jacobianstructure(self) -> tuple[Any, Any]:
         rows, columns = self._derivatives.jacobian_places
-        return rows.numpy(), columns.numpy()
+        return rows[self._kept].numpy(), columns[self._kept].numpy()
 
     def hessian(self, z: Any, y: Any, weight: float) -> Any:
-        self._y[self._i] = torch.from_numpy(y).to(self._y)
+        self._y[self._i, : self._rows] = torch.from_numpy(y).to(self._y)
         return self._row(lambda: self._derivatives.second(self._moved_to(z), self._y, weight))
 
     def hessianstructure(self) -> tuple[Any, Any]:

@@ -10,7 +10,7 @@ import torch
 import foldopt
 from foldopt import SmoothProgram
 from foldopt._sparsity import SparseDerivatives, Sparsity
-from foldopt.errors import InputError
+from foldopt.errors import InputError, UnboundedError
 from foldopt.solvers.ipopt import solve_ipopt
 from foldopt.solvers.nlp import solve_nlp
 from tests.foldopt.programs import F64, PROGRAMS, hock_schittkowski_71, indefinite_on_a_sphere, made
@@ -195,6 +195,65 @@ def test_a_constraint_said_twice_is_solved_and_found_to_be_dependent():
     with pytest.warns(RuntimeWarning, match="depend"):
         x.sum().backward()
     assert layer.last.verdict == ("dependent rows",)
+
+
+def objective_between_bounds(x, c):
+    """Not defined below 0; pulled to c, with the variables coupled."""
+    assert (x >= 0).all(), "evaluated beyond a bound"
+    return (x * x.log() - c * x).sum(1) + 0.1 * (x[:, 1:] - x[:, :-1]).square().sum(1)
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_bounds_are_kept_to_and_have_the_multipliers_of_rows(sparse):
+    """Some are missing, some hold in one sample only, one variable is fixed in all samples and one in one."""
+    inf = torch.inf
+    lower = torch.tensor([[0.0, 0.5, 0.7, 0.0, 1.0], [0.0, -inf, 0.7, 0.2, 0.4]], dtype=F64)
+    upper = torch.tensor([[0.3, inf, 0.7, 9.0, 1.0], [inf, 1.0, 0.7, 9.0, 2.0]], dtype=F64)
+    c = torch.tensor([[1.0, -1.0, 0.0, 0.5, 2.0], [0.0, 3.0, 0.0, -4.0, 1.0]], dtype=F64)
+
+    def total(x, c):
+        return x.sum(1, keepdim=True) - 5
+
+    lower[:, 1] = lower[:, 1].clamp(min=0)
+    program = SmoothProgram(objective_between_bounds, None, total, lower, upper)
+    options = {"sparse": SparseDerivatives(program) if sparse else None}
+    found = solve_ipopt(program, torch.full_like(c, 0.6), c, **options)
+    assert found.status == ("solved",) * 2
+    assert (found.x >= lower).all()
+    assert (found.x <= upper).all()
+    x = found.x.clone().requires_grad_()
+    f, h, g = program.values(x, c)
+    (slope,) = torch.autograd.grad((f + (found.nu * h).sum(1) + (found.lam * g).sum(1)).sum(), x)
+    assert slope.abs().max() < 1e-7
+    assert (found.lam * g).abs().max() < 1e-7
+    assert (found.lam > 0.1).sum() >= 4
+    warm = solve_ipopt(program, found.x, c, multipliers=(found.nu, found.lam), **options)
+    assert warm.iterations.max() < found.iterations.max()
+    torch.testing.assert_close(warm.x, found.x, rtol=1e-7, atol=1e-7)
+
+
+def test_bounds_that_exclude_each_other_are_infeasible():
+    program = SmoothProgram(lambda x, c: (x - c).square().sum(1), lower=lambda c: c, upper=torch.ones(1))
+    found = solve_ipopt(program, torch.zeros(2, 1, dtype=F64), torch.tensor([[2.0], [0.5]], dtype=F64))
+    assert found.status == ("infeasible", "solved")
+
+
+def test_a_layer_says_why_ipopt_found_no_solution():
+    """min c x, x <= 1 and, where c is positive, x >= 2."""
+    options = {"start": torch.zeros(1), "solver": "ipopt"}
+    layer = foldopt.NLPLayer(
+        lambda x, c: (c * x).sum(1),
+        lambda x, c: torch.cat([x - 1, torch.where(c > 0, 2 - x, -1 - 0 * x)], 1),
+        on_failure="nan",
+        **options,
+    )
+    c = torch.tensor([[1.0], [-1.0]], dtype=F64, requires_grad=True)
+    x = layer(c)
+    assert layer.last.status == ("infeasible", "solved")
+    torch.testing.assert_close(x[1], torch.ones(1, dtype=F64), rtol=1e-9, atol=1e-9)
+    falling = foldopt.NLPLayer(lambda x, c: (c * x).sum(1), lambda x, c: x - 1, **options)
+    with pytest.raises(UnboundedError, match="unbounded at 1 of 2 samples"):
+        falling(c)
 
 
 LARGE = """
