@@ -21,12 +21,12 @@ from foldopt.errors import (
     SolverError,
     UnboundedError,
 )
+from foldopt.solvers._nlp_causes import CAUSES
 from foldopt.solvers.ipopt import solve_ipopt
 from foldopt.solvers.nlp import solve_nlp
-from foldopt.solvers.nlp_causes import CAUSES
 from foldopt.solvers.scipy_nlp import solve_scipy
 from foldopt.step import Tensors
-from foldopt.updates.conditions import cancelling
+from foldopt.updates._conditions import cancelling
 from foldopt.updates.programs import SmoothProgram, SQPState
 from foldopt.updates.sparse_sqp import SparseSQP
 from foldopt.updates.sqp import SQP

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from foldopt.batched import matvec
 from foldopt.errors import InputError
-from foldopt.solvers.interior_point import largest
-from foldopt.solvers.nlp_causes import (
+from foldopt.solvers._nlp_causes import (
     INFEASIBLE,
     NOT_FINITE,
     OUT_OF_ITERATIONS,
@@ -22,10 +21,11 @@ from foldopt.solvers.nlp_causes import (
     UNBOUNDED,
     explained,
 )
-from foldopt.solvers.nlp_model import convexified, elastic_step, violation
-from foldopt.solvers.nlp_search import Filter, filter_search, violation_search
+from foldopt.solvers._nlp_model import convexified, elastic_step, violation
+from foldopt.solvers._nlp_search import Filter, filter_search, violation_search
+from foldopt.solvers.interior_point import largest
 from foldopt.solvers.qp import QPSolution, solve_qp
-from foldopt.updates.conditions import ScaledProgram, factors, kkt_residual
+from foldopt.updates._conditions import ScaledProgram, factors, kkt_residual
 from foldopt.updates.programs import SmoothProgram, SQPData
 
 __all__ = ["NLPSolution", "solve_nlp"]
@@ -46,7 +46,7 @@ class NLPSolution(NamedTuple):
 
     x: (B, n), the last iterate. nu: (B, p) and lam: (B, m), the multipliers. ok: (B,) bool, the KKT residual is within
     tolerance. residual: (B,), that residual, in the units in which the program was solved. iterations: (B,) int.
-    cause: (B,) int, an index into `foldopt.solvers.nlp_causes.CAUSES`, which says why a sample is not solved.
+    cause: (B,) int, an index into `foldopt.solvers._nlp_causes.CAUSES`, which says why a sample is not solved.
     """
 
     x: Tensor

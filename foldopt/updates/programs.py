@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from foldopt.errors import InputError
 
-__all__ = ["Bound", "SQPData", "SQPProgram", "SQPState", "SmoothProgram", "batched_jacobian", "checked"]
+__all__ = ["Bound", "SQPData", "SQPProgram", "SQPState", "SmoothProgram"]
 
 Bound = Tensor | Callable[..., Tensor]
 SQPState = tuple[Tensor, Tensor, Tensor]

@@ -25,7 +25,7 @@ from foldopt.updates.programs import SmoothProgram, SQPData, SQPProgram, SQPStat
 from foldopt.updates.sqp import CURVED, moving
 from foldopt.verdicts import DEPENDENT, DIFFERENTIABLE, Verdict
 
-__all__ = ["NEGATIVE", "RECENT", "TOUCHING", "Known", "SparseSQP"]
+__all__ = ["SparseSQP"]
 
 RECENT = 2  # states of which the factors are kept
 TOUCHING = 1e-6  # slack, relative to the size of its row, of what is taken for active where multipliers are missing

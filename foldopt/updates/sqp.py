@@ -20,22 +20,13 @@ from foldopt.qp._program import Program, equilibrate, residual, sizes
 from foldopt.qp._systems import System, solved
 from foldopt.solvers.interior_point import largest
 from foldopt.solvers.qp import QPSolution, _kkt_matrix, solve_qp
+from foldopt.updates._conditions import LONG, singular
 from foldopt.updates._kept import Kept
-from foldopt.updates.conditions import LONG, singular
 from foldopt.updates.newton import Judge, Point
 from foldopt.updates.programs import SmoothProgram, SQPData, SQPProgram, SQPState
 from foldopt.verdicts import DEPENDENT, DIFFERENTIABLE, SINGULAR, Verdict, require_policy
 
-__all__ = [
-    "CLEAR",
-    "CURVED",
-    "GROWN",
-    "NEAR",
-    "SIMILAR",
-    "SQP",
-    "Known",
-    "moving",
-]
+__all__ = ["SQP"]
 
 NEAR = 1e-3  # a step of more than this, relative to x, does not start at a solution
 CLEAR = 1e-3  # a slack or a multiplier of that relative size is one

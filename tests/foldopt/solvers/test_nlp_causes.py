@@ -7,8 +7,8 @@ import torch
 
 import foldopt
 from foldopt import SmoothProgram, errors
+from foldopt.solvers._nlp_causes import CAUSES
 from foldopt.solvers.nlp import solve_nlp
-from foldopt.solvers.nlp_causes import CAUSES
 
 F64 = torch.float64
 

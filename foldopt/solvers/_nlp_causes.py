@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from foldopt.batched import matvec
+from foldopt.solvers._nlp_model import violation
 from foldopt.solvers.interior_point import largest
-from foldopt.solvers.nlp_model import violation
 from foldopt.updates.programs import SmoothProgram, SQPData, batched_jacobian
 
 __all__ = ["CAUSES", "explained"]
