@@ -9,7 +9,7 @@ import pandas as pd
 
 from experiments.benchmark import nlp_truth
 from experiments.benchmark.nlp_run import FEASIBLE, PEERS, SAME
-from experiments.benchmark.tables import number, table
+from experiments.report.markdown import number, table
 
 EXACT = 1e-6  # relative error of a derivative that agrees with the KKT system
 CLOSE = 1e-3  # relative error of a derivative that agrees with differences
