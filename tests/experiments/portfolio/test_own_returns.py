@@ -53,7 +53,7 @@ def test_keys_have_the_same_defaults_in_the_configuration_in_the_class_and_in_th
         for name, parameter in inspect.signature(PortfolioTask).parameters.items()
         if parameter.default is not inspect.Parameter.empty
     }
-    assert optional == {key: value for key, value in configuration.ADDED.items() if key.startswith("task.")}
+    assert optional == {key: value for key, value in folders.ADDED.items() if key.startswith("task.")}
     for key, value in optional.items():
         assert configured[key.removeprefix("task.")] == value
 
