@@ -62,7 +62,7 @@ def test_a_run_on_generated_data_keeps_the_identity_it_had_before_files():
     cfg = configuration.compose(["task=portfolio", "backend=two_stage"])
     kept = ("_target_", "name", "degree", "n_train", "n_val", "n_test", "n_assets", "n_features", "tau", "standardize")
     older = OmegaConf.create({**cfg, "task": {key: cfg.task[key] for key in kept}})
-    assert folders.identity(older) == configuration.identity(cfg)
+    assert folders.identity(older) == folders.identity(cfg)
     assert build(older).task.n_inputs == 5
 
 
