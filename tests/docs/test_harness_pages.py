@@ -8,12 +8,13 @@ import sys
 import pytest
 import yaml
 
+from experiments.backends.pyepo import LOSSES
 from experiments.run import configuration, folders
 from experiments.run.components import task_class
 from experiments.sweep import studies
 from tests.docs.pages import DOCS, ROOT, blocks
 
-TASKS = ("portfolio", "denoising", "bilinear", "multilabel")
+TASKS = ("portfolio", "denoising", "bilinear", "multilabel", "linear_program")
 EXTEND = blocks((DOCS / "harness" / "extend.md").read_text())
 FILES = {
     match[1]: block.text
@@ -32,10 +33,20 @@ def test_every_column_is_explained():
 
 def test_every_key_for_a_file_is_explained():
     page = (DOCS / "harness" / "your-data.md").read_text()
-    keys = [key for key in configuration.ADDED if key.startswith("task.")]
+    keys = [key for key in folders.ADDED if key.startswith("task.")]
     assert len(keys) > 10
     for key in keys:
         assert f"| `{key}` |" in page
+
+
+def test_the_table_of_losses_is_that_of_the_code():
+    page = (DOCS / "harness" / "linear-programs.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| `(\w+)` \| (.*) \| (yes|no) \| (yes|no) \|$", page, re.MULTILINE)
+    shown = [(*row[:2], tuple(re.findall(r"backend\.(\w+)", row[2])), row[3], row[4]) for row in rows]
+    answer = {True: "yes", False: "no"}
+    assert shown == [
+        (name, loss.name, loss.settings, answer[not loss.takes], answer[loss.pooled]) for name, loss in LOSSES.items()
+    ]
 
 
 @pytest.mark.slow
