@@ -1,4 +1,4 @@
-"""The folded layer inside of `foldopt.NLPLayer`, its solvers by name and the causes of their failures."""
+"""The folded layer inside `foldopt.NLPLayer`, the solvers that it knows by name, and the errors of failed samples."""
 
 from __future__ import annotations
 
@@ -31,6 +31,8 @@ from foldopt.updates.programs import SmoothProgram, SQPState
 from foldopt.updates.sparse_sqp import SparseSQP
 from foldopt.updates.sqp import SQP
 
+__all__ = ["NLPFold", "solved_by"]
+
 OWN = "infeasible", "unbounded", "not smooth", "no multipliers"  # causes that only the built-in solver tells apart
 DISAGREE = "step and solution disagree"
 ERRORS: dict[str, type[SolverError]] = {
@@ -54,7 +56,7 @@ WHAT = {
 
 
 class NLPFold(FixedPointLayer):
-    """The folded layer of an `NLPLayer`, which measures x and the multipliers apart and says why a sample failed."""
+    """The folded layer of an `NLPLayer`: it measures x, nu and lam separately and says why a sample failed."""
 
     update: SQP | SparseSQP
     call: _Call
@@ -70,7 +72,12 @@ class NLPFold(FixedPointLayer):
         super().__setstate__({**state, "call": _Call()})
 
     def certify(self, state: Tensors, stepped: Tensors) -> FoldInfo:
-        """Return the certificates of the samples and apply the policy to those that are not solved."""
+        """Return the certificates, and raise or warn about unsolved samples as `on_failure` says.
+
+        Args:
+            state: x (B, n), nu (B, p) and lam (B, m).
+            stepped: the state after one update step.
+        """
         params, causes = self.call.params, self.call.causes
         self.call.params, self.call.causes = (), None
         tol = self.tol or TOLERANCE[state[0].dtype]
@@ -92,7 +99,7 @@ class NLPFold(FixedPointLayer):
 
 
 class _Call(threading.local):
-    """What the solver of one call passes on: the parameters, and what became of each sample if it says so."""
+    """What the solver hands to `certify` within one call: the parameters, and the outcome of each sample if known."""
 
     params: Tensors = ()
     causes: tuple[str, ...] | None = None
@@ -106,9 +113,20 @@ def solved_by(
     params: Tensors,
     limits: Mapping[str, float | None],
 ) -> tuple[Tensors, tuple[str, ...]]:
-    """Return what a solver known by name found, x or (x, nu, lam), and what became of each sample.
+    """Solve a program by a solver that is known by name.
 
-    Where SciPy found nothing, the built-in solver looks for the cause at the point where it ended.
+    If SciPy made no progress in a sample, the built-in solver starts at SciPy's last iterate to find the cause.
+
+    Args:
+        solver: "sqp", "ipopt", "slsqp" or "trust-constr".
+        layer: the folded layer, for its tolerance and its sparse derivatives.
+        program: the program.
+        start: where the solver starts, (B, n).
+        params: parameters of the program.
+        limits: `max_iter` and `time_limit`; None takes the default of the solver.
+
+    Returns:
+        The tensors (x,) or (x, nu, lam), and for each sample "solved" or the cause of its failure.
     """
     eps = torch.finfo(start.dtype).eps
     given = {name: value for name, value in limits.items() if value is not None}
@@ -137,7 +155,7 @@ def _change(old: Tensor, new: Tensor) -> Tensor:
 def _explain(
     policy: str, program: SmoothProgram, state: Tensors, names: tuple[str, ...], residual: Tensor, params: Tensors
 ) -> None:
-    """Raise or warn about the samples that were not solved, by cause."""
+    """Raise an error or warn about the samples that were not solved, listed by cause."""
     if policy in ("nan", "zero"):
         return
     failed = [i for i, name in enumerate(names) if name != "solved"]
@@ -165,7 +183,7 @@ def _explain(
 
 
 def _least_violation(program: SmoothProgram, x: Tensor, sample: int, params: Tensors) -> str:
-    """Return which constraint is violated most at the point of least violation that was found, and by how much."""
+    """Describe, for a message, the violation of the constraints at the point of least violation that was found."""
     _, h, g = program.values(x, *params)
     violation = torch.cat([h.abs(), g.clamp(min=0)], 1)[sample]
     name = program.row_names(x, *params)[int(violation.argmax())]

@@ -1,4 +1,4 @@
-"""Why a smooth program was not solved: the causes by name, and how some are told from others."""
+"""The causes for which a smooth program was not solved, and tests that tell some of them apart."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ CAUSES = (
     "not finite",
     "no progress",
 )
-NEARBY = 1e-2  # half the length, relative to 1 + |x|, of the line on which a jump of the gradients is looked for
-HALVINGS = 40  # of that line
-JUMP = 1e-4  # change of a gradient across what is left of it, relative to the gradient, that is no rounding
-VANISHING = 1e-5  # of the active constraints' gradients that the largest multipliers combine, relative to these
+NEARBY = 1e-2  # half the length, relative to 1 + |x|, of the line that is searched for a jump of a gradient
+HALVINGS = 40  # number of times that the line is halved
+JUMP = 1e-4  # smallest relative change of a gradient across the last part of the line that counts as a jump
+VANISHING = 1e-5  # size of the constraints' gradients combined with the multipliers, relative to the sum of their sizes
 
 
 def explained(
@@ -50,11 +50,20 @@ def explained(
     cause: Tensor,
     params: tuple[Tensor, ...],
 ) -> Tensor:
-    """Return the causes (B,), those of samples that ended without one found out.
+    """Return the causes (B,), with a more precise one for samples that made no progress or ran out of iterations.
 
-    A function is not smooth where its gradient jumps within any distance however small. There are no
-    multipliers where feasible iterates have multipliers that grow beyond bounds: their constraints' gradients, combined
-    with them, almost vanish, so that the constraint qualification of Mangasarian and Fromovitz fails.
+    A function is not smooth if its gradient jumps however short the distance is. A program has no multipliers if the
+    multipliers of feasible iterates grow without bound: the sum of the constraints' gradients, weighted with the
+    multipliers, then almost vanishes, so that the constraint qualification of Mangasarian and Fromovitz fails.
+
+    Args:
+        program: the program.
+        x: the last iterates, (B, n).
+        nu: multipliers of the equalities, (B, p).
+        lam: multipliers of the inequalities, (B, m).
+        data: the quadratic model there.
+        cause: the causes so far, (B,) int.
+        params: parameters of the program.
     """
     open_ = (cause == STALLED) | (cause == OUT_OF_ITERATIONS)
     if not open_.any():
@@ -72,7 +81,7 @@ def explained(
 def _jumps(program: SmoothProgram, x: Tensor, params: tuple[Tensor, ...]) -> Tensor:
     """Return in which samples, (B,) bool, the gradient of a function jumps near x.
 
-    A line through x is halved again and again, the half across which the gradients change more being kept.
+    A line through x is halved repeatedly. Each time the half across which the gradients change more is kept.
     """
     mixed = NEARBY * (1 + x.abs()) * torch.cos(torch.arange(1, x.shape[1] + 1).to(x))
     ends = [x - mixed, x + mixed]
@@ -89,7 +98,7 @@ def _jumps(program: SmoothProgram, x: Tensor, params: tuple[Tensor, ...]) -> Ten
 
 
 def _change(one: Tensor, other: Tensor, size: Tensor) -> Tensor:
-    """Return the largest change (B,) of a function's gradient, relative to its size (B, number of functions)."""
+    """Return the largest change (B,) of the functions' gradients, relative to `size` (B, number of functions)."""
     return ((one - other).abs().amax(2) / size).nan_to_num(0, 0, 0).amax(1)
 
 

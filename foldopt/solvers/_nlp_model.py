@@ -12,8 +12,8 @@ from foldopt.updates.programs import SQPData
 
 __all__ = ["WEIGHTS", "convexified", "elastic_step", "violation"]
 
-WEIGHTS = 10.0, 1e3, 1e5  # of J'J, relative to the Hessian: the least that makes it convex
-LONGEST = 1e2  # step along a direction without curvature, relative to 1 + |x|
+WEIGHTS = 10.0, 1e3, 1e5  # weights of J'J, relative to the Hessian; the first that makes the model convex is used
+LONGEST = 1e2  # longest step, relative to 1 + |x|, along a direction without curvature
 
 
 def violation(h: Tensor, g: Tensor) -> Tensor:
@@ -22,14 +22,18 @@ def violation(h: Tensor, g: Tensor) -> Tensor:
 
 
 def elastic_step(hessian: Tensor, data: SQPData, penalty: Tensor) -> QPSolution:
-    """Solve min 1/2 d'Hd + gradient'd + penalty times the violation of the linearized constraints at d.
+    """Minimize 1/2 d'Hd + gradient'd + penalty times the violation of the linearized constraints at d.
 
-    hessian: positive definite. penalty: (B,) > 0. This has a solution whether the constraints are consistent or not
-    (Nocedal and Wright, 2006, 18.5).
+    A solution exists even if the linearized constraints contradict each other (Nocedal and Wright, 2006, section 18.5).
+
+    Args:
+        hessian: H, (B, n, n), positive definite.
+        data: the quadratic model, for the gradient and the constraints.
+        penalty: (B,), above 0.
     """
     n, p, m = data.gradient.shape[1], data.h.shape[1], data.g.shape[1]
     total = n + p + m
-    # Variables (d, s, t): |Jh d + h| <= s and Jg d + g <= t, t >= 0, with the penalty on s and t.
+    # The variables are (d, s, t), with |Jh d + h| <= s, Jg d + g <= t and t >= 0; s and t cost the penalty.
     small = 1e-8 * torch.maximum(hessian.flatten(1).abs().amax(1), 1e-4 * penalty)
     H = torch.diag_embed(small[:, None].expand(-1, total)).clone()
     H[:, :n, :n] += hessian
@@ -45,12 +49,18 @@ def elastic_step(hessian: Tensor, data: SQPData, penalty: Tensor) -> QPSolution:
 
 
 def convexified(data: SQPData, active: Tensor, x: Tensor, ridge: Tensor) -> tuple[Tensor, Tensor]:
-    """Return a positive definite Hessian and the gradient that goes with it.
+    """Return a positive definite Hessian (B, n, n) and the gradient (B, n) that goes with it.
 
-    A Hessian that is positive definite stays. One that is so on the null space of the active constraints gets a
-    multiple of J'J, and the gradient what leaves the step onto these constraints unchanged. Others get the absolute
-    values of their eigenvalues, and where these are small, as for a linear objective without multipliers, as much as
-    keeps the step along their directions below `LONGEST`.
+    A positive definite Hessian is left as it is. If it is positive definite on the null space of the active
+    constraints only, a multiple of J'J is added, and the gradient is changed so that the step onto these constraints
+    stays the same. In other samples the eigenvalues are replaced by their absolute values. Small ones, as of a linear
+    objective without multipliers, are raised so that the step along their directions stays below `LONGEST`.
+
+    Args:
+        data: the quadratic model.
+        active: which inequalities count as active, (B, m) bool.
+        x: the iterates, (B, n).
+        ridge: multiple of the identity that is added to the Hessian first, (B,).
     """
     n = x.shape[1]
     H = (data.hessian + data.hessian.mT) / 2 + ridge[:, None, None] * torch.eye(n, dtype=x.dtype, device=x.device)

@@ -12,21 +12,24 @@ from foldopt.updates.programs import SmoothProgram, SQPData
 
 __all__ = ["HALVINGS", "Filter", "filter_search", "violation_search"]
 
-HALVINGS = 30
-MARGIN = 1e-5  # of the filter, relative to the violation
-ARMIJO = 1e-4
-ROUNDING = 1e-13  # of the objective, relative
+HALVINGS = 30  # largest number of times that a step is halved
+MARGIN = 1e-5  # margin by which a pair must improve on the pairs of the filter, relative to the violation
+ARMIJO = 1e-4  # fraction of the predicted decrease that a step must achieve
+ROUNDING = 1e-13  # relative rounding error of the objective
 
 
 class Filter:
-    """Pairs (violation, objective) that an iterate must not be worse than in both, for every sample of a batch."""
+    """Pairs (violation, objective) of every sample; a new iterate must improve on each pair in one of the two.
+
+    `limit`, (B,), is the largest violation accepted.
+    """
 
     def __init__(self, limit: Tensor) -> None:
         self.limit = limit
         self.entries: list[tuple[Tensor, Tensor]] = []
 
     def accepts(self, theta: Tensor, f: Tensor) -> Tensor:
-        """Return which of the samples' pairs are acceptable, (B,) bool; those with NaN are not."""
+        """Return which samples' pairs (theta, f) are acceptable, (B,) bool; pairs with NaN are not."""
         good = (theta <= self.limit) & f.isfinite()
         for at, cost in self.entries:
             good &= (theta <= (1 - MARGIN) * at) | (f <= cost - MARGIN * at)
@@ -38,7 +41,7 @@ class Filter:
             self.entries.append((torch.where(which, theta, torch.inf), torch.where(which, f, torch.inf)))
 
     def reset(self, which: Tensor, limit: Tensor) -> None:
-        """Forget the pairs of the samples in `which`; limit: (B,), of their violation from now on."""
+        """Remove the pairs of the samples in `which`, whose largest accepted violation becomes `limit`, (B,)."""
         self.limit = torch.where(which, limit, self.limit)
         self.entries = [
             (torch.where(which, torch.inf, theta), torch.where(which, torch.inf, f)) for theta, f in self.entries
@@ -55,11 +58,26 @@ def filter_search(
     filtered: Filter,
     searching: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the accepted step (B, n), its length alpha (B,), 0 where none is, and whether it lowers the objective.
+    """Search along d for a step that the filter accepts.
 
-    The first of d, d with a second-order correction (toward the constraints that are active at the end of d), d/2, d/4,
-    ... that the filter accepts, and that lowers the objective (where this is what the step is for) or the violation or
-    the objective. searching: which samples take part; the others count as settled.
+    The candidates are d, d with a second-order correction toward the active constraints, d/2, d/4 and so on. The first
+    that the filter accepts and that makes enough progress is taken. If the predicted decrease of the objective is large
+    beside the violation, the objective must decrease (Armijo's condition); otherwise the violation or the objective
+    must.
+
+    Args:
+        program: the program.
+        x: the iterates, (B, n).
+        params: parameters of the program.
+        d: the full steps, (B, n).
+        data: the quadratic model at x.
+        active: inequalities that are active in the model, (B, m) bool.
+        filtered: the filter.
+        searching: which samples take part, (B,) bool.
+
+    Returns:
+        The accepted step (B, n); its length alpha (B,), 0 if no step was accepted; whether it was taken by Armijo's
+        condition, (B,) bool.
     """
     f, h, g = program.values(x, *params)
     theta, slope = violation(h, g), (data.gradient * d).sum(1)
@@ -101,7 +119,10 @@ def filter_search(
 def _corrected(
     program: SmoothProgram, x: Tensor, params: tuple[Tensor, ...], d: Tensor, data: SQPData, active: Tensor
 ) -> Tensor:
-    """Return the least step from x + d to the active constraints, linearized at x; 0 where it is not finite or long."""
+    """Return the shortest step from x + d onto the active constraints, linearized at x.
+
+    It is 0 if it is longer than d or not finite.
+    """
     _, h, g = program.values(x + d, *params)
     rows = torch.cat([data.jacobian_h, data.jacobian_g * active[:, :, None]], 1)
     target = torch.cat([h, torch.where(active, g, 0)], 1)
@@ -117,7 +138,7 @@ def _corrected(
 def violation_search(
     program: SmoothProgram, x: Tensor, params: tuple[Tensor, ...], d: Tensor, gain: Tensor, searching: Tensor
 ) -> Tensor:
-    """Return the first of 1, 1/2, 1/4, ... that lowers the violation by a part of what the model promises, or 0."""
+    """Return the first of 1, 1/2, 1/4, ... that lowers the violation by a fraction of the predicted `gain`, or 0."""
     _, h, g = program.values(x, *params)
     theta = violation(h, g)
     alpha, a, left = torch.zeros_like(theta), torch.ones_like(theta), searching.clone()

@@ -1,4 +1,4 @@
-"""Lagrange multipliers of a primal solution, for black boxes that return x only."""
+"""Lagrange multipliers of a primal solution, for black-box solvers that return x only."""
 
 from __future__ import annotations
 
@@ -15,16 +15,32 @@ __all__ = ["recover_multipliers"]
 def recover_multipliers(
     gradient: Tensor, jacobian_h: Tensor, g: Tensor, jacobian_g: Tensor, tol: float = 1e-6
 ) -> tuple[Tensor, Tensor]:
-    """Return the multipliers (nu, lam), lam >= 0, that make grad f + Jh'nu + Jg'lam smallest in the 2-norm.
+    """Return the multipliers (nu, lam), lam >= 0, that minimize the 2-norm of grad f + Jh'nu + Jg'lam.
+
+    At a KKT point whose active constraints are linearly independent, these are the unique multipliers, to the accuracy
+    of the solution. If the constraints with a multiplier depend on each other, the multipliers of least norm on these
+    constraints are returned.
 
     Args:
-        gradient: of f at the solution, (B, n). jacobian_h: (B, p, n). g: (B, m), meant as g <= 0. jacobian_g:
-            (B, m, n); p or m may be 0.
-        tol: an inequality is taken for active where g >= -tol times the size of its row (at least 1); lam is 0
-            elsewhere.
+        gradient: gradient of the objective f at the solution, (B, n).
+        jacobian_h: Jacobian of the equalities h = 0, (B, p, n); p may be 0.
+        g: values of the inequalities g <= 0, (B, m); m may be 0.
+        jacobian_g: Jacobian of g, (B, m, n).
+        tol: slack up to which an inequality counts as active, relative to the 2-norm of its gradient (at least 1);
+            default 1e-6. The multipliers of the others are 0.
 
-    At a KKT point with linearly independent active constraints they are *the* multipliers, to the accuracy of the
-    solution; else those of least norm on their support. Nocedal and Wright, Numerical Optimization (2006), 18.3.
+    Returns:
+        nu (B, p) and lam (B, m).
+
+    Source: Nocedal and Wright, Numerical Optimization (2006), section 18.3.
+
+    Examples:
+        The point (1, 0) minimizes -2 x_1 subject to x_1 <= 1 and x_2 <= 1. Only the first constraint is active:
+
+        >>> none, gradient = torch.zeros(1, 0, 2), torch.tensor([[-2.0, 0.0]])
+        >>> nu, lam = recover_multipliers(gradient, none, torch.tensor([[0.0, -1.0]]), torch.eye(2)[None])
+        >>> lam.round(decimals=4)
+        tensor([[2., 0.]])
     """
     B, p, m = len(gradient), jacobian_h.shape[1], jacobian_g.shape[1]
     if p + m == 0:
@@ -37,7 +53,8 @@ def recover_multipliers(
     target = matvec(rows, gradient) / scale**2
     sign = torch.cat([rows.new_zeros(m, p), -torch.eye(m, dtype=rows.dtype, device=rows.device)], 1).expand(B, m, p + m)
     none = rows.new_zeros(B, 0, p + m), rows.new_zeros(B, 0)
-    # Nonnegative least squares finds the support; least squares on it is not squared in its conditioning.
+    # Nonnegative least squares on the normal equations finds which multipliers are positive. Their values then come
+    # from a least-squares solve that does not square the condition number.
     found = solve_qp(normal, target, *none, sign, rows.new_zeros(B, m), ~active)
     support = torch.cat([used[:, :p], active & (found.x[:, p:] > 0)], 1)
     y = -matvec(torch.linalg.pinv((rows * support[:, :, None]).mT), gradient)

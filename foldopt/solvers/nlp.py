@@ -30,23 +30,36 @@ from foldopt.updates.programs import SmoothProgram, SQPData
 
 __all__ = ["NLPSolution", "solve_nlp"]
 
-FAILURES = 12  # steps in a row without progress, each with a larger ridge, that end the search
-FEASIBLE = 1e-6  # violation, relative to 1 + |x| of the start, of a point far away that counts as feasible
-DIVERGED = 1e10  # growth of x that nothing bounds, and its square that of the objective
-STATIONARY = 1e-7  # slope of the violation, relative to the rows' gradients, at a point of least violation
-STEEPEST = 1e6  # cap of the gradients on the way that count for the tolerance
-RESCALED = 10  # iterations after which the units of the rows are looked at again
-FAR = 1e3  # size of a row's gradient, or its inverse, that calls for other units
-EXTREME = 1e12  # units of rows up to which that is done
-AWAY = 1e-2  # move, relative to 1 + |x|, from such a point that may be a saddle
+FAILURES = 12  # number of failed steps in a row, each with a larger ridge, after which the search stops
+FEASIBLE = 1e-6  # largest violation, relative to 1 + |start|, of a feasible point in the test for unboundedness
+DIVERGED = 1e10  # growth of x from which a program is unbounded; for the objective it is the square of this
+STATIONARY = 1e-7  # slope of the violation, relative to the constraints' gradients, that counts as zero
+STEEPEST = 1e6  # gradients of iterates count for the tolerance up to this size
+RESCALED = 10  # number of iterations between two checks of the constraints' units
+FAR = 1e3  # a constraint's units change if the size of its gradient, or the inverse, exceeds this
+EXTREME = 1e12  # largest factor, or inverse factor, by which a constraint's units change in total
+AWAY = 1e-2  # move, relative to 1 + |x|, away from a stationary point of the violation, which may be a saddle
 
 
 class NLPSolution(NamedTuple):
-    """What the solver found of each sample.
+    """What the solver found, sample by sample.
 
-    x: (B, n), the last iterate. nu: (B, p) and lam: (B, m), the multipliers. ok: (B,) bool, the KKT residual is within
-    tolerance. residual: (B,), that residual, in the units in which the program was solved. iterations: (B,) int.
-    cause: (B,) int, an index into `foldopt.solvers._nlp_causes.CAUSES`, which says why a sample is not solved.
+    Attributes:
+        x: the solutions, (B, n); the last iterate where a sample is not solved.
+        nu: the multipliers of the equalities, (B, p).
+        lam: the multipliers of the inequalities, (B, m).
+        ok: (B,) bool, whether the KKT residual is within the tolerance.
+        residual: the KKT residual, (B,), in the units in which the solver scaled the program.
+        iterations: the number of iterations, (B,) int.
+        cause: why a sample is not solved, (B,) int: 0 solved, 1 infeasible, 2 unbounded, 3 not smooth, 4 no
+            multipliers, 5 iteration limit, 6 time limit, 7 not finite, 8 no progress.
+
+    Examples:
+        >>> x = torch.zeros(1, 2)
+        >>> number = torch.tensor([3])
+        >>> found = NLPSolution(x, x[:, :0], x[:, :0], torch.tensor([True]), torch.tensor([1e-12]), number, 0 * number)
+        >>> found.ok
+        tensor([True])
     """
 
     x: Tensor
@@ -66,27 +79,50 @@ def solve_nlp(
     max_iter: int = 200,
     time_limit: float = float("inf"),
 ) -> NLPSolution:
-    """Find a KKT point of min f(x, c) s.t. h(x, c) = 0, g(x, c) <= 0 from `start` for every sample of a batch.
+    """Find a KKT point of min f(x, c) s.t. h(x, c) = 0, g(x, c) <= 0 near `start` for every sample of a batch.
 
-    Sequential quadratic programming with exact Hessians and a filter line search (Fletcher and Leyffer, 2002; Wächter
-    and Biegler, 2006): a model that is not convex on the active constraints is made so, a second-order correction
-    follows curved constraints, a ridge shortens steps that the line search had to cut. Where the linearized constraints
-    contradict each other or no step is acceptable, a restoration phase lowers the sum of the violations alone until the
-    filter accepts a point; where that sum has a positive local minimum the program is called infeasible. Near a
-    solution with independent active constraints and second-order sufficiency it takes Newton steps.
+    The method is sequential quadratic programming with exact Hessians and a filter line search. Quadratic models that
+    are not convex on the active constraints are convexified. A second-order correction follows curved constraints, and
+    a ridge in the Hessian shortens the steps after one that the line search had to cut. Near a solution with
+    independent active constraints and second-order sufficiency the steps are Newton steps.
+
+    If the linearized constraints contradict each other or no step is acceptable, a restoration phase lowers the sum of
+    the violations alone until the filter accepts a point. If that sum has a positive local minimum, the program counts
+    as infeasible.
+
+    A sample that is not solved does not stop the others. Its ok is False, `cause` says why, and x is its last iterate.
+    Values that are NaN or inf are such a cause.
 
     Args:
-        program: the functions.
-        start: (B, n), float64 to reach the default tolerance.
-        params: those of the functions.
-        tol: the largest KKT residual that counts as solved: stationarity, infeasibility and complementarity in units in
-            which the gradients at the start are about 1, relative to 1 and the sizes of the gradient, x and the
-            multipliers.
-        max_iter: cap of the iterations of each sample.
-        time_limit: seconds after which the samples that are left are given up.
+        program: the functions and bounds of the program.
+        start: where the solver starts, (B, n). The default tolerance needs float64.
+        *params: parameters c of the functions.
+        tol: largest KKT residual of a solved sample; default 1e-10. The residual is the largest of stationarity,
+            infeasibility and complementarity. It is measured in units in which gradients at the start are about 1, and
+            is relative to 1 plus the size of the gradients, of x and of the multipliers, respectively.
+        max_iter: largest number of iterations for each sample; default 200.
+        time_limit: seconds for the whole batch, after which the unfinished samples stop; default inf: no limit.
 
-    A sample that is not solved, such as one with NaN or inf, has ok False, its cause and its last iterate. Raises
-    InputError if start is not (B, n).
+    Returns:
+        An `NLPSolution`; the Lagrangian is f + nu.h + lam.g with lam >= 0.
+
+    Raises:
+        InputError: `start` is not floating-point of shape (B, n), or a function or a bound has a wrong shape.
+
+    Source: Fletcher and Leyffer, Nonlinear programming without a penalty function (2002); Wächter and Biegler, On the
+    implementation of an interior-point filter line-search algorithm for large-scale nonlinear programming (2006).
+
+    Examples:
+        Find the point of the unit ball that is nearest to (3, 4):
+
+        >>> from foldopt import SmoothProgram
+        >>> def distance(x, c):
+        ...     return (x - c).square().sum(1)
+        >>> program = SmoothProgram(distance, inequalities=lambda x, c: x.square().sum(1, keepdim=True) - 1)
+        >>> c = torch.tensor([[3.0, 4.0]], dtype=torch.float64)
+        >>> found = solve_nlp(program, torch.zeros_like(c), c)
+        >>> found.x, found.ok
+        (tensor([[0.6000, 0.8000]], dtype=torch.float64), tensor([True]))
     """
     if start.dim() != 2 or not start.is_floating_point():
         raise InputError(f"start has shape {tuple(start.shape)} and dtype {start.dtype}, expected floating (B, n).")
@@ -106,7 +142,7 @@ def solve_nlp(
 
 
 class _Search:
-    """The iterates of all samples, and what is remembered of each."""
+    """The iterates of all samples with the state of their search."""
 
     def __init__(self, program: SmoothProgram, x: Tensor, params: tuple[Tensor, ...], tol: float) -> None:
         self.program, self.params, self.tol = ScaledProgram(program, x, params), params, tol
@@ -123,13 +159,13 @@ class _Search:
         self.before = self.x, self.nu, self.lam
 
     def end(self, which: Tensor, cause: int) -> None:
-        """Stop the samples in `which` for this cause."""
+        """Stop the samples in `which` that are still running, for this cause."""
         self.cause = torch.where(which & (self.cause == RUNNING), cause, self.cause)
 
     def judged(self) -> SQPData:
-        """Return the model at the iterates after ending the samples that are solved, not finite or unbounded."""
+        """Stop the samples that are solved, not finite or unbounded, and return the model at the iterates."""
         data, sound = self._model()
-        if not sound.all():  # the last step led to where a derivative is not finite: take a shorter one from before
+        if not sound.all():  # a derivative is not finite after the last step: go back and shorten the next step
             back = (~sound & (self.cause == RUNNING) & (self.failures <= FAILURES))[:, None]
             self.x, self.nu, self.lam = (
                 torch.where(back, old, now) for old, now in zip(self.before, (self.x, self.nu, self.lam), strict=True)
@@ -148,15 +184,15 @@ class _Search:
         return data
 
     def _model(self) -> tuple[SQPData, Tensor]:
-        """Return the model at the iterates, and which samples' are finite, (B,) bool."""
+        """Return the model at the iterates and which samples have a finite model, (B,) bool."""
         self.program.weight = (~self.restoring).to(self.x)
         data = SQPData(*self.program.sqp_data(self.x, self.nu, self.lam, *self.params))
         return data, torch.stack([part.flatten(1).isfinite().all(1) for part in data]).all(0)
 
     def rescaled(self, data: SQPData) -> SQPData:
-        """Return the model in new units of the rows whose gradients have become large or small on the way.
+        """Change the units of constraints whose gradients have become large or small, and return the model.
 
-        Of inequalities those count that are violated or within reach. The filter of such a sample begins anew.
+        Inequalities are left alone if they are satisfied and out of reach. The filter of a changed sample starts anew.
         """
         size = torch.cat([data.jacobian_h, data.jacobian_g], 1).abs().amax(2)
         reach = size * (1 + largest(self.x))[:, None]
@@ -189,7 +225,7 @@ class _Search:
         self._restore(data, found, curvature, running & self.restoring, sound)
 
     def _models(self, data: SQPData, running: Tensor) -> tuple[QPSolution, Tensor]:
-        """Return the solutions of the models of the running samples, of any others' none, and d'Hd, (B,)."""
+        """Return the solutions d of the running samples' models, and d'Hd, (B,); other samples get a zero model."""
         data = SQPData(*(torch.where(running.view(-1, *[1] * (part.dim() - 1)), part, 0) for part in data))
         guess = self.lam > -data.g
         hessian, gradient = convexified(data, guess, self.x, self.ridge)
@@ -205,7 +241,7 @@ class _Search:
         return found, torch.einsum("bi,bij,bj->b", found.x, hessian, found.x)
 
     def _minimize(self, data: SQPData, model: QPSolution, curvature: Tensor, running: Tensor, sound: Tensor) -> None:
-        """Move the samples that are not being restored."""
+        """Take a filter step in the samples that are not in the restoration phase."""
         if not running.any():
             return
         f, h, g = self.program.values(self.x, *self.params)
@@ -223,7 +259,7 @@ class _Search:
         self.entered = torch.where(lost, theta, self.entered)
 
     def _restore(self, data: SQPData, model: QPSolution, curvature: Tensor, running: Tensor, sound: Tensor) -> None:
-        """Lower the violation of the samples that are being restored."""
+        """Lower the violation of the samples in the restoration phase."""
         if not running.any():
             return
         d, theta = model.x, violation(data.h, data.g)
@@ -263,7 +299,7 @@ class _Search:
         )
 
     def _ridged(self, data: SQPData, d: Tensor, alpha: Tensor, curvature: Tensor, running: Tensor) -> None:
-        """Adapt the ridge to the length of the step that was accepted, and count those that were not."""
+        """Adapt the ridge to the accepted step length alpha, and count the steps in a row that were not accepted."""
         length = torch.linalg.vector_norm(d, dim=1)
         force = ((data.gradient * d).sum(1).abs() + curvature) / length.square().clamp(min=1e-300)
         larger = torch.maximum(4 * self.ridge, force.nan_to_num(0, 0, 0))
@@ -275,7 +311,7 @@ class _Search:
         self.end(running & (self.failures > FAILURES), STALLED)
 
     def finished(self) -> NLPSolution:
-        """Return what was found, with the multipliers of the program itself."""
+        """Find the causes of failures and return the solution in the units of the program."""
         data = self.judged()
         self.end(self.cause == RUNNING, OUT_OF_ITERATIONS)
         cause = explained(self.program, self.x, self.nu, self.lam, data, self.cause, self.params)

@@ -14,7 +14,7 @@ from importlib import metadata
 from typing import Any
 
 from foldopt.errors import FoldoptError, InputError, MissingDependencyError, SolverError
-from foldopt.solvers.bounded import Answer, Bounded
+from foldopt.solvers._bounded import Answer, Bounded
 
 __all__ = ["TIGHT", "QPSolver", "installed"]
 

@@ -1,4 +1,4 @@
-"""SciPy's solvers as black boxes for smooth programs, one sample at a time."""
+"""SciPy's solvers as black boxes for smooth programs; they solve one sample at a time."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from foldopt.errors import MissingDependencyError
+from foldopt.errors import InputError, MissingDependencyError
 from foldopt.updates.programs import SmoothProgram
 
 __all__ = ["METHODS", "STATUS", "SciPySolution", "solve_scipy"]
 
 METHODS = ("slsqp", "trust-constr")
-STATUS = {  # by SciPy's number; what is not here made no progress
+STATUS = {  # by SciPy's exit code; codes that are missing here mean "no progress"
     "slsqp": {0: "solved", 9: "iteration limit"},
     "trust-constr": {0: "iteration limit", 1: "solved", 2: "solved"},
 }
@@ -32,7 +32,17 @@ def _minimize(method: str) -> Callable[..., Any]:
 
 
 class SciPySolution(NamedTuple):
-    """What SciPy found: x (B, n), as the method left it, and the status of each sample, "solved" or why it is not."""
+    """What SciPy found, sample by sample.
+
+    Attributes:
+        x: the solutions, (B, n); the last iterate where a sample is not solved.
+        status: "solved" for each sample, or why it is not: "iteration limit", "time limit" or "no progress".
+
+    Examples:
+        >>> found = SciPySolution(torch.zeros(1, 2), ("iteration limit",))
+        >>> found.status
+        ('iteration limit',)
+    """
 
     x: Tensor
     status: tuple[str, ...]
@@ -47,23 +57,44 @@ def solve_scipy(
     max_iter: int | None = None,
     time_limit: float | None = None,
 ) -> SciPySolution:
-    """Minimize every sample of a program with a method of scipy.optimize, with exact first derivatives.
+    """Minimize each sample of a program by scipy.optimize.minimize, with exact first derivatives.
+
+    The status is SciPy's own claim and may be wrong. A layer checks the solution by the residual of its update step.
 
     Args:
-        program: the functions.
-        method: "slsqp" or "trust-constr".
-        start: where to begin, (B, n).
-        *params: the parameters of the functions.
-        tol: of the gradient; the relative change of the objective that stops slsqp is tol ** 1.4.
-        max_iter: cap of the iterations of each sample; None for 500 (slsqp) or 2000 (trust-constr).
-        time_limit: seconds for each sample, or None.
+        program: the functions and bounds of the program.
+        method: "slsqp" (sequential least squares) or "trust-constr" (a trust-region interior point method).
+        start: where the solver starts, (B, n).
+        *params: parameters c of the functions.
+        tol: tolerance of trust-constr for the gradient of the Lagrangian; slsqp stops at a change of the objective
+            below tol ** 1.4. Default 1e-10.
+        max_iter: largest number of iterations for each sample; default None: 500 for slsqp, 2000 for trust-constr.
+        time_limit: seconds for each sample; default None: no limit.
 
     Returns:
-        A `SciPySolution`. What SciPy calls solved may be none: the residual of a layer's step tells.
+        A `SciPySolution` in the dtype and on the device of `start`.
 
     Raises:
+        InputError: `method` is unknown, or a function of the program returns a wrong shape.
         MissingDependencyError: scipy is not installed.
+
+    Source: Kraft, A software package for sequential quadratic programming (1988), for slsqp; Byrd, Hribar and Nocedal,
+    An interior point algorithm for large-scale nonlinear programming (1999), for trust-constr.
+
+    Examples:
+        Find the point of the unit ball that is nearest to (3, 4):
+
+        >>> from foldopt import SmoothProgram
+        >>> def distance(x, c):
+        ...     return (x - c).square().sum(1)
+        >>> program = SmoothProgram(distance, inequalities=lambda x, c: x.square().sum(1, keepdim=True) - 1)
+        >>> c = torch.tensor([[3.0, 4.0]], dtype=torch.float64)
+        >>> found = solve_scipy(program, "trust-constr", torch.zeros_like(c), c)
+        >>> found.x, found.status
+        (tensor([[0.6000, 0.8000]], dtype=torch.float64), ('solved',))
     """
+    if method not in METHODS:
+        raise InputError(f"method={method!r} is unknown; choose one of {METHODS}.")
     solve = _minimize(method)
     options = {
         "slsqp": {"ftol": tol**1.4, "maxiter": max_iter or 500},
@@ -75,7 +106,7 @@ def solve_scipy(
     for i in range(len(x)):
         deadline = time.monotonic() + (time_limit or float("inf"))
 
-        # The functions see the whole batch, since only they know which of the parameters it shares.
+        # Evaluate the whole batch, because only the functions know which parameters all samples share.
         def evaluate(z: Any, part: int, i: int = i, deadline: float = deadline, derivative: bool = False) -> Any:
             if time.monotonic() > deadline:
                 raise _OutOfTimeError(z)

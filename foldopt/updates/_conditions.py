@@ -11,18 +11,23 @@ from foldopt.updates.programs import SmoothProgram, SQPData, SQPState, checked
 
 __all__ = ["ScaledProgram", "cancelling", "factors", "kkt_residual", "singular"]
 
-AWAY = 1e-2  # where gradients are looked at besides the start, relative to 1 + |x|
-FAR = 1e2  # sizes of gradients within this factor of 1 are left as they are
-TINY = 1e-12  # sizes of gradients below are taken for zero
-LONG = 1e-6  # a step of more than this, relative to 1 + |x|, and than 1e4 times the KKT residual: a singular Hessian
-CANCELLING = 1e-2  # force of multipliers, relative to their sum, that is small
-SATISFIED = 1e-8  # KKT residual up to which the conditions hold
+AWAY = 1e-2  # distance, relative to 1 + |x|, of the second point at which the sizes of gradients are measured
+FAR = 1e2  # functions whose gradient is within this factor of 1 are not scaled
+TINY = 1e-12  # gradients below this size count as zero
+LONG = 1e-6  # a Newton step longer than this, relative to 1 + |x|, and than 1e4 KKT residuals means a singular Hessian
+CANCELLING = 1e-2  # combined gradient of the constraints, relative to the sum of the multipliers, that counts as small
+SATISFIED = 1e-8  # largest KKT residual at which the KKT conditions count as satisfied
 
 
 def kkt_residual(x: Tensor, nu: Tensor, lam: Tensor, data: SQPData, slope: Tensor | float = 0.0) -> Tensor:
-    """Return the worst relative violation (B,) of the KKT conditions at (x, nu, lam); `data` is the model there.
+    """Return the largest relative violation (B,) of the KKT conditions.
 
-    slope: (B,), a further size of the gradient to which the stationarity is relative.
+    Args:
+        x: the point, (B, n).
+        nu: multipliers of the equalities, (B, p).
+        lam: multipliers of the inequalities, (B, m).
+        data: the quadratic model there.
+        slope: least size of the gradient, (B,), relative to which stationarity is measured; default 0.
     """
     pulled = [
         data.gradient,
@@ -37,11 +42,16 @@ def kkt_residual(x: Tensor, nu: Tensor, lam: Tensor, data: SQPData, slope: Tenso
 
 
 class ScaledProgram(SmoothProgram):
-    """A program in units in which its functions have gradients of about 1 at the start.
+    """A program in units in which the gradients of its functions are about 1 at the start.
 
-    A variable that is large at the start is divided by a power of 2; then each function is multiplied by one, for each
-    sample, where its gradient is far from 1 (Wächter and Biegler, 2006, section 3.8, who only reduce). weight (B,): a
-    further factor of the objective, 0 where only the constraints are to be satisfied.
+    Variables that are large at the start are divided by a power of 2. Then each function whose gradient is far from 1
+    is multiplied by a power of 2, in each sample separately. Wächter and Biegler (2006, section 3.8) do the same, but
+    only reduce gradients. The objective has a further factor `weight`, (B,): 1, or 0 if only the constraints count.
+
+    Args:
+        program: the program.
+        start: the point at which the program is scaled, (B, n).
+        params: parameters of the program.
     """
 
     def __init__(self, program: SmoothProgram, start: Tensor, params: tuple[Tensor, ...]) -> None:
@@ -71,27 +81,33 @@ class ScaledProgram(SmoothProgram):
         return self.factor_g * self.program.constraints_of(self.unit * z, "inequalities", *params)
 
     def unscaled(self, z: Tensor, nu: Tensor, lam: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return a point and its multipliers in the units of the program itself."""
+        """Convert a point z and its multipliers to the units of the original program."""
         cost = self.factor_f[:, None]
         return self.unit * z, nu * self.factor_h / cost, lam * self.factor_g / cost
 
     def scaled(self, x: Tensor, nu: Tensor, lam: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return a point and its multipliers in the units of this program: the inverse of `unscaled`."""
+        """Convert a point x and its multipliers to the units of this program, the inverse of `unscaled`."""
         cost = self.factor_f[:, None]
         return x / self.unit, nu * cost / self.factor_h, lam * cost / self.factor_g
 
 
 def factors(size: Tensor) -> Tensor:
-    """Return the powers of 2 that bring sizes far from 1 to 1; 1 for others and for those that are next to zero."""
+    """Return powers of 2 that bring sizes to about 1; sizes that are close to 1, or almost zero, get the factor 1."""
     far = ((size > FAR) | (size < 1 / FAR)) & (size > TINY) & size.isfinite()
     return torch.where(far, torch.exp2(-torch.where(far, size, 1).log2().round()), 1)
 
 
 def singular(program: SmoothProgram, state: SQPState, length: Tensor, params: tuple[Tensor, ...]) -> Tensor:
-    """Return where the KKT conditions hold though a Newton step is long, (B,) bool.
+    """Return in which samples, (B,) bool, the KKT conditions hold although the Newton step is long.
 
-    The Hessian of the Lagrangian is singular on the active constraints there, or nearly so. length: (B,), that of the
-    step, relative to 1 + |x|; NaN counts as long. The KKT residual is in units in which gradients around x are about 1.
+    The Hessian of the Lagrangian is then singular, or nearly so, along the active constraints. The KKT residual is
+    measured in units in which the gradients near x are about 1.
+
+    Args:
+        program: the program.
+        state: x (B, n), nu (B, p) and lam (B, m).
+        length: length of the Newton step relative to 1 + |x|, (B,); NaN counts as long.
+        params: parameters of the program.
     """
     with torch.no_grad():
         scaled = ScaledProgram(program, state[0], params)
@@ -101,9 +117,10 @@ def singular(program: SmoothProgram, state: SQPState, length: Tensor, params: tu
 
 
 def cancelling(program: SmoothProgram, state: SQPState, params: tuple[Tensor, ...]) -> Tensor:
-    """Return where the multipliers are large beside the force that they make together, (B,) bool.
+    """Return in which samples, (B,) bool, large multipliers cancel in the sum Jh'nu + Jg'lam.
 
-    So they are at a point near one that has none, in units in which the gradients around x are about 1.
+    This happens near a point that has no multipliers. The sum is taken in units in which the gradients near x are
+    about 1.
     """
     with torch.no_grad():
         scaled = ScaledProgram(program, state[0], params)

@@ -1,4 +1,4 @@
-"""Functions that are not PyTorch code, with derivatives of their own, as parts of a program."""
+"""Functions that are not PyTorch code, with the derivatives that the user supplies, as parts of a program."""
 
 from __future__ import annotations
 
@@ -14,21 +14,23 @@ __all__ = ["ExternalFunction"]
 
 
 class ExternalFunction:
-    """Functions given by numbers: their values, Jacobian and Hessian come from code that PyTorch does not see.
+    """Functions from outside of PyTorch: callbacks compute their values, Jacobian and Hessian.
 
-    An instance is called like a PyTorch function, ``F(z) -> (B, r)`` for z (B, k), and may stand inside of the
-    objective and the constraints of `foldopt.NLPLayer` or `foldopt.SmoothProgram`, beside PyTorch code. Parameters on
-    which the external code depends go into z next to the variables: ``F(torch.cat([x, c], 1))``.
+    An instance is called like a PyTorch function, ``F(z) -> (B, r)`` for z (B, k). It may be used together with PyTorch
+    code in the objective and the constraints of a `foldopt.NLPLayer` or `foldopt.SmoothProgram`. Parameters on which
+    the external code depends go into z next to the variables: ``F(torch.cat([x, c], 1))``.
 
-    Its derivatives of first and second order are those of the callbacks. A layer needs no more for its gradient; the
-    gradient of a gradient needs third derivatives and raises InputError.
+    The callbacks give the first and second derivatives, which is all that the gradient of a layer needs. The gradient
+    of a gradient needs third derivatives and raises an InputError.
 
     Args:
         value: ``value(z) -> (r,)``, for one sample z, a NumPy array (k,) of float64.
-        jacobian: ``jacobian(z) -> (r, k)``.
-        hessian: ``hessian(z, w) -> (k, k)``, the Hessian of w[0] value[0] + ... + w[r-1] value[r-1], symmetric.
+        jacobian: ``jacobian(z) -> (r, k)``, the Jacobian of value.
+        hessian: ``hessian(z, w) -> (k, k)``, the symmetric Hessian of w[0] value[0] + ... + w[r-1] value[r-1].
 
-    Raises InputError where a callback returns another shape, and where a third derivative is asked for.
+    Raises:
+        InputError: when it is called or differentiated: z is not (B, k), the batch is empty, a callback returns a wrong
+            shape, or a third derivative is needed.
 
     Examples:
         >>> import numpy as np
@@ -53,7 +55,17 @@ class ExternalFunction:
         return {**self.__dict__, "_last": {}}
 
     def __call__(self, z: Tensor) -> Tensor:
-        """Return the values (B, r) at z (B, k)."""
+        """Evaluate the functions.
+
+        Args:
+            z: the variables and parameters, (B, k).
+
+        Returns:
+            The values, (B, r).
+
+        Raises:
+            InputError: z is not (B, k), the batch is empty, or `value` returns a wrong shape.
+        """
         if z.dim() != 2:
             raise InputError(f"an ExternalFunction was called with shape {tuple(z.shape)}, expected (B, k).")
         out: Tensor = _Values.apply(z, self)
@@ -72,7 +84,7 @@ class ExternalFunction:
         return self._rows("hessian", (z.shape[1], z.shape[1]), z, w)
 
     def _rows(self, name: str, shape: tuple[int | None, ...], *args: Tensor) -> Tensor:
-        """Call a callback with the rows of args, once for rows that are alike or were in the last call."""
+        """Call a callback on each row of args; equal rows, and rows of the previous call, are not computed again."""
         if not len(args[0]):
             raise InputError("an ExternalFunction was called with an empty batch: its number of values is unknown.")
         arrays = [arg.detach().double().cpu().numpy() for arg in args]
@@ -97,9 +109,9 @@ class ExternalFunction:
 
 
 def _mapped(function: Any, info: Any, dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
-    """Apply an autograd.Function to tensors with a further dimension, which joins the batch: samples are independent.
+    """Apply an autograd.Function under vmap: the mapped dimension joins the batch, because samples are independent.
 
-    The last argument is the `ExternalFunction`.
+    The last of args is the `ExternalFunction`.
     """
     *tensors, external = args
     flat = []
@@ -133,7 +145,7 @@ class _Values(torch.autograd.Function):
 
 
 class _Pulled(torch.autograd.Function):
-    """(z, w) -> J(z)'w (B, k), whose derivatives are the Hessian and J."""
+    """(z, w) -> J(z)'w (B, k). Its derivatives are the Hessian and J."""
 
     @staticmethod
     def forward(z: Tensor, w: Tensor, external: ExternalFunction) -> Tensor:
@@ -181,7 +193,7 @@ class _Pushed(torch.autograd.Function):
 
 
 class _Hessians(torch.autograd.Function):
-    """(z, w) -> the Hessian of w.value (B, k, k), linear in w; its derivative in z is unknown."""
+    """(z, w) -> the Hessian of w.value (B, k, k), linear in w; the derivative with respect to z is unknown."""
 
     @staticmethod
     def forward(z: Tensor, w: Tensor, external: ExternalFunction) -> Tensor:
@@ -207,7 +219,7 @@ class _Hessians(torch.autograd.Function):
 
 
 class _Contracted(torch.autograd.Function):
-    """(z, G, w) -> the sums of the entries of G times those of each function's Hessian, (B, r); w is only its shape."""
+    """(z, G, w) -> the sum of the entries of G * H_i for the Hessian H_i of each function, (B, r); w gives only r."""
 
     @staticmethod
     def forward(z: Tensor, G: Tensor, w: Tensor, external: ExternalFunction) -> Tensor:
@@ -230,10 +242,10 @@ class _Contracted(torch.autograd.Function):
 
 
 class _Third(torch.autograd.Function):
-    """Where a third derivative would be multiplied by the step to the solution, which is zero there; it is unknown.
+    """The term of a layer's gradient that has third derivatives: zero, and not differentiable.
 
-    At a solution the Hessian's own derivative enters the gradient of a layer times that step. Its value is zero; to
-    differentiate it would need the third derivative.
+    The term is the derivative of the Hessian times the update step, and the step is zero at a solution. The gradient
+    of the term would need the third derivatives, which are unknown.
     """
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""The SQP step of large programs, of which the derivatives are sparse matrices (paper eqs. 31-32)."""
+"""The SQP step for large programs whose derivatives are sparse matrices (paper eqs. 31 and 32)."""
 
 from __future__ import annotations
 
@@ -20,36 +20,60 @@ from foldopt.qp._systems import Equilibrated, solved
 from foldopt.qp.matrix import SparseMatrix
 from foldopt.solvers.interior_point import largest
 from foldopt.updates._kept import Kept
+from foldopt.updates._sqp_analysis import moving
 from foldopt.updates.newton import Judge, Point
 from foldopt.updates.programs import SmoothProgram, SQPData, SQPProgram, SQPState
-from foldopt.updates.sqp import CURVED, moving
+from foldopt.updates.sqp import CURVED
 from foldopt.verdicts import DEPENDENT, DIFFERENTIABLE, Verdict
 
 __all__ = ["SparseSQP"]
 
-RECENT = 2  # states of which the factors are kept
-TOUCHING = 1e-6  # slack, relative to the size of its row, of what is taken for active where multipliers are missing
-NEGATIVE = 1e-9  # multiplier, relative to the largest, that is not rounding
+RECENT = 2  # number of states whose factorizations are cached
+TOUCHING = (
+    1e-6  # largest slack, relative to the size of its row, of a constraint that counts as active in `multipliers`
+)
+NEGATIVE = 1e-9  # size, relative to the largest multiplier, from which a negative multiplier is not rounding
 
 
 class SparseSQP(nn.Module):
     """One SQP step on a program whose derivatives are sparse: ``step((x, nu, lam), *params) -> (x, nu, lam)``.
 
-    The Newton step on the KKT conditions, on the constraints whose multiplier exceeds their slack, with one sparse KKT
-    matrix for each sample. That matrix is read off a few products with the derivatives (see `foldopt.Sparsity`) and
-    passes no gradient: the step z - K^-1 R(z, c) on the conditions R = 0 has the same fixed points for every matrix K,
-    and so the same derivatives of these to any order; with K = dR/dz, Phi = 0. Only R itself is recorded, so that
-    memory is that of a few vectors and of K's factors.
+    It is a Newton step on the KKT conditions R(z, c) = 0 of the constraints whose multiplier exceeds their slack, with
+    one sparse KKT matrix K for each sample. K is recovered from a few products with the derivatives, see
+    `foldopt.Sparsity`, and is a constant in the backward pass. The step z - K^-1 R(z, c) has the same fixed points for
+    every regular K, and therefore the same derivatives of any order. With K = dR/dz, Phi = 0. Autograd records only R,
+    so that memory is needed for a few vectors and the factors of K.
 
-    `judge` tells which cotangents have a derivative, as for `foldopt.SQP`. It is careful where active constraints
-    depend on each other: if what their multipliers can move by changes the Hessian along the adjoint solution, no
-    derivative is claimed, and "one_sided" is as "least_norm" there.
+    `judge` tells which cotangents have a derivative, as in `foldopt.SQP`. It is cautious if active constraints depend
+    on each other: if a change of their multipliers changes the Hessian along the adjoint solution, it claims no
+    derivative, and "one_sided" acts as "least_norm".
+
+    The state is x (B, n), the multipliers nu (B, p) of the equalities and lam (B, m) >= 0 of the inequalities. The step
+    needs scipy and qdldl (extra "qp").
 
     Args:
-        program: a `SmoothProgram`. sparsity: where its derivatives have entries; None to find them at the first call.
-        nan: let a cotangent of NaN reach what enters inactive constraints only.
+        program: the program, a `SmoothProgram`.
+        sparsity: the places where its derivatives may have entries; default None: detected at the first call.
+        nan: whether a cotangent of NaN also reaches parameters that enter inactive constraints only; default False.
 
-    State: x (B, n), nu (B, p) for the equalities, lam (B, m) for the inequalities. Needs scipy and qdldl (extra "qp").
+    Raises:
+        InputError: `program` is not a `SmoothProgram`.
+        MissingDependencyError: scipy or qdldl is not installed.
+
+    Source: paper, eqs. 31 and 32; Nocedal and Wright, Numerical Optimization (2006), chapter 18.
+
+    Examples:
+        Minimize |x - c|^2 / 2 subject to x_1 + x_2 = 3. The objective is quadratic, so that one step solves it:
+
+        >>> def objective(x, c):
+        ...     return (x - c).square().sum(1) / 2
+        >>> def equality(x, c):
+        ...     return x.sum(1, keepdim=True) - 3
+        >>> step = foldopt.updates.SparseSQP(foldopt.SmoothProgram(objective, equality))
+        >>> x, c = torch.zeros(1, 2, dtype=torch.float64), torch.tensor([[3.0, 2.0]], dtype=torch.float64)
+        >>> x, nu, lam = step((x, x[:, :1], x[:, :0]), c)
+        >>> x.round(decimals=6), nu.round(decimals=6)
+        (tensor([[2., 1.]], dtype=torch.float64), tensor([[1.]], dtype=torch.float64))
     """
 
     def __init__(self, program: SQPProgram, sparsity: Sparsity | None = None, nan: bool = False) -> None:
@@ -63,14 +87,25 @@ class SparseSQP(nn.Module):
 
     @property
     def sparsity(self) -> Sparsity | None:
-        """Where the derivatives have entries; None before the first call if that was not given."""
+        """The places where the derivatives may have entries; None before the first call if none were given."""
         return self.derivatives.sparsity
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_kept": []}
 
     def forward(self, state: SQPState, *params: Tensor) -> SQPState:
-        """Return the state after one step."""
+        """Return the state after one step.
+
+        Args:
+            state: x (B, n), nu (B, p) and lam (B, m).
+            *params: parameters of the program.
+
+        Returns:
+            The new (x, nu, lam).
+
+        Raises:
+            InputError: the given sparsity misses entries.
+        """
         x, nu = state[:2]
         known = self.at(state, params)
         value = torch.cat([known.x, known.y], 1).to(x)
@@ -96,16 +131,16 @@ class SparseSQP(nn.Module):
         return new + (value - new).detach()
 
     def inverse(self, g: Tensor, transposed: bool, stepped: SQPState, state: SQPState, *params: Tensor) -> Tensor:
-        """Return v = Phi^T v + g, which is g."""
+        """Solve v = Phi^T v + g; the solution is g because Phi = 0."""
         return g
 
     def weights(self, state: SQPState, *params: Tensor) -> Tensor:
-        """Return the units of the state, (B, n + p + m), in which its size and that of an error are to be measured."""
+        """Return the units in which the state and its errors are measured, (B, n + p + m)."""
         d, e, c = self.at(state, params).point.units
         return torch.cat([d, e / c], 1).to(state[0])
 
     def judge(self, state: SQPState, *params: Tensor) -> Judge | None:
-        """Return what judges cotangents and tangents at this state; None where every sample has every derivative."""
+        """Return the function that judges cotangents and tangents at this state; None if every derivative exists."""
         known = self.at(state, params)
         at = known.point
         if not at.degenerate.any():
@@ -130,7 +165,8 @@ class SparseSQP(nn.Module):
     def multipliers(self, x: Tensor, *params: Tensor) -> tuple[Tensor, Tensor]:
         """Return multipliers (nu, lam) that make the gradient of the Lagrangian at x (B, n) small in the 2-norm.
 
-        Least squares on the constraints that are active, without those whose multiplier comes out negative.
+        They are the least-squares multipliers of the active constraints. Inequalities with a negative multiplier are
+        dropped and the rest is solved again, until none is negative.
         """
         np, sparse, _ = packages()
         h, g = self.program.values(x, *params)[1:]
@@ -157,14 +193,23 @@ class SparseSQP(nn.Module):
         return out[:, :p], out[:, p:]
 
     def model(self, x: Tensor, y: Tensor, params: Sequence[Tensor]) -> Model:
-        """Return the quadratic model at x (B, n) and y (B, p + m).
+        """Return the quadratic model.
 
-        Raises InputError if the places of its entries were given and are not all.
+        Args:
+            x: the point, (B, n).
+            y: the multipliers, (B, p + m).
+            params: parameters of the program.
+
+        Returns:
+            The model, with sparse matrices, in float64 on the CPU.
+
+        Raises:
+            InputError: the given sparsity misses entries.
         """
         return self.derivatives.model(x, y, params)
 
     def at(self, state: SQPState, params: Sequence[Tensor]) -> Known:
-        """Return what is known of a state; kept for the last ones."""
+        """Return the analysis of a state; those of the `RECENT` latest states are cached."""
         for kept in self._kept:
             if kept.suits(*state, *params):
                 return kept.found
@@ -177,7 +222,7 @@ class SparseSQP(nn.Module):
         return known
 
     def _products(self, state: SQPState, params: Sequence[Tensor]) -> SQPData:
-        """Return the parts of the quadratic model, with products in the place of the matrices."""
+        """Return the quadratic model with products with its matrices in place of the matrices."""
         x, nu, lam = (part.detach() for part in state)
         y = torch.cat([nu, lam], 1)
         _, h, g = self.program.values(x, *params)
@@ -196,9 +241,9 @@ class SparseSQP(nn.Module):
         return SQPData(slope(x, 0 * y), hessian, h, of_h, g, of_g - of_h)
 
     def _curved(self, known: Known, state: SQPState, params: Sequence[Tensor], g: Tensor, forward: bool) -> Tensor:
-        """Return in which samples, (B,) bool, the choice of multipliers of dependent rows enters the derivative.
+        """Return for which samples, (B,) bool, the derivative may depend on the multipliers of dependent constraints.
 
-        It may where it changes the Hessian along the direction w that x's part of the adjoint solution has.
+        It may if these multipliers change the Hessian of the Lagrangian along the x part w of the adjoint solution.
         """
         at = known.point
         if at.base is None or not at.dependent.any():
@@ -228,7 +273,14 @@ class SparseSQP(nn.Module):
 
 
 class Known(NamedTuple):
-    """What is known of a state: its quadratic model, the model's solution (x, y) nearby, and that seen as a point."""
+    """The analysis of a state.
+
+    Attributes:
+        model: the quadratic model at the state.
+        x: the point after a Newton step on the KKT conditions of the model, (B, n).
+        y: the multipliers after that step, (B, p + m).
+        point: which derivatives exist at (x, y).
+    """
 
     model: Model
     x: Tensor
@@ -237,7 +289,7 @@ class Known(NamedTuple):
 
 
 def _examined(model: Model, x: Tensor, y: Tensor, p: int) -> Known:
-    """Take a Newton step from (x, y) and examine where it leads, of which the error is about the square."""
+    """Take a Newton step from (x, y) and analyse its end, whose error is about the square of the error at (x, y)."""
     gradient, H, c, C = model
     upper = C.matvec(x) - c
     lower = torch.cat([upper[:, :p], torch.full_like(upper[:, p:], -torch.inf)], 1)

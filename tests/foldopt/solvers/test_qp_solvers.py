@@ -11,7 +11,7 @@ import pytest
 import scipy.sparse as sp
 
 from foldopt.solvers import qp_solvers
-from foldopt.solvers.bounded import Answer, Bounded
+from foldopt.solvers._bounded import Answer, Bounded
 from foldopt.solvers.qp_solvers import QPSolver
 from tests.foldopt.solvers.programs import INF, PROGRAMS, SOLVERS, named, program, violation
 

@@ -1,4 +1,4 @@
-"""One quadratic program as solvers take it, with bounds and two-sided rows, and the way back for its multipliers."""
+"""One quadratic program in the form that solvers accept, and the way back for its multipliers."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ __all__ = ["Answer", "Bounded"]
 
 
 class Answer(NamedTuple):
-    """What a solver returned for min 1/2 x'Hx + q'x subject to lower <= Cx <= upper.
+    """What a solver returned for min 1/2 x'Hx + q'x subject to lower <= Cx <= upper; nothing in it is checked.
 
-    x: (n,). y: (r,), the multipliers of the rows, > 0 at upper and < 0 at lower, so that Hx + q + C'y = 0 at a
-    solution. found: whether the solver says that it reached its tolerance. Nothing here is checked.
+    Attributes:
+        x: the solution, (n,).
+        y: the multipliers of the rows, (r,), above 0 at upper and below 0 at lower: Hx + q + C'y = 0 at a solution.
+        found: whether the solver says that it reached its tolerance.
     """
 
     x: Any
@@ -21,11 +23,19 @@ class Answer(NamedTuple):
 
 
 class Bounded:
-    """min 1/2 x'Hx + q'x with Ax = b, below <= Gx <= above, low <= x <= high: a program as solvers take it.
+    """A program in the form that solvers accept: min 1/2 x'Hx + q'x, Ax = b, below <= Gx <= above, low <= x <= high.
 
-    Rows of C with one entry that are no equalities become bounds; of several bounds of a variable the tightest holds.
-    A and G are None where they have no rows. Sparse matrices are CSC; both kinds mixed become sparse. possible: False
-    where a row without entries has bounds that exclude zero. linear: whether H is zero.
+    Rows of C with a single entry become bounds unless they are equalities. If a variable has several bounds, the
+    tightest is used. A and G are None if they have no rows. If H or C is sparse, all matrices are sparse; H, A and G
+    are then in CSC layout. `possible` is False if a row without entries has limits that exclude zero. `linear` tells
+    whether H is zero.
+
+    Args:
+        H: (n, n), a NumPy array or SciPy matrix, positive semidefinite.
+        q: (n,).
+        C: (r, n), a NumPy array or SciPy matrix.
+        lower: (r,), lower limits of the rows; -inf is no limit.
+        upper: (r,), upper limits of the rows; inf is no limit. Equal to `lower` in an equality.
     """
 
     def __init__(self, H: Any, q: Any, C: Any, lower: Any, upper: Any) -> None:
@@ -54,7 +64,7 @@ class Bounded:
         self.low, self.high = np.full(len(q), -np.inf), np.full(len(q), np.inf)
         np.maximum.at(self.low, column, low)
         np.minimum.at(self.high, column, high)
-        self.at_low, self.at_high = np.zeros(len(q), dtype=int), np.zeros(len(q), dtype=int)  # the rows that hold
+        self.at_low, self.at_high = np.zeros(len(q), dtype=int), np.zeros(len(q), dtype=int)  # the rows of these bounds
         for bound, tightest, row in ((low, self.low, self.at_low), (high, self.high, self.at_high)):
             holds = bound == tightest[column]
             row[column[holds]] = single[holds]
@@ -68,7 +78,7 @@ class Bounded:
         return rows.tocsc() if self.sparse else rows
 
     def _entries(self, rows: Any) -> tuple[Any, Any]:
-        """Return column and value of the entry of rows that have one."""
+        """Return the columns and the values of the entries of rows that have a single entry."""
         if self.sparse:
             at = self.C.indptr[rows]
             return self.C.indices[at], self.C.data[at]
@@ -76,9 +86,16 @@ class Bounded:
         return column, self.C[rows, column]
 
     def answer(self, x: Any, equal: Any, between: Any, bounds: Any, found: bool) -> Answer | None:
-        """Return x with the multipliers of A, G and the bounds put on the rows of C; None if a number is not finite.
+        """Return x with the multipliers of the rows of C; None if a number is not finite.
 
-        A multiplier of a side that is no bound is rounding, and becomes zero.
+        A multiplier on the side of an infinite limit comes from rounding and becomes zero.
+
+        Args:
+            x: the solution, (n,).
+            equal: multipliers of the rows of A.
+            between: multipliers of the rows of G.
+            bounds: multipliers of the bounds, (n,), above 0 at high and below 0 at low.
+            found: whether the solver says that it reached its tolerance.
         """
         import numpy as np
 
@@ -96,9 +113,10 @@ class Bounded:
         return Answer(x, y, bool(found)) if np.isfinite(x).all() and np.isfinite(y).all() else None
 
     def one_sided(self) -> tuple[Any, Any, Callable[[Any], tuple[Any, Any]]]:
-        """Return (F, f, split) with Fx <= f for all rows G and bounds that are finite.
+        """Return (F, f, split), where Fx <= f holds the finite limits of G and of the bounds.
 
-        split takes the multipliers of Fx <= f to those of G and of the bounds. F is None where it has no rows.
+        ``split(z)`` turns the multipliers z of Fx <= f into those of G and those of the bounds. F and f are None if
+        there is no finite limit.
         """
         import numpy as np
         import scipy.sparse as sp
@@ -126,7 +144,7 @@ class Bounded:
         return (sp.vstack(parts, format="csc") if self.sparse else np.concatenate(parts)), f, split
 
     def residual(self, answer: Answer) -> float:
-        """Return the largest violation of stationarity, of the rows or of complementarity."""
+        """Return the largest violation of stationarity, of the limits of the rows or of complementarity."""
         import numpy as np
 
         x, y, _ = answer
