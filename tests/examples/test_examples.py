@@ -242,12 +242,13 @@ def test_resource_allocation_converges_quadratically_to_the_best_capacities(caps
 
 
 @pytest.mark.slow
-def test_own_returns_are_judged_against_the_best_portfolios_of_cvxpy():
+def test_own_returns_are_judged_against_the_best_portfolios_of_cvxpy(capsys, tmp_path):
     pytest.importorskip("sklearn")
-    found = run("own_returns", folds=2, epochs=2)
+    found, panels = run("own_returns", capsys, tmp_path)
     assert len(found["returns"]) == 389
     assert not found["returns"].isna().any(axis=None)
     assert found["error"] < 1e-6
     for values in found["regret"].values():
-        assert len(values) == 2
+        assert len(values) == 3
         assert all(0 < value < 0.1 for value in values)
+    assert labels(panels) == [["equal weights", "two stages", "folding"], ["two stages", "folding"]]

@@ -53,7 +53,7 @@ def test_keys_have_the_same_defaults_in_the_configuration_in_the_class_and_in_th
         for name, parameter in inspect.signature(PortfolioTask).parameters.items()
         if parameter.default is not inspect.Parameter.empty
     }
-    assert optional == {key: value for key, value in configuration.ADDED.items() if key.startswith("task.")}
+    assert optional == {key: value for key, value in folders.ADDED.items() if key.startswith("task.")}
     for key, value in optional.items():
         assert configured[key.removeprefix("task.")] == value
 
@@ -62,18 +62,18 @@ def test_a_run_on_generated_data_keeps_the_identity_it_had_before_files():
     cfg = configuration.compose(["task=portfolio", "backend=two_stage"])
     kept = ("_target_", "name", "degree", "n_train", "n_val", "n_test", "n_assets", "n_features", "tau", "standardize")
     older = OmegaConf.create({**cfg, "task": {key: cfg.task[key] for key in kept}})
-    assert configuration.identity(older) == configuration.identity(cfg)
+    assert folders.identity(older) == folders.identity(cfg)
     assert build(older).task.n_inputs == 5
 
 
 def test_the_identity_follows_the_content_of_the_file(on_file, file):
-    first, text = configuration.identity(on_file()), file.read_text()
+    first, text = folders.identity(on_file()), file.read_text()
     file.write_text(text[:-2] + "\n")  # one digit less
-    assert configuration.identity(on_file()) != first
+    assert folders.identity(on_file()) != first
     file.write_text(text)
-    assert configuration.identity(on_file()) == first
+    assert folders.identity(on_file()) == first
     for other in ("task.folds=2", "task.risk=2", "task.lags=1", "task.returns=[north,east]", "task.val_share=0.2"):
-        assert configuration.identity(on_file(other)) != first
+        assert folders.identity(on_file(other)) != first
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,7 @@ def test_a_finished_run_is_not_reused_when_the_file_changes(on_file, console, fi
     assert all(folders.status(folders.of(cfg)) == "finished" for cfg in (first, second))
     file.write_text(text)
     assert trained(folders.of(first)).task.n_outputs == 8
-    assert folders.load_summary(folders.of(first))["identity"] == configuration.identity(on_file(*settings))
+    assert folders.load_summary(folders.of(first))["identity"] == folders.identity(on_file(*settings))
 
 
 @pytest.mark.slow
