@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
     speed = qp_report.fast(sparse, console.print) if sparse else pd.DataFrame()
     cells = qp_report.compared(hard, contenders, console.print) if hard else {}
     where = machine()
-    given = {"DATA": options.data, "LARGEST": options.largest}
+    given = {"DATA": options.data and "folder", "LARGEST": options.largest}
     command = " ".join(["make bench-qp", *(f"{name}={value}" for name, value in given.items() if value)])
     note = f"{where['cpu']}, {where['cores']} cores, one thread; float64. Made by: `{command}`"
     page = qp_report.report(findings, speed, cells, note)

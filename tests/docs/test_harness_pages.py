@@ -14,7 +14,10 @@ from experiments.run.components import task_class
 from experiments.sweep import studies
 from tests.docs.pages import DOCS, ROOT, blocks
 
-TASKS = ("portfolio", "denoising", "bilinear", "multilabel", "linear_program")
+CHOICES = {
+    group: [path.stem for path in (ROOT / "conf" / group).glob("*.yaml")]
+    for group in ("task", "backend", "model", "linear_solver", "optimizer")
+}
 EXTEND = blocks((DOCS / "harness" / "extend.md").read_text())
 FILES = {
     match[1]: block.text
@@ -26,9 +29,20 @@ FILES = {
 def test_every_column_is_explained():
     page = (DOCS / "harness" / "run.md").read_text()
     rows = "\n".join(line for line in page.splitlines() if line.startswith("| `"))
-    declared = [task_class(configuration.compose([f"task={task}"])).columns for task in TASKS]
+    declared = [task_class(configuration.compose([f"task={task}"])).columns for task in CHOICES["task"]]
     for column in {*folders.COLUMNS, *(name for columns in declared for name in columns)}:
         assert f"`{column}`" in rows
+
+
+@pytest.mark.parametrize("group", CHOICES)
+def test_every_choice_is_listed(group):
+    page = (DOCS / "harness" / "run.md").read_text()
+    (row,) = re.findall(rf"^\| `{group}` \| (.*) \|$", page, re.MULTILINE)
+    assert sorted(re.findall(r"`(\w+)`", row)) == sorted(CHOICES[group])
+
+
+def test_the_files_of_the_project_have_names_of_their_own():
+    assert not [name for name in FILES if (ROOT / name).exists()]
 
 
 def test_every_key_for_a_file_is_explained():
@@ -58,7 +72,7 @@ def test_the_project_runs_and_learns_as_it_stands(tmp_path, backend):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(content)
     command = [sys.executable, str(ROOT / "run.py"), "--config-dir", str(tmp_path / "conf")]
-    chosen = ["task=three_assets", "model=linear", f"backend={backend}", "train.epochs=10", "tracking.mode=disabled"]
+    chosen = ["task=three_assets", "model=affine", f"backend={backend}", "train.epochs=10", "tracking.mode=disabled"]
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     done = subprocess.run(
         [*command, *chosen, f"paths.runs={tmp_path / 'runs'}"], env=environment, capture_output=True, text=True
