@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 from pathlib import Path
-from typing import Any
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
@@ -19,16 +16,6 @@ from foldopt.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
 CONF = ROOT / "conf"
-
-
-def sha256_of_file(path: Any) -> str | None:
-    """Return the SHA-256 of a file's content, None if it cannot be read or the path is no text."""
-    with contextlib.suppress(OSError):
-        return hashlib.sha256(Path(path).read_bytes()).hexdigest() if isinstance(path, str) else None
-    return None
-
-
-OmegaConf.register_new_resolver("sha256", sha256_of_file, replace=True)
 
 
 def compose(overrides: list[str]) -> DictConfig:

@@ -74,6 +74,16 @@ class BusyError(InputError):
     """Another process executes this run."""
 
 
+def sha256_of_file(path: Any) -> str | None:
+    """Return the SHA-256 of a file's content, None if it cannot be read or the path is no text."""
+    with contextlib.suppress(OSError):
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest() if isinstance(path, str) else None
+    return None
+
+
+OmegaConf.register_new_resolver("sha256", sha256_of_file, replace=True)
+
+
 def identity(cfg: DictConfig) -> str:
     """Return the hash of all settings that the numbers of a run depend on; device and paths are not among them."""
     content: Any = OmegaConf.to_container(cfg, resolve=True)
