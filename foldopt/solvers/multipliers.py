@@ -18,8 +18,10 @@ def recover_multipliers(
     """Return the multipliers (nu, lam), lam >= 0, that make grad f + Jh'nu + Jg'lam smallest in the 2-norm.
 
     Args:
-        gradient: of f at the solution, (B, n). jacobian_h: (B, p, n). g: (B, m), meant as g <= 0. jacobian_g:
-            (B, m, n); p or m may be 0.
+        gradient: of f at the solution, (B, n).
+        jacobian_h: of the equalities, (B, p, n); p may be 0.
+        g: values of the inequalities, (B, m), meant as g <= 0; m may be 0.
+        jacobian_g: of the inequalities, (B, m, n).
         tol: an inequality is taken for active where g >= -tol times the size of its row (at least 1); lam is 0
             elsewhere.
 
