@@ -165,7 +165,7 @@ class _Search:
     def judged(self) -> SQPData:
         """Stop the samples that are solved, not finite or unbounded, and return the model at the iterates."""
         data, sound = self._model()
-        if not sound.all():  # a derivative is not finite after the last step: go back and shorten the next step
+        if not sound.all():  # a value or a derivative is not finite after the last step: go back and shorten the next step
             back = (~sound & (self.cause == RUNNING) & (self.failures <= FAILURES))[:, None]
             self.x, self.nu, self.lam = (
                 torch.where(back, old, now) for old, now in zip(self.before, (self.x, self.nu, self.lam), strict=True)
@@ -184,10 +184,11 @@ class _Search:
         return data
 
     def _model(self) -> tuple[SQPData, Tensor]:
-        """Return the model at the iterates and which samples have a finite model, (B,) bool."""
+        """Return the model at the iterates and which samples have a finite objective and model, (B,) bool."""
         self.program.weight = (~self.restoring).to(self.x)
         data = SQPData(*self.program.sqp_data(self.x, self.nu, self.lam, *self.params))
-        return data, torch.stack([part.flatten(1).isfinite().all(1) for part in data]).all(0)
+        known = self.program.values(self.x, *self.params)[0].isfinite() | self.restoring
+        return data, torch.stack([known, *(part.flatten(1).isfinite().all(1) for part in data)]).all(0)
 
     def rescaled(self, data: SQPData) -> SQPData:
         """Change the units of constraints whose gradients have become large or small, and return the model.
