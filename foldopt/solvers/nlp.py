@@ -165,7 +165,7 @@ class _Search:
     def judged(self) -> SQPData:
         """Stop the samples that are solved, not finite or unbounded, and return the model at the iterates."""
         data, sound = self._model()
-        if not sound.all():  # a value or a derivative is not finite after the last step: go back and shorten the next step
+        if not sound.all():  # something is not finite after the last step: go back and shorten the next step
             back = (~sound & (self.cause == RUNNING) & (self.failures <= FAILURES))[:, None]
             self.x, self.nu, self.lam = (
                 torch.where(back, old, now) for old, now in zip(self.before, (self.x, self.nu, self.lam), strict=True)
