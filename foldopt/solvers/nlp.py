@@ -32,6 +32,7 @@ __all__ = ["NLPSolution", "solve_nlp"]
 
 FAILURES = 12  # number of failed steps in a row, each with a larger ridge, after which the search stops
 FEASIBLE = 1e-6  # largest violation, relative to 1 + |start|, of a feasible point in the test for unboundedness
+ROUNDING = 8  # rounding units below which no KKT residual is asked for
 DIVERGED = 1e10  # growth of x from which a program is unbounded; for the objective it is the square of this
 STATIONARY = 1e-7  # slope of the violation, relative to the constraints' gradients, that counts as zero
 STEEPEST = 1e6  # gradients of iterates count for the tolerance up to this size
@@ -99,7 +100,8 @@ def solve_nlp(
         *params: parameters c of the functions.
         tol: largest KKT residual of a solved sample; default 1e-10. The residual is the largest of stationarity,
             infeasibility and complementarity. It is measured in units in which gradients at the start are about 1, and
-            is relative to 1 plus the size of the gradients, of x and of the multipliers, respectively.
+            is relative to 1 plus the size of the gradients, of x and of the multipliers, respectively. A tolerance
+            below 8 times the rounding unit of the dtype counts as that.
         max_iter: largest number of iterations for each sample; default 200.
         time_limit: seconds for the whole batch, after which the unfinished samples stop; default inf: no limit.
 
@@ -127,6 +129,7 @@ def solve_nlp(
     if start.dim() != 2 or not start.is_floating_point():
         raise InputError(f"start has shape {tuple(start.shape)} and dtype {start.dtype}, expected floating (B, n).")
     deadline = time.monotonic() + time_limit
+    tol = max(tol, ROUNDING * torch.finfo(start.dtype).eps)
     with torch.no_grad():
         search = _Search(program, start.detach().clone(), tuple(p.detach() for p in params), tol)
         for iteration in range(max_iter):
@@ -149,7 +152,9 @@ class _Search:
         self.x = x / self.program.unit
         f, h, g = self.program.values(self.x, *params)
         self.nu, self.lam = torch.zeros_like(h), torch.zeros_like(g)
-        self.size, self.cost, self.steepest = 1 + largest(self.x), 1 + f.abs(), torch.zeros_like(f)
+        self.size, self.cost = 1 + largest(self.x), 1 + f.abs()
+        self.weights = torch.ones_like(self.x), self.program.even
+        self.steepest = [torch.zeros_like(f) for _ in self.weights]
         self.filter = Filter(1e4 * violation(h, g).clamp(min=1))
         self.cause = torch.full_like(f, RUNNING, dtype=torch.long)
         self.iterations, self.failures, self.stationary = (torch.zeros_like(self.cause) for _ in range(3))
@@ -173,8 +178,8 @@ class _Search:
             self.failures += back[:, 0]
             self.ridge = torch.where(back[:, 0], (10 * self.ridge).clamp(min=1), self.ridge)
             data, sound = self._model()
-        self.steepest = torch.maximum(self.steepest, largest(data.gradient).clamp(max=STEEPEST))
-        residual = kkt_residual(self.x, self.nu, self.lam, data, self.steepest)
+        # A variable in a small unit hardly counts beside one in a large unit, so both ways to weigh them must agree.
+        residual = torch.maximum(*(self._residual(data, way) for way in range(len(self.weights))))
         self.residual = torch.where(self.restoring, torch.inf, residual)
         self.end(~sound, NOT_FINITE)
         self.end(self.residual <= self.tol, SOLVED)
@@ -182,6 +187,13 @@ class _Search:
         near = violation(data.h, data.g) <= FEASIBLE * self.size
         self.end(near & ((f < -(DIVERGED**2) * self.cost) | (largest(self.x) > DIVERGED * self.size)), UNBOUNDED)
         return data
+
+    def _residual(self, data: SQPData, way: int) -> Tensor:
+        """Return the KKT residual (B,) in one of the two ways to weigh the variables."""
+        weight = self.weights[way]
+        steepest = torch.maximum(self.steepest[way], largest(weight * data.gradient).clamp(max=STEEPEST))
+        self.steepest[way] = steepest
+        return kkt_residual(self.x, self.nu, self.lam, data, steepest, weight)
 
     def _model(self) -> tuple[SQPData, Tensor]:
         """Return the model at the iterates and which samples have a finite objective and model, (B,) bool."""

@@ -19,7 +19,9 @@ CANCELLING = 1e-2  # combined gradient of the constraints, relative to the sum o
 SATISFIED = 1e-8  # largest KKT residual at which the KKT conditions count as satisfied
 
 
-def kkt_residual(x: Tensor, nu: Tensor, lam: Tensor, data: SQPData, slope: Tensor | float = 0.0) -> Tensor:
+def kkt_residual(
+    x: Tensor, nu: Tensor, lam: Tensor, data: SQPData, slope: Tensor | float = 0.0, weight: Tensor | float = 1.0
+) -> Tensor:
     """Return the largest relative violation (B,) of the KKT conditions.
 
     Args:
@@ -28,11 +30,12 @@ def kkt_residual(x: Tensor, nu: Tensor, lam: Tensor, data: SQPData, slope: Tenso
         lam: multipliers of the inequalities, (B, m).
         data: the quadratic model there.
         slope: least size of the gradient, (B,), relative to which stationarity is measured; default 0.
+        weight: factor of the gradient with respect to each variable, (B, n); default 1.
     """
     pulled = [
-        data.gradient,
-        matvec(data.jacobian_h.mT, nu),
-        matvec(data.jacobian_g.mT, lam),
+        weight * data.gradient,
+        weight * matvec(data.jacobian_h.mT, nu),
+        weight * matvec(data.jacobian_g.mT, lam),
     ]
     size = torch.stack([largest(t) for t in pulled]).amax(0).clamp(min=slope)
     stationarity = largest(pulled[0] + pulled[1] + pulled[2]) / (1 + size)
@@ -79,6 +82,11 @@ class ScaledProgram(SmoothProgram):
 
     def _inequalities(self, z: Tensor, *params: Tensor) -> Tensor:
         return self.factor_g * self.program.constraints_of(self.unit * z, "inequalities", *params)
+
+    @property
+    def even(self) -> Tensor:
+        """The factors (B, n) that turn gradients into those in one unit for all variables, the largest."""
+        return self.unit.amax(1, keepdim=True) / self.unit
 
     def unscaled(self, z: Tensor, nu: Tensor, lam: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Convert a point z and its multipliers to the units of the original program."""

@@ -51,6 +51,7 @@ def test_hock_schittkowski_71_has_its_published_optimum():
     torch.testing.assert_close(program.objective(found.x, c), torch.tensor([17.0140173], dtype=F64), rtol=1e-8, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
 def test_a_linear_objective_on_a_ball_in_any_units(scale):
     """The optimum is -c / |c|; with zero multipliers the Lagrangian has no curvature."""
