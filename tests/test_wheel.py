@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 PAGES = (
     "README.md",
     "docs/getting-started.md",
-    *(f"docs/tutorials/{name}.md" for name in ("qp", "nonconvex", "nested", "diagnose")),
+    *(f"docs/tutorials/{name}.md" for name in ("qp", "nested", "diagnose")),
 )
 
 
