@@ -35,6 +35,7 @@ def test_a_wrong_derivative_is_printed_in_bold():
     assert np.isfinite(float(said.strip("*")))
 
 
+@pytest.mark.slow
 def test_a_set_up_is_measured_apart_and_a_failure_is_told(monkeypatch):
     monkeypatch.setattr(cvxpy_report, "set_up", _counted)
     assert cvxpy_report.sizes(["foldopt", "scs"], lambda line: None) == [

@@ -228,6 +228,7 @@ def planned(tmp_path):
     return study, made
 
 
+@pytest.mark.slow
 def test_the_figure_shows_the_noise_floor_and_its_files_say_stand_in(planned, tmp_path, drawings):
     study, made = planned
     artifacts = Artifacts(tmp_path / "out")

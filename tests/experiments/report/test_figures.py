@@ -177,6 +177,7 @@ def test_collect_carries_the_place_of_each_run(planned):
     assert set(frame["seed"]) == {0, 1}
 
 
+@pytest.mark.slow
 def test_figure_and_table_files_are_byte_identical_on_a_second_call(tmp_path, study, planned):
     def make_all() -> Artifacts:
         outputs = StudyOutputs(study, planned, "default", Artifacts(tmp_path / "results"))

@@ -236,6 +236,7 @@ def test_tasks_run_with_a_model_and_backends(outside, tmp_path, task, backend):
 
 
 @pytest.mark.parametrize(("overrides", "messages"), REFUSED)
+@pytest.mark.slow
 def test_what_is_missing_is_named_with_the_remedy(outside, overrides, messages):
     done = outside(*overrides)
     assert done.returncode == 1
@@ -246,6 +247,7 @@ def test_what_is_missing_is_named_with_the_remedy(outside, overrides, messages):
         assert message in done.stdout
 
 
+@pytest.mark.slow
 def test_a_task_with_columns_of_its_own_is_restored_from_its_checkpoint(outside, tmp_path):
     """Without its summary, and with a row of a later epoch cut off, a run ends with the metrics that it had."""
     chosen = ["task=sparse", "train.batch_size=4", "train.epochs=2"]
