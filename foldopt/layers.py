@@ -119,52 +119,79 @@ def _step(
 
 
 class NLPLayer(LayerAround):
-    """Any smooth program as a layer, convex or not: min f(x, c) s.t. g(x, c) <= 0, h(x, c) = 0 (paper eq. 1).
+    """A batch of smooth programs, convex or not, as a differentiable layer.
 
-    ``NLPLayer(objective, inequalities, equalities, start=start)(*params) -> x``, (B, n), folded through one SQP step at
-    the KKT point that the solver found. A program of several local minima has the derivative of the one that was found.
+    For every sample of a batch the layer finds a solution of
 
-    How many samples there are, B: as many as `start` has rows if it is (B, n) or a function that returns that. With a
-    start (n,) for all samples, as many as the parameters of two or more dimensions have rows, which must agree; 0-D and
-    1-D parameters are shared by all samples. Give a start of shape (1, n) where all parameters are shared matrices.
+    ::
 
-    ``layer.last`` holds the certificates: ``status`` ("solved", "infeasible", "unbounded", "not smooth", "no
-    multipliers", "iteration limit", "time limit", "not finite", "no progress" or "step and solution disagree" for each
-    sample), ``residual``, ``solved``, ``ok``, after a backward pass ``verdict``; `layer.multipliers` the (nu, lam) of
-    the last call, the bounds' behind the others.
+        minimize    f(x, c)
+        subject to  g(x, c) <= 0,  h(x, c) = 0,  lower <= x <= upper
+
+    with a solver of your choice, and folds one SQP step at the KKT point that the solver found. Call it as
+    ``layer(*params)``; the result x has shape (B, n). If a program has several local minima, the derivative is that of
+    the one that was found.
+
+    The number of samples B follows from a rule. If `start` has shape (B, n), or is a function that returns that, B is
+    its number of rows. With a start of shape (n,), B is the number of rows of the parameters that have two or more
+    dimensions, which must agree. Parameters of no or one dimension are shared by all samples. If all parameters are
+    shared matrices, give a start of shape (1, n).
+
+    ``layer.last``, a `foldopt.FoldInfo`, holds the certificates of the last call, one per sample: ``status``
+    ("solved", "infeasible", "unbounded", "not smooth", "no multipliers", "iteration limit", "time limit", "not finite",
+    "no progress" or "step and solution disagree"), ``residual``, ``solved``, ``ok``, and after a backward pass
+    ``verdict``. ``layer.multipliers`` holds the multipliers (nu, lam) of the last call; those of the bounds come last.
 
     Args:
-        objective: f(x, *params) -> (B,). The samples of a batch do not interact. Functions that are not PyTorch code
-            come in as a `foldopt.ExternalFunction`.
-        inequalities: g(x, *params) -> (B, m), meant as g <= 0, or None.
-        equalities: h(x, *params) -> (B, p), or None.
-        lower: lower <= x, a tensor (n,) or (B, n) or a function of the parameters that returns one; -inf is no bound.
-        upper: x <= upper, likewise; inf is no bound. A variable with lower = upper in all samples is an equality.
-        start: where the solver starts, (n,) or (B, n), or a function ``start(*params) -> (B, n)``.
-        solver: "sqp" (built in, batched: `foldopt.solvers.nlp.solve_nlp`), "slsqp" or "trust-constr" (SciPy), "ipopt"
-            (cyipopt), or any black box ``solver(*params) -> x`` or ``-> (x, nu, lam)`` with nu (B, p) for h and
-            lam (B, m) >= 0 for g, those of bounds behind the others; of x alone the multipliers are recovered by least
-            squares. Such a black box needs no `start`, and keeps its own limits.
-        tol: largest accepted ||U(x*, c) - x*|| / (1 + ||x*||) of x and of the multipliers; default 1e-6 in float64,
-            else 1e-3. Solvers stop at a ten-thousandth of it.
-        max_iter: cap of the solver's iterations for each sample; None for the solver's own.
-        time_limit: seconds after which the solver gives up, for the batch ("sqp") or for each sample; None for none.
-        polish: SQP steps taken on the solver's answer, which square its error. A sample that they move by more than
-            1e-3 (relative) is left as it was.
-        dtype: float64 by default whatever the network's; x comes back in that of the first parameter.
-        sparsity: as for `f_sqp`, for thousands of variables; the solver is then "ipopt" or a function, for the others
-            work with dense matrices.
-        degenerate: what happens to samples whose solution has no derivative, as for `f_sqp`.
-        on_failure: what happens to samples that are not solved, as for `foldopt.fold`. "raise" raises the error of the
-            first cause: InfeasibleError, UnboundedError, NotSmoothError, NoMultipliersError, LimitError, or
-            FixedPointError where the solver's answer is no KKT point.
-        linear_solver: as for `foldopt.fold`.
-        modules: as for `foldopt.fold`.
+        objective: f(x, *params) -> (B,), for x of shape (B, n). It must treat the samples independently. Functions that
+            are not PyTorch code come in as a `foldopt.ExternalFunction`.
+        inequalities: g(x, *params) -> (B, m), constraints g <= 0; default None: none.
+        equalities: h(x, *params) -> (B, p), constraints h = 0; default None: none.
+        lower: lower bounds of x, a tensor (n,) or (B, n), or a function of the parameters that returns one. An entry of
+            -inf is no bound; default None: no lower bounds.
+        upper: upper bounds of x, in the same form. An entry of inf is no bound; default None: no upper bounds. A
+            variable with lower = upper in all samples becomes an equality.
+        start: where the solver starts, a tensor (n,) or (B, n), or a function ``start(*params) -> (B, n)``. All solvers
+            that are named need it; default None.
+        solver: "sqp" (default; built in and batched, `foldopt.solvers.nlp.solve_nlp`), "slsqp" or "trust-constr"
+            (SciPy), "ipopt" (cyipopt), or a function ``solver(*params) -> x`` or ``-> (x, nu, lam)`` with multipliers
+            nu (B, p) of h and lam (B, m) >= 0 of g, those of bounds last. If a function returns only x, the multipliers
+            are recovered by least squares. A function needs no `start` and keeps its own limits.
+        tol: largest accepted change by one step, ||U(x*, c) - x*|| / (1 + ||x*||), of x and of the multipliers; default
+            None: 1e-6 in float64, otherwise 1e-3. Named solvers stop at a ten-thousandth of it.
+        max_iter: largest number of the solver's iterations for each sample; default None: the solver's own.
+        time_limit: seconds after which the solver gives up, for the whole batch ("sqp") or for each sample (the other
+            named solvers); default None: no limit.
+        polish: number of SQP steps that are taken on the solver's answer, each of which squares its error; default 1. A
+            sample that a step moves by more than 1e-3, relative to its size, is left as it was.
+        dtype: dtype of the computation; default float64. None keeps the dtype of the first floating parameter, in which
+            x comes back in any case.
+        sparsity: for thousands of variables: True, or a `foldopt.Sparsity`, makes the KKT system of the derivative
+            sparse. The solver must then be "ipopt" or a function, as the others work with dense matrices. True detects
+            the places of the entries at the first call, by one product per variable and constraint. Needs scipy and
+            qdldl (extra "qp"). Default False: dense.
+        degenerate: policy for samples whose solution has no derivative for the incoming gradient: "raise" (the default:
+            `KinkError` at active constraints with a multiplier of zero, `NotUniqueError`, `DependentRowsError`,
+            `SingularHessianError`), "warn" and go on as "one_sided", "one_sided" (the derivative of one of the smooth
+            pieces that meet; of dependent active constraints only independent ones carry multipliers), "least_norm"
+            (dependent ones share them), "nan" or "zero" (the gradient of that sample).
+        on_failure: policy for samples that are not solved: "raise" (the default), "warn", "nan" or "zero" (the gradient
+            of that sample, without a message). "raise" raises the error of the first cause: `InfeasibleError`,
+            `UnboundedError`, `NotSmoothError`, `NoMultipliersError`, `LimitError`, or `FixedPointError` where the
+            solver's answer is no KKT point.
+        linear_solver: solver of the backward equation, a name or an object of `foldopt.linear_solve`; default "auto".
+        modules: further modules whose weights the functions use, beside the parameters; default: none.
 
     Raises:
-        InputError: an argument is unknown or of a wrong shape, or the parameters' numbers of rows contradict.
+        InputError: an argument is unknown or has a wrong shape, or, when the layer is called, the parameters disagree
+            in their number of rows.
+        MissingDependencyError: the package of the named solver is not installed; raised when the layer is called.
+
+    Source: paper, eqs. 31 and 32 and section 6; Nocedal and Wright, Numerical Optimization (2006), chapter 18.
 
     Examples:
+        Minimize c'x over the unit disc:
+
         >>> layer = NLPLayer(lambda x, c: (c * x).sum(1), lambda x, c: x.square().sum(1, keepdim=True) - 1,
         ...                  start=torch.zeros(2))
         >>> layer(torch.tensor([[3.0, 4.0], [0.0, -1.0]]))
@@ -232,7 +259,14 @@ class NLPLayer(LayerAround):
         return {**self.__dict__, "multipliers": None}
 
     def forward(self, *params: Tensor) -> Tensor:
-        """Return the solutions, (B, n)."""
+        """Solve the programs.
+
+        Args:
+            *params: parameters c of the functions.
+
+        Returns:
+            The solutions, (B, n).
+        """
         x, nu, lam = self.fold(*params)
         self.multipliers = nu.detach(), lam.detach()
         return x

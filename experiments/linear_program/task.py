@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from torch import Tensor
 
 from data import linear_program as data
-from experiments.contracts.task import Samples, Task
+from experiments.contracts.regret import RegretTask
+from experiments.contracts.task import Samples
 from experiments.linear_program import polytope
 from experiments.linear_program.problem import LinearProgramProblem
 from foldopt.checks import require_positive
@@ -16,7 +15,7 @@ from foldopt.errors import InputError
 INSTANCES = ("shortest_path", "knapsack", "assignment")
 
 
-class LinearProgramTask(Task):
+class LinearProgramTask(RegretTask):
     """A linear program on the data of `data.linear_program`.
 
     Args:
@@ -32,9 +31,6 @@ class LinearProgramTask(Task):
         n_train, n_val, n_test, n_features, degree, noise: of the data.
     """
 
-    objective: ClassVar[str] = "regret"
-    columns: ClassVar[tuple[str, ...]] = ("regret", "regret_percent", "mse")
-    shown: ClassVar[tuple[str, ...]] = ("regret_percent", "mse")
     problem: LinearProgramProblem
 
     def __init__(
@@ -75,34 +71,13 @@ class LinearProgramTask(Task):
         strength *= float(train.abs().mean())
         self.problem = LinearProgramProblem(feasible, instance == "knapsack", smoothing, strength)
         self.n_inputs, self.n_outputs = n_features, feasible.n
-        self.shift, self.scale = (float(train.mean()), float(train.std())) if standardize else (0.0, 1.0)
+        if standardize:
+            self.standardize(train)
         self.splits = {name: self._samples(drawn.features[name], c) for name, c in drawn.costs.items()}
 
     def _samples(self, features: Tensor, c: Tensor) -> Samples:
         return {"inputs": features.float(), "costs": c, "optimal": self.problem.value(self.problem.decide(c), c)}
 
-    def parameters(self, outputs: Tensor, samples: Samples) -> Tensor:
-        """Return the predicted costs (B, n), float64."""
-        return self.shift + self.scale * outputs.double()
-
     def truth(self, samples: Samples) -> Tensor:
         """Return the true costs (B, n)."""
         return samples["costs"]
-
-    def decision_losses(self, decisions: Tensor, samples: Samples) -> Tensor:
-        """Return the regret of the decisions, (B,); it can be below 0 where whole numbers are relaxed."""
-        return samples["optimal"] - self.problem.value(decisions, samples["costs"])
-
-    def prediction_losses(self, outputs: Tensor, samples: Samples) -> Tensor:
-        """Return the mean squared error over the costs in units of the outputs, (B,)."""
-        return (outputs - (samples["costs"] - self.shift) / self.scale).square().mean(1)
-
-    def metrics(self, outputs: Tensor, samples: Samples) -> dict[str, float]:
-        """Return regret, regret_percent (of the sum of |optimal values|) and mse (of the costs)."""
-        c = self.parameters(outputs, samples)
-        regret = self.decision_losses(self.problem.decide(c), samples)
-        return {
-            "regret": float(regret.mean()),
-            "regret_percent": float(100 * regret.sum() / samples["optimal"].abs().sum()),
-            "mse": float((c - samples["costs"]).square().mean()),
-        }

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from torch import Tensor
 
 from data import returns_csv
 from data.portfolio import PortfolioData, generate
-from experiments.contracts.task import Samples, Task
+from experiments.contracts.regret import RegretTask
+from experiments.contracts.task import Samples
 from experiments.portfolio.problem import PortfolioProblem
 from foldopt.errors import InfeasibleError, InputError
 
 
-class PortfolioTask(Task):
+class PortfolioTask(RegretTask):
     """The portfolio task on the data of `data.portfolio.generate`, or on returns from a CSV file.
 
     Args:
@@ -27,9 +26,6 @@ class PortfolioTask(Task):
         risk: See `data.returns_csv.split`.
     """
 
-    objective: ClassVar[str] = "regret"
-    columns: ClassVar[tuple[str, ...]] = ("regret", "regret_percent", "mse")
-    shown: ClassVar[tuple[str, ...]] = ("regret_percent", "mse")
     problem: PortfolioProblem
 
     def __init__(
@@ -68,38 +64,17 @@ class PortfolioTask(Task):
         self.problem = _problem(data, risk)
         self.n_inputs, self.n_outputs = data.features["train"].shape[1], len(data.V)
         train = data.returns["train"]
-        self.shift, self.scale = (float(train.mean()), float(train.std())) if standardize else (0.0, 1.0)
+        if standardize:
+            self.standardize(train)
         self.splits = {name: self._samples(data.features[name], c) for name, c in data.returns.items()}
 
     def _samples(self, features: Tensor, c: Tensor) -> Samples:
         optimal = self.problem.value(self.problem.exact(c).x, c)
         return {"inputs": features.float(), "returns": c, "optimal": optimal}
 
-    def parameters(self, outputs: Tensor, samples: Samples) -> Tensor:
-        """Return the predicted returns (B, n), float64."""
-        return self.shift + self.scale * outputs.double()
-
     def truth(self, samples: Samples) -> Tensor:
         """Return the true returns (B, n)."""
         return samples["returns"]
-
-    def decision_losses(self, decisions: Tensor, samples: Samples) -> Tensor:
-        """Return the regret of the portfolios, (B,)."""
-        return samples["optimal"] - self.problem.value(decisions, samples["returns"])
-
-    def prediction_losses(self, outputs: Tensor, samples: Samples) -> Tensor:
-        """Return the mean squared error over the assets in units of the outputs, (B,)."""
-        return (outputs - (samples["returns"] - self.shift) / self.scale).square().mean(1)
-
-    def metrics(self, outputs: Tensor, samples: Samples) -> dict[str, float]:
-        """Return the mean regret, also in percent of the sum of |optimal values|, and the MSE of the returns."""
-        c = self.parameters(outputs, samples)
-        regret = self.decision_losses(self.problem.exact(c).x, samples)
-        return {
-            "regret": float(regret.mean()),
-            "regret_percent": float(100 * regret.sum() / samples["optimal"].abs().sum()),
-            "mse": float((c - samples["returns"]).square().mean()),
-        }
 
 
 def _problem(data: PortfolioData, risk: float) -> PortfolioProblem:

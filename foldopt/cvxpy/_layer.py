@@ -76,7 +76,7 @@ class CvxpyLayer(nn.Module):
             solvers without quadratic objectives and for parametrized quadratic forms whose matrix does not fit into
             memory. Default True.
         solver_args: another name of `options`, for code written for cvxpylayers. `options` wins where both have a key.
-        canon_backend: CVXPY's canonicalization backend, as for ``cvxpy.Problem.get_problem_data``. Default None.
+        canon_backend: name of CVXPY's canonicalization backend, see ``cvxpy.Problem.get_problem_data``; default None.
 
     Raises:
         InputError: if the problem is not convex, not DPP, integer or complex, if parameters or variables do not belong

@@ -97,14 +97,14 @@ def solve_scipy(
         raise InputError(f"method={method!r} is unknown; choose one of {METHODS}.")
     solve = _minimize(method)
     options = {
-        "slsqp": {"ftol": tol**1.4, "maxiter": max_iter or 500},
-        "trust-constr": {"gtol": tol, "xtol": tol**1.2, "maxiter": max_iter or 2000},
+        "slsqp": {"ftol": tol**1.4, "maxiter": 500 if max_iter is None else max_iter},
+        "trust-constr": {"gtol": tol, "xtol": tol**1.2, "maxiter": 2000 if max_iter is None else max_iter},
     }[method]
     x, status = start.detach().double().cpu().clone(), []
     _, h, g = program.values(start, *params)
     kinds = [kind for kind in ((1, "eq", 1.0), (2, "ineq", -1.0)) if (h, g)[kind[0] - 1].shape[1]]
     for i in range(len(x)):
-        deadline = time.monotonic() + (time_limit or float("inf"))
+        deadline = time.monotonic() + (float("inf") if time_limit is None else time_limit)
 
         # Evaluate the whole batch, because only the functions know which parameters all samples share.
         def evaluate(z: Any, part: int, i: int = i, deadline: float = deadline, derivative: bool = False) -> Any:

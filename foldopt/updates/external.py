@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -13,6 +15,28 @@ from foldopt.errors import InputError
 __all__ = ["ExternalFunction"]
 
 
+class _Use(threading.local):
+    """Whether the Hessians that are evaluated now are only multiplied with the step of an update at a solution."""
+
+    times_step = False
+
+
+_use = _Use()
+
+
+@contextlib.contextmanager
+def hessian_times_step() -> Iterator[None]:
+    """Say that Hessians evaluated inside are multiplied with an update step, which is zero at a solution.
+
+    Their derivative, which an `ExternalFunction` does not know, is then multiplied with zero.
+    """
+    before, _use.times_step = _use.times_step, True
+    try:
+        yield
+    finally:
+        _use.times_step = before
+
+
 class ExternalFunction:
     """Functions from outside of PyTorch: callbacks compute their values, Jacobian and Hessian.
 
@@ -21,7 +45,8 @@ class ExternalFunction:
     the external code depends go into z next to the variables: ``F(torch.cat([x, c], 1))``.
 
     The callbacks give the first and second derivatives, which is all that the gradient of a layer needs. The gradient
-    of a gradient needs third derivatives and raises an InputError.
+    of a layer's gradient, and the third derivative of the functions themselves, raise an InputError. Derivatives are
+    taken in reverse mode; forward mode (``torch.func.jvp``, ``jacfwd``) is not there.
 
     Args:
         value: ``value(z) -> (r,)``, for one sample z, a NumPy array (k,) of float64.
@@ -202,14 +227,16 @@ class _Hessians(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         z, w, ctx.external = inputs
+        ctx.times_step = _use.times_step
         ctx.save_for_backward(z, w)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor | None, None]:
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         z, w = ctx.saved_tensors
+        of_z, of_w, _ = ctx.needs_input_grad
         return (
-            _Third.apply(z, w, g),
-            _Contracted.apply(z, g, w, ctx.external) if ctx.needs_input_grad[1] else None,
+            _Third.apply(z, w, g, ctx.times_step) if of_z else None,
+            _Contracted.apply(z, g, w, ctx.external) if of_w else None,
             None,
         )
 
@@ -234,7 +261,7 @@ class _Contracted(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, None, None]:
         z, G, _ = ctx.saved_tensors
-        return _Third.apply(z, g, G), _Hessians.apply(z, g, ctx.external), None, None
+        return _Third.apply(z, g, G, False), _Hessians.apply(z, g, ctx.external), None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
@@ -242,14 +269,15 @@ class _Contracted(torch.autograd.Function):
 
 
 class _Third(torch.autograd.Function):
-    """The term of a layer's gradient that has third derivatives: zero, and not differentiable.
+    """The derivative of a Hessian with respect to z, times g: zero where g holds an update step, which is zero itself.
 
-    The term is the derivative of the Hessian times the update step, and the step is zero at a solution. The gradient
-    of the term would need the third derivatives, which are unknown.
+    Everywhere else, and for the derivative of this term, third derivatives are needed, which are unknown.
     """
 
     @staticmethod
-    def forward(z: Tensor, w: Tensor, g: Tensor) -> Tensor:
+    def forward(z: Tensor, w: Tensor, g: Tensor, times_step: bool) -> Tensor:
+        if not times_step:
+            _refuse_third(g)
         return torch.zeros_like(z)
 
     @staticmethod
@@ -257,15 +285,24 @@ class _Third(torch.autograd.Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor | None) -> tuple[None, None, None]:
-        if g is not None and bool(g.any()):
-            raise InputError(
-                "an ExternalFunction has first and second derivatives only: the gradient of a layer's gradient needs "
-                "third ones. Write the functions in PyTorch, or difference the gradient."
-            )
-        return None, None, None
+    def backward(ctx: Any, g: Tensor | None) -> tuple[None, None, None, None]:
+        _refuse_third(g)
+        return None, None, None, None
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], z: Tensor, w: Tensor, g: Tensor) -> tuple[Tensor, int]:
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], z: Tensor, w: Tensor, g: Tensor, times_step: bool
+    ) -> tuple[Tensor, int]:
+        if not times_step:
+            _refuse_third(g)
         shape = z.shape if in_dims[0] is None else z.movedim(in_dims[0], 0).shape[1:]
         return z.new_zeros(info.batch_size, *shape), 0
+
+
+def _refuse_third(g: Tensor | None) -> None:
+    """Raise InputError if the third derivatives are multiplied with anything but zero."""
+    if g is not None and bool(g.any()):
+        raise InputError(
+            "an ExternalFunction has first and second derivatives only: the gradient of a layer's gradient needs "
+            "third ones. Write the functions in PyTorch, or difference the gradient."
+        )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from foldopt.errors import InputError
+from foldopt.updates.external import hessian_times_step
 
 __all__ = ["Bound", "SQPData", "SQPProgram", "SQPState", "SmoothProgram"]
 
@@ -248,7 +249,8 @@ class SmoothProgram(nn.Module):
         slope = torch.func.grad(lambda z: self.lagrangian(z, y, *params).sum())
         try:
             gradient = torch.func.grad(lambda z: self.objective(z, *params).sum())(x)
-            hessian = batched_jacobian(slope, x, x.shape[1])
+            with hessian_times_step():
+                hessian = batched_jacobian(slope, x, x.shape[1])
             jacobian_h, jacobian_g = batched_jacobian(h, x, nu.shape[1]), batched_jacobian(g, x, lam.shape[1])
         except RuntimeError as error:
             if "doesn't have storage" not in str(error):

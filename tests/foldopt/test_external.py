@@ -106,6 +106,22 @@ def test_the_gradient_of_a_gradient_needs_third_derivatives():
         gradient.sum().backward()
 
 
+def test_the_third_derivative_of_the_functions_is_refused():
+    """Outside of a layer nothing makes it zero: that of z^4 at 2 is 48."""
+    function = ExternalFunction(
+        lambda z: z**4, lambda z: np.array([[4 * z[0] ** 3]]), lambda z, w: w[0] * np.array([[12 * z[0] ** 2]])
+    )
+    z = torch.tensor([[2.0]], dtype=F64, requires_grad=True)
+    (first,) = torch.autograd.grad(function(z).sum(), z, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), z, create_graph=True)
+    torch.testing.assert_close(second.detach(), torch.tensor([[48.0]], dtype=F64))
+    with pytest.raises(InputError, match="first and second derivatives only"):
+        torch.autograd.grad(second.sum(), z)
+    slope = torch.func.grad(lambda z: function(z[None]).sum())
+    with pytest.raises(InputError, match="first and second derivatives only"):
+        torch.func.jacrev(torch.func.jacrev(slope))(torch.tensor([2.0], dtype=F64))
+
+
 def test_rows_that_are_alike_are_evaluated_once():
     calls = []
 
