@@ -19,7 +19,7 @@ class CvxpyLayersBackend(Backend):
     """A CvxpyLayer of the problem.
 
     scaling: "paper" or "normalized", as the problem's `cvxpy` method takes it. forward_tol: tolerance of the solver,
-    None for its default. solver, solver_args: as for `ConeLayer`.
+    None for its default. solver, solver_args: name of a cone solver, and its options.
     """
 
     def __init__(

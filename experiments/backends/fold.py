@@ -9,7 +9,7 @@ from foldopt.linear_solve import LinearSolver
 
 
 class FoldBackend(SolutionBackend):
-    """Fixed-point folding (paper sections 5 and 6) of the task's problem; arguments as for `SolutionBackend`."""
+    """Fixed-point folding (paper sections 5 and 6) of the task's problem; `SolutionBackend` explains its arguments."""
 
     def __init__(
         self,

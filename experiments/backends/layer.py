@@ -43,8 +43,9 @@ class SolutionBackend(LayerBackend):
     """A layer, in float64, that calls the problem's forward solver and differentiates its update step there.
 
     optimizer: the update step, one of the problem's, or "auto", its first. forward: one of the problem's solvers.
-    forward_tol: that solver's own tolerance, None for its default. tol, on_failure: as for `foldopt.fold`; tol None
-    follows the accuracy of the forward solver.
+    forward_tol: that solver's own tolerance, None for its default. tol: largest accepted residual of the step at a
+    solution; None follows the accuracy of the forward solver. on_failure: what happens to samples above it, a policy of
+    `foldopt.fold`.
     """
 
     def __init__(

@@ -13,7 +13,9 @@ from foldopt.linear_solve import LinearSolver
 class UnrollBackend(LayerBackend):
     """`iterations` steps of the problem's optimizer from its cold start.
 
-    optimizer: as for `FoldBackend`. tol, on_failure: as for `foldopt.unroll`.
+    optimizer: the update step, one of the problem's, or "auto", its first. tol: largest accepted relative
+    change of a sample in the last step; None takes 1e-6. on_failure: what happens to samples above it, a policy of
+    `foldopt.unroll`.
     """
 
     def __init__(

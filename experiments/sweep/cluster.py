@@ -68,7 +68,7 @@ class Sweep:
 
     @classmethod
     def of(cls, study: str, profile: str, series: set[str] | None = None, mode: str | None = None) -> Sweep:
-        """Return the sweep of a study, named as for `studies.load`, in `profile`; of some `series` only, if given.
+        """Return the sweep of a study, named as `studies.load` takes it, in `profile`; of some `series` only, if given.
 
         mode: of W&B, for the runs that are submitted; None: as the study says.
         """

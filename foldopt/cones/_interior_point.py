@@ -79,7 +79,8 @@ def solve_cone_program(
         q: (B, n). The only argument that must have the batch dimension.
         A: (m, n) or (B, m, n).
         b: (m,) or (B, m).
-        dims: the cone K as for `ProductCone`, with the kinds "zero", "nonneg" and "soc" only.
+        dims: the factors of the cone K, a dict from kinds to sizes like that of `ProductCone`, with the kinds "zero",
+            "nonneg" and "soc" only.
         tol: the largest residual and gap of a solution, relative to the data and the solution. Default 1e-9.
         max_iter: the largest number of iterations. Each factors a matrix with a row for each variable, each equality
             and each row of a second-order cone. Default 100.
